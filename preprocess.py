@@ -1,0 +1,593 @@
+"""Raw LUNA16 scans to network-ready arrays, nodule masks and metadata.
+
+python preprocess.py
+python preprocess.py --raw_data_dir data/phantom/raw --target_size '[48,192,192]'
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+import SimpleITK as sitk
+from tqdm import tqdm
+
+from utils import (
+    ANNOTATION_COLUMNS,
+    Geometry,
+    Shape,
+    Vector,
+    check,
+    data_file,
+    find_scans,
+    metadata_path,
+    parse_command_line,
+    read_metadata,
+    read_scan,
+    read_table,
+    resample,
+    run_main,
+    write_array,
+    write_csv,
+    write_objects,
+    write_text,
+)
+
+logger = logging.getLogger(__name__)
+
+# Raised whenever the same settings begin to give other arrays, so that a second run redoes what an older version left.
+PROCESSING_VERSION = 1
+LUNG_LABELS = (3, 4)  # of seg-lungs-LUNA16; 5 is the trachea
+SLAB_VOXELS = 32_000_000  # the resampler's working memory: float32, 128 MB
+
+
+# ----------------------------------------------------------------------------------------------- scan -> array
+
+
+@dataclass(frozen=True)
+class PreparedScan:
+    """A scan on the network's grid.
+
+    Args:
+        array: float16 (z, y, x); the HU window mapped to [0, 1], 0 outside the lungs.
+        grid: Where its voxels lie; identity direction.
+        lungs: bool (z, y, x), the widened lung mask, or None where no lungs were used.
+        lung_source: 'seg-lungs', 'threshold' or 'none'.
+    """
+
+    array: np.ndarray
+    grid: Geometry
+    lungs: np.ndarray | None
+    lung_source: str
+
+    @property
+    def lung_box(self) -> list[list[int]]:
+        """Half-open box [[z, y, x], [z, y, x]] around the lungs; the whole array where there are none."""
+        if self.lungs is None or not self.lungs.any():
+            return [[0, 0, 0], list(self.array.shape)]
+        spans = [np.flatnonzero(self.lungs.any(axis=other)) for other in ((1, 2), (0, 2), (0, 1))]
+        return [[int(span[0]) for span in spans], [int(span[-1]) + 1 for span in spans]]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a scan becomes an array; the same object serves the data set and inference.
+
+    Args:
+        target_spacing: Voxel size (x, y, z) in mm, used when ``target_size`` is None.
+        target_size: Shape (z, y, x) that the whole physical box of the scan is stretched to; None keeps millimetres.
+        hu_min: HU value that becomes 0; also air, the fill outside scan and lungs.
+        hu_max: HU value that becomes 1.
+        mask_lungs: Set everything outside the lungs to air.
+        crop_to_lungs: Lay the grid over the lungs' box instead of the whole scan.
+        lung_closing_mm: Radius of the closing that takes pleural nodules and vessels back into the lungs.
+        lung_margin_mm: Width that the closed lungs are grown by.
+        crop_margin_mm: Further margin of the lungs' box.
+
+    Raises:
+        ValueError: A setting is out of its range.
+    """
+
+    target_spacing: Vector = (1.0, 1.0, 1.0)
+    target_size: Shape | None = (64, 256, 256)
+    hu_min: float = -1000.0
+    hu_max: float = 400.0
+    mask_lungs: bool = True
+    crop_to_lungs: bool = False
+    lung_closing_mm: float = 10.0
+    lung_margin_mm: float = 5.0
+    crop_margin_mm: float = 5.0
+
+    def __post_init__(self) -> None:
+        spacing, size = self.target_spacing, self.target_size
+        check(
+            len(spacing) == 3 and min(spacing) > 0, f"target_spacing must be three positive mm (x, y, z), not {spacing}"
+        )
+        if size is not None:
+            check(len(size) == 3 and min(size) >= 1, f"target_size must be three sizes (z, y, x) or None, not {size}")
+        check(self.hu_min < self.hu_max, f"hu_min must be below hu_max, not {self.hu_min} and {self.hu_max}")
+        for name in ("lung_closing_mm", "lung_margin_mm", "crop_margin_mm"):
+            check(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**arguments)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Built-in types only, for JSON and checkpoints."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def prepare(self, scan: sitk.Image, labels: sitk.Image | None = None) -> PreparedScan:
+        """Takes a scan to the network's grid.
+
+        Args:
+            scan: CT in HU, any direction.
+            labels: LUNA16's lung labels (3 and 4) in the same patient space; None segments the lungs by threshold.
+        """
+        distance, source = self._lung_distance(scan, labels)
+        lower, upper = Geometry.from_image(scan).bounds()
+        if self.crop_to_lungs and distance is not None:
+            lung_lower, lung_upper = _mask_bounds(distance <= 0)
+            lower = np.maximum(lower, lung_lower - self.crop_margin_mm)
+            upper = np.minimum(upper, lung_upper + self.crop_margin_mm)
+        grid = Geometry.covering(lower, upper, shape_zyx=self.target_size, spacing=self.target_spacing)
+        array = self._window(scan, grid)
+        lungs = None
+        if distance is not None:
+            lungs = sitk.GetArrayFromImage(resample(distance, grid, fill=1e3)) <= 0
+            array[~lungs] = 0
+        return PreparedScan(array, grid, lungs, source)
+
+    def _lung_distance(self, scan: sitk.Image, labels: sitk.Image | None) -> tuple[sitk.Image | None, str]:
+        if not self.mask_lungs and not self.crop_to_lungs:
+            return None, "none"
+        lungs, source = None if labels is None else select_lungs(labels), "seg-lungs"
+        if lungs is None:
+            lungs, source = segment_lungs(scan), "threshold"
+        if lungs is None:
+            return None, "none"
+        return widen(lungs, self.lung_closing_mm, self.lung_margin_mm), source
+
+    def _window(self, scan: sitk.Image, grid: Geometry) -> np.ndarray:
+        """HU window on the grid as float16 in [0, 1]; HU is clipped before anything is averaged."""
+        clipped = sitk.Clamp(scan, scan.GetPixelID(), self.hu_min, self.hu_max)
+        array = np.empty(grid.shape_zyx, np.float16)
+        for part, values in resample_mean(clipped, grid, fill=self.hu_min):
+            values -= self.hu_min
+            values /= self.hu_max - self.hu_min
+            array[part] = np.clip(values, 0, 1, out=values)
+        return array
+
+
+def resample_mean(image: sitk.Image, grid: Geometry, fill: float) -> Iterator[tuple[slice, np.ndarray]]:
+    """Resamples once, averaging over the source voxels that a grid voxel covers.
+
+    Each grid voxel is the mean of linear samples spaced no wider than the source voxels. It works for any direction
+    of the scan, and where the grid is finer than the source it is plain linear interpolation.
+
+    Args:
+        image: Source image.
+        grid: Target geometry.
+        fill: Value outside of the source.
+
+    Yields:
+        (slice over z, float32 (z, y, x)): the grid in slabs, so that memory stays bounded.
+    """
+    ratio = np.asarray(grid.spacing) / Geometry.from_image(image).spacing_along_axes()
+    factors = np.maximum(np.ceil(ratio - 1e-3), 1).astype(int)  # x, y, z
+    samples_each = int(np.prod(grid.shape_zyx[1:])) * int(np.prod(factors))
+    thickness = max(1, SLAB_VOXELS // samples_each)
+    for start in range(0, grid.shape_zyx[0], thickness):
+        stop = min(start + thickness, grid.shape_zyx[0])
+        slab = grid.cropped(((start, 0, 0), (stop, *grid.shape_zyx[1:])))
+        lower, upper = slab.bounds()
+        size_xyz = np.asarray(slab.shape_zyx[::-1]) * factors
+        fine = resample(image, Geometry.covering(lower, upper, shape_zyx=tuple(size_xyz[::-1].tolist())), fill=fill)
+        if factors.max() > 1:
+            fine = sitk.BinShrink(fine, [int(n) for n in factors])
+        yield slice(start, stop), sitk.GetArrayFromImage(fine)
+
+
+# ---------------------------------------------------------------------------------------------------------- lungs
+
+WORKING_MM = 2.0  # lungs are found and widened on voxels of about this size
+
+
+def _shrink(image: sitk.Image) -> sitk.Image:
+    """Averages blocks of voxels up to WORKING_MM; the physical space stays."""
+    factors = [max(1, int(WORKING_MM / spacing + 0.25)) for spacing in image.GetSpacing()]
+    factors = [min(factor, size) for factor, size in zip(factors, image.GetSize(), strict=True)]
+    return sitk.BinShrink(image, factors) if max(factors) > 1 else image
+
+
+def select_lungs(labels: sitk.Image) -> sitk.Image | None:
+    """Coarse binary lung mask of LUNA16's label image, or None where it has no lungs."""
+    lungs = sitk.BinaryThreshold(labels, min(LUNG_LABELS), max(LUNG_LABELS))
+    coarse = _shrink(sitk.Cast(lungs, sitk.sitkFloat32)) >= 0.5
+    return coarse if sitk.GetArrayViewFromImage(coarse).any() else None
+
+
+def segment_lungs(scan: sitk.Image) -> sitk.Image | None:
+    """placeholder"""
+    coarse = _shrink(sitk.Cast(sitk.Clamp(scan, scan.GetPixelID(), -1000, 400), sitk.sitkFloat32))
+    air = coarse < -400
+    comp = sitk.ConnectedComponent(air)
+    s = sitk.LabelShapeStatisticsImageFilter(); s.Execute(comp)
+    n = coarse.GetSize()
+    keep = []
+    for l in s.GetLabels():
+        b = s.GetBoundingBox(l)
+        if b[0] == 0 or b[1] == 0 or b[0] + b[3] == n[0] or b[1] + b[4] == n[1]:
+            continue
+        if s.GetPhysicalSize(l) > 2e5:
+            keep.append(l)
+    if not keep:
+        return None
+    return sitk.ChangeLabel(comp, {l: 1 if l in keep else 0 for l in s.GetLabels()}) == 1
+
+
+def widen(lungs: sitk.Image, closing_mm: float, margin_mm: float) -> sitk.Image:
+    """placeholder"""
+    pad = [int(np.ceil((closing_mm + margin_mm) / sp)) + 1 for sp in lungs.GetSpacing()]
+    padded = sitk.ConstantPad(lungs, pad, pad, 0)
+    out = sitk.SignedMaurerDistanceMap(padded, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
+    grown = sitk.Cast(out <= closing_mm, sitk.sitkUInt8)
+    back = sitk.SignedMaurerDistanceMap(grown, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
+    closed = sitk.Cast(back <= -closing_mm, sitk.sitkUInt8)
+    final = sitk.SignedMaurerDistanceMap(closed, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
+    return final - margin_mm
+
+
+def _mask_bounds(mask: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
+    """World box (x, y, z) in mm around a binary mask that is not empty."""
+    shape = sitk.LabelShapeStatisticsImageFilter()
+    shape.Execute(mask)
+    start_xyz, size_xyz = np.split(np.asarray(shape.GetBoundingBox(1)), 2)
+    box = tuple(start_xyz[::-1].tolist()), tuple((start_xyz + size_xyz)[::-1].tolist())
+    return Geometry.from_image(mask).cropped(box).bounds()
+
+
+# -------------------------------------------------------------------------------------------------- nodule masks
+
+
+def draw_spheres(grid: Geometry, centers_xyz: np.ndarray, diameters_mm: np.ndarray) -> list[np.ndarray]:
+    """Voxels of each annotated nodule.
+
+    Args:
+        grid: Geometry of the array.
+        centers_xyz: (n, 3) world positions in mm.
+        diameters_mm: (n,) diameters.
+
+    Returns:
+        For each nodule an int array (m, 3) of indices (z, y, x): the voxels whose centre lies inside the sphere, or the
+        nearest voxel where none does; empty where the nodule lies off the grid.
+    """
+    found = []
+    shape = np.asarray(grid.shape_zyx)
+    for center_xyz, diameter in zip(centers_xyz, diameters_mm, strict=True):
+        index = grid.index(center_xyz)
+        reach = diameter / 2 / np.asarray(grid.spacing_zyx)
+        first = np.clip(np.ceil(index - reach), 0, shape).astype(int)
+        last = np.clip(np.floor(index + reach) + 1, 0, shape).astype(int)
+        axes = [np.arange(a, b) for a, b in zip(first, last, strict=True)]
+        voxels = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+        distance = np.linalg.norm(grid.world(voxels) - center_xyz, axis=-1)
+        voxels = voxels[distance <= diameter / 2]
+        if not len(voxels) and grid.contains(center_xyz):
+            voxels = np.clip(np.rint(index), 0, shape - 1).astype(int)[None]
+        found.append(voxels)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- the data set
+
+
+@dataclass(frozen=True)
+class ScanTask:
+    """All that a worker process needs to prepare one scan."""
+
+    seriesuid: str
+    scan_path: Path
+    lungs_path: Path | None
+    nodules: tuple[tuple[float, float, float, float], ...]  # x, y, z, diameter in mm
+    settings: Preprocessing
+    output_dir: Path
+
+    def fingerprint(self) -> str:
+        """Hash of all that decides the result: settings, annotations and the files' sizes."""
+        sizes = [data_file(path).stat().st_size for path in (self.scan_path, self.lungs_path) if path]
+        what = [PROCESSING_VERSION, self.settings.to_dict(), self.nodules, sizes]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    def is_done(self) -> bool:
+        arrays = [self.output_dir / kind / f"{self.seriesuid}.npy" for kind in ("images", "masks")]
+        if not all(path.is_file() for path in [*arrays, metadata_path(self.output_dir, self.seriesuid)]):
+            return False
+        try:
+            return read_metadata(self.output_dir, self.seriesuid)["fingerprint"] == self.fingerprint()
+        except (ValueError, KeyError):
+            return False
+
+
+def process_scan(task: ScanTask) -> dict[str, Any]:
+    """Prepares one scan, writes its arrays and metadata, and returns the metadata.
+
+    Raises:
+        ValueError: The scan or its lung mask is unusable.
+        FileNotFoundError: A file is missing.
+    """
+    scan = read_scan(task.scan_path)
+    labels = read_scan(task.lungs_path) if task.lungs_path else None
+    prepared = task.settings.prepare(scan, labels)
+    world = np.asarray(task.nodules, float).reshape(-1, 4)
+    mask = np.zeros(prepared.grid.shape_zyx, np.uint8)
+    nodules = []
+    for (x, y, z, diameter), voxels in zip(
+        task.nodules, draw_spheres(prepared.grid, world[:, :3], world[:, 3]), strict=True
+    ):
+        where = tuple(voxels.T)
+        mask[where] = 1
+        nodules.append(
+            {
+                "center_world": [x, y, z],
+                "center_voxel": prepared.grid.index_xyz([x, y, z]).tolist(),
+                "diameter_mm": diameter,
+                "voxels": len(voxels),
+                "inside_scan": bool(Geometry.from_image(scan).contains([x, y, z])),
+                "cut_by_lungs": bool(
+                    not len(voxels) or (prepared.lungs is not None and not prepared.lungs[where].all())
+                ),
+            }
+        )
+    metadata = {
+        "seriesuid": task.seriesuid,
+        "origin": list(prepared.grid.origin),
+        "spacing": list(prepared.grid.spacing),
+        "shape_zyx": list(prepared.grid.shape_zyx),
+        "nodules": nodules,
+        "lung_source": prepared.lung_source,
+        "lung_box_zyx": prepared.lung_box,
+        "scan_geometry": Geometry.from_image(scan).to_dict(),
+        "preprocessing": task.settings.to_dict(),
+        "fingerprint": task.fingerprint(),
+    }
+    write_array(task.output_dir / "images" / f"{task.seriesuid}.npy", prepared.array)
+    write_array(task.output_dir / "masks" / f"{task.seriesuid}.npy", mask)
+    # Last, since it says that the scan is done.
+    write_objects(metadata_path(task.output_dir, task.seriesuid).with_suffix(".npy"), metadata)
+    return metadata
+
+
+@dataclass(frozen=True)
+class ProcessingSummary:
+    """What ``process_all`` did: series UIDs, and the reason of each failure."""
+
+    processed: list[str]
+    skipped: list[str]
+    failed: dict[str, str]
+
+
+class LUNA16Preprocessor:
+    """Prepares LUNA16 scans, with or without nodules, for training and inference.
+
+    Args:
+        raw_data_dir: Folder with ``*.mhd`` or ``subset*/*.mhd`` (and their .raw or .zraw files).
+        annotations_path: LUNA16's annotations.csv.
+        lung_masks_dir: Folder of seg-lungs-LUNA16; a scan without a mask there gets its lungs by threshold.
+        output_dir: Where the processed data set goes.
+        target_spacing: Voxel size (x, y, z) in mm; takes effect when target_size is null.
+        target_size: Shape (z, y, x), e.g. '[64,256,256]', or null for a grid of target_spacing.
+        hu_min: HU value that becomes 0.
+        hu_max: HU value that becomes 1.
+        mask_lungs: Set everything outside the lungs to air.
+        crop_to_lungs: Lay the grid over the lungs' box instead of the whole scan.
+        lung_closing_mm: Radius in mm of the closing that takes pleural nodules back into the lungs.
+        lung_margin_mm: Width in mm that the closed lungs are grown by.
+        crop_margin_mm: Further margin in mm of the lungs' box.
+        num_processes: Scans prepared at the same time; null takes what cores and free memory allow.
+
+    Raises:
+        ValueError: A setting is out of its range.
+    """
+
+    def __init__(
+        self,
+        raw_data_dir: str | Path = "data/LUNA16/raw",
+        annotations_path: str | Path = "data/LUNA16/annotations.csv",
+        lung_masks_dir: str | Path = "data/LUNA16/seg-lungs-LUNA16",
+        output_dir: str | Path = "data/LUNA16/processed",
+        target_spacing: Vector = Preprocessing.target_spacing,
+        target_size: Shape | None = Preprocessing.target_size,
+        hu_min: float = Preprocessing.hu_min,
+        hu_max: float = Preprocessing.hu_max,
+        mask_lungs: bool = Preprocessing.mask_lungs,
+        crop_to_lungs: bool = Preprocessing.crop_to_lungs,
+        lung_closing_mm: float = Preprocessing.lung_closing_mm,
+        lung_margin_mm: float = Preprocessing.lung_margin_mm,
+        crop_margin_mm: float = Preprocessing.crop_margin_mm,
+        num_processes: int | None = None,
+    ) -> None:
+        given = locals()
+        self.settings = Preprocessing(**{field.name: given[field.name] for field in fields(Preprocessing)})
+        check(
+            num_processes is None or num_processes >= 1,
+            f"num_processes must be at least 1 or null, not {num_processes}",
+        )
+        self.raw_data_dir = Path(raw_data_dir)
+        self.annotations_path = Path(annotations_path)
+        self.lung_masks_dir = Path(lung_masks_dir)
+        self.output_dir = Path(output_dir)
+        self.num_processes = num_processes
+        self._scans: dict[str, Path] | None = None
+        self._annotations: pd.DataFrame | None = None
+
+    @property
+    def scans(self) -> dict[str, Path]:
+        """{series UID: path} of the raw scans."""
+        if self._scans is None:
+            self._scans = find_scans(self.raw_data_dir)
+        return self._scans
+
+    @property
+    def annotations(self) -> pd.DataFrame:
+        """LUNA16's table of nodules (seriesuid, coordX, coordY, coordZ, diameter_mm)."""
+        if self._annotations is None:
+            table = read_table(self.annotations_path, ANNOTATION_COLUMNS)
+            check(bool((table["diameter_mm"] > 0).all()), f"{self.annotations_path}: diameter_mm must be positive")
+            self._annotations = table
+        return self._annotations
+
+    def process_single_scan(self, series_uid: str) -> dict[str, Any]:
+        """Prepares one scan and writes its files; ``processed_files.txt`` is written by ``process_all`` only.
+
+        Returns:
+            The metadata, as written to ``<series_uid>_metadata.json``.
+
+        Raises:
+            FileNotFoundError: There is no such scan.
+            ValueError: It cannot be used.
+        """
+        if series_uid not in self.scans:
+            raise FileNotFoundError(f"no scan {series_uid} in {self.raw_data_dir}")
+        return process_scan(self._task(series_uid))
+
+    def process_all(self) -> ProcessingSummary:
+        """Prepares every scan of the data set that is not done with the same settings already.
+
+        Writes ``processed_files.txt`` (usable scans), ``failed_files.csv`` (the others, with the reason) and
+        ``annotation_problems.csv`` (annotations that no mask could be drawn for, or that the lungs cut).
+        """
+        tasks = [self._task(uid) for uid in self.scans]
+        todo = [task for task in tasks if not task.is_done()]
+        skipped = [task.seriesuid for task in tasks if task not in set(todo)]
+        processes = self._count_processes(todo)
+        logger.info(
+            "%d scans: %d done before, %d to do in %d processes", len(tasks), len(skipped), len(todo), processes
+        )
+        if self.settings.target_size is not None:
+            logger.info(
+                "target_size %s stretches each scan to it; target_spacing has no effect", self.settings.target_size
+            )
+        failed = _run_tasks(todo, processes)
+        usable = sorted({task.seriesuid for task in tasks} - set(failed))
+        write_csv(
+            self.output_dir / "failed_files.csv", pd.DataFrame(sorted(failed.items()), columns=["seriesuid", "reason"])
+        )
+        write_text(self.output_dir / "processed_files.txt", "".join(f"{uid}\n" for uid in usable))
+        self._report(usable)
+        return ProcessingSummary([t.seriesuid for t in todo if t.seriesuid not in failed], skipped, failed)
+
+    def _task(self, uid: str) -> ScanTask:
+        rows = self.annotations[self.annotations["seriesuid"] == uid]
+        nodules = tuple(tuple(row) for row in rows[["coordX", "coordY", "coordZ", "diameter_mm"]].to_numpy().tolist())
+        lungs = self.lung_masks_dir / f"{uid}.mhd"
+        return ScanTask(
+            uid, self.scans[uid], lungs if lungs.is_file() else None, nodules, self.settings, self.output_dir
+        )
+
+    def _count_processes(self, todo: list[ScanTask]) -> int:
+        """Cores, or fewer where the largest scan would not fit into memory that often."""
+        if self.num_processes is not None:
+            return self.num_processes
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+        largest = max((data_file(task.scan_path).stat().st_size for task in todo), default=0)
+        return max(1, min(cores, len(todo), int(psutil.virtual_memory().available / peak_bytes(largest))))
+
+    def _report(self, usable: list[str]) -> None:
+        """Names every annotation that is not in a mask as it should be, and counts the lung sources."""
+        problems, sources = [], dict.fromkeys(("seg-lungs", "threshold", "none"), 0)
+        for uid, rows in self.annotations.groupby("seriesuid"):
+            if uid not in self.scans:
+                problems += [
+                    (uid, *row, "has no scan") for row in rows[list(ANNOTATION_COLUMNS[1:])].to_numpy().tolist()
+                ]
+        for uid in usable:
+            metadata = read_metadata(self.output_dir, uid)
+            sources[metadata["lung_source"]] += 1
+            for nodule in metadata["nodules"]:
+                if reason := _problem_of(nodule):
+                    problems.append((uid, *nodule["center_world"], nodule["diameter_mm"], reason))
+        table = pd.DataFrame(problems, columns=[*ANNOTATION_COLUMNS, "problem"])
+        write_csv(self.output_dir / "annotation_problems.csv", table)
+        for row in table.itertuples():
+            logger.warning("%s: the annotation at (%.1f, %.1f, %.1f) %s", row.seriesuid, *row[2:5], row.problem)
+        logger.info("lungs: %s", ", ".join(f"{count} by {source}" for source, count in sources.items()))
+        if sources["none"]:
+            logger.warning("%d scan(s) without lungs were left unmasked", sources["none"])
+
+
+def peak_bytes(scan_bytes: int) -> int:
+    """Stated peak memory of one process: the scan, its clipped copy, lung labels and the resampler's slabs."""
+    return 600_000_000 + 4 * max(scan_bytes, 150_000_000)
+
+
+def _problem_of(nodule: dict[str, Any]) -> str | None:
+    if not nodule["inside_scan"]:
+        return "lies outside its scan"
+    if not nodule["voxels"]:
+        return "lies outside the lungs' box"
+    return "is cut by the lung mask" if nodule["cut_by_lungs"] else None
+
+
+def _run_tasks(tasks: list[ScanTask], processes: int) -> dict[str, str]:
+    """Runs the tasks; returns {series UID: reason} of those that failed."""
+    failed: dict[str, str] = {}
+    with tqdm(total=len(tasks), desc="preprocessing", unit="scan", disable=None) as bar:
+        for task in _run_pool(tasks, processes, failed, bar):
+            # A process died and took its pool along; one scan at a time tells which scan kills it.
+            if _run_pool([task], 1, failed, bar):
+                failed[task.seriesuid] = "its process was killed, probably for want of memory"
+                bar.update()
+    return failed
+
+
+def _run_pool(tasks: list[ScanTask], processes: int, failed: dict[str, str], bar: tqdm) -> list[ScanTask]:
+    """Runs tasks in one pool; returns those that were left over because a process died."""
+    left = []
+    with ProcessPoolExecutor(processes, initializer=_start_worker) as pool:
+        futures = {pool.submit(process_scan, task): task for task in tasks}
+        for future in as_completed(futures):
+            uid = futures[future].seriesuid
+            try:
+                future.result()
+            except BrokenProcessPool:
+                left.append(futures[future])
+                continue
+            except Exception as error:  # noqa: BLE001 - whatever is wrong with one scan must not stop the others
+                failed[uid] = f"{type(error).__name__}: {error}"
+                logger.error("%s failed: %s", uid, failed[uid])
+            bar.update()
+    return left
+
+
+def _start_worker() -> None:
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # one process a scan is faster than threads
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; the options are LUNA16Preprocessor's arguments. Returns the exit status."""
+
+    def work() -> int:
+        options, _ = parse_command_line(LUNA16Preprocessor, "process_all", argv)
+        summary = LUNA16Preprocessor(**options).process_all()
+        print(f"{len(summary.processed)} processed, {len(summary.skipped)} skipped, {len(summary.failed)} failed")
+        return 1 if summary.failed else 0
+
+    return run_main(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,439 @@
+"""Trains the network.
+
+python train.py
+python train.py --num_epochs 150 --batch_size 4 --output_dir experiments/custom_run
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from dataset import Augmentation, EpochSampler, LUNA16Dataset, augment_batch, make_loader, make_split
+from model import DiceBCELoss, LungNodule3DUNet, load_checkpoint, save_checkpoint
+from utils import (
+    atomic_path,
+    autocast_dtype,
+    check,
+    parse_command_line,
+    read_metadata,
+    read_processed_list,
+    read_split,
+    run_main,
+    seed_everything,
+    select_device,
+    write_csv,
+    write_json,
+)
+from validate import ValidationResult, Validator
+
+logger = logging.getLogger(__name__)
+
+REPORT_EVERY = 10  # steps between reads of what lies on the device; each read makes the host wait for it
+# Settings that may differ between a run and its continuation: they do not change the result.
+FREE_SETTINGS = ("num_workers", "device", "checkpoint_interval")
+OUT_OF_MEMORY = (
+    "CUDA is out of memory. Use a smaller batch_size (now {batch_size}), fewer channels, as "
+    "channels=(16, 32, 64, 128, 256) (now {channels}), or preprocess to a smaller target_size, as (48, 192, 192)"
+)
+
+
+class Trainer:
+    """Trains ``LungNodule3DUNet`` on a processed data set; ``train()`` does all of it.
+
+    Args:
+        data_dir: Folder that preprocess.py wrote.
+        output_dir: Where checkpoints, log.csv and TensorBoard logs go.
+        num_epochs: Passes over the training scans.
+        batch_size: Scans in a step.
+        learning_rate: Of AdamW at the start; a cosine takes it to 0.
+        weight_decay: Of AdamW.
+        num_workers: Processes that load data for a GPU; a CPU loads in the training process itself.
+        device: 'cuda', 'cuda:<n>' or 'cpu'.
+        mixed_precision: bf16 where the hardware has it, else fp16 with a gradient scaler on CUDA, else float32.
+        checkpoint_interval: Epochs between checkpoint_epoch_<n>.pth.
+        channels: Features of each level, e.g. '[16,32,64,128,256]'.
+        strides: Downsampling between the levels, e.g. '[2,2,2,2]'.
+        num_res_units: Convolutions in each residual unit.
+        dropout: Dropout probability.
+        dice_weight: Weight of the Dice loss.
+        bce_weight: Weight of the binary cross-entropy.
+        smooth: Smoothing of the Dice loss.
+        validation_fraction: Share of the scans kept for validation.
+        validation_interval: Epochs between validations; the last epoch is always validated.
+        threshold: Probability from which a voxel counts as nodule in validation.
+        augment: Change the training scans at random.
+        seed: Of weights, split, order and augmentation.
+        deterministic: Make a CUDA run repeatable, at the cost of speed; a CPU run always is.
+        resume: Go on from the newest good checkpoint of output_dir.
+        overwrite: Delete the checkpoints and logs of an earlier run in output_dir.
+
+    Raises:
+        FileNotFoundError: There is no processed data.
+        FileExistsError: output_dir holds a run, and neither resume nor overwrite is set.
+        ValueError: A value is out of its range, or the data does not suit the network.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path = "data/LUNA16/processed",
+        output_dir: str | Path = "experiments/luna16_unet",
+        num_epochs: int = 100,
+        batch_size: int = 2,
+        learning_rate: float = 1e-4,
+        weight_decay: float = 1e-5,
+        num_workers: int = 4,
+        device: str = "cuda",
+        mixed_precision: bool = True,
+        checkpoint_interval: int = 5,
+        channels: Sequence[int] = (32, 64, 128, 256, 512),
+        strides: Sequence[int] = (2, 2, 2, 2),
+        num_res_units: int = 2,
+        dropout: float = 0.1,
+        dice_weight: float = 0.5,
+        bce_weight: float = 0.5,
+        smooth: float = 1e-6,
+        validation_fraction: float = 0.2,
+        validation_interval: int = 1,
+        threshold: float = 0.5,
+        augment: bool = True,
+        seed: int = 0,
+        deterministic: bool = False,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "resume", "overwrite")}
+        self.settings = {name: _built_in(value) for name, value in given.items()}
+        for name in ("num_epochs", "batch_size", "checkpoint_interval", "validation_interval"):
+            check(self.settings[name] >= 1, f"{name} must be at least 1, not {self.settings[name]}")
+        check(learning_rate > 0, f"learning_rate must be positive, not {learning_rate}")
+        check(weight_decay >= 0, f"weight_decay must not be negative, not {weight_decay}")
+        check(num_workers >= 0, f"num_workers must not be negative, not {num_workers}")
+        self.data_dir, self.output_dir = Path(data_dir), Path(output_dir)
+        self.checkpoint_dir = self.output_dir / "checkpoints"
+        self.num_epochs, self.batch_size = num_epochs, batch_size
+        self.checkpoint_interval, self.validation_interval = checkpoint_interval, validation_interval
+        self.device = select_device(device)
+        self.autocast_dtype = autocast_dtype(self.device, mixed_precision)
+        self.resume = resume
+
+        seed_everything(seed)
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        self.network = LungNodule3DUNet(
+            channels=channels, strides=strides, num_res_units=num_res_units, dropout=dropout
+        ).to(self.device)
+        self.loss = DiceBCELoss(dice_weight, bce_weight, smooth)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True
+        )
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=num_epochs)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
+
+        uids = read_processed_list(self.data_dir)
+        self._claim_output(overwrite)
+        self.split = self._split(uids, validation_fraction, seed)
+        self.preprocessing = self._check_data()
+        dataset = LUNA16Dataset(self.data_dir, self.split["train"], Augmentation() if augment else None, seed)
+        self.sampler = EpochSampler(len(dataset), seed)
+        self.loader = make_loader(dataset, self.sampler, batch_size, num_workers, self.device)
+        self.validator = Validator(
+            self.data_dir,
+            device=device,
+            threshold=threshold,
+            mixed_precision=mixed_precision,
+            model=self.network,
+            seriesuids=self.split["validation"],
+            loss=self.loss,
+        )
+        self.epoch = 0  # epochs done
+        self.best: tuple[float, float] = (-math.inf, -math.inf)  # Dice, negative loss
+        self.log: list[dict[str, float]] = []
+
+    # ---- before training
+
+    def _claim_output(self, overwrite: bool) -> None:
+        """Refuses a folder that holds a run, or clears it of one."""
+        old = [*self.checkpoint_dir.glob("*.pth"), *self.output_dir.glob("logs_*/events*"), self.output_dir / "log.csv"]
+        old = [path for path in old if path.is_file()]
+        if not old or self.resume:
+            return
+        if not overwrite:
+            raise FileExistsError(
+                f"{self.output_dir} holds a training run; go on with it by resume=True (--resume true), replace it by "
+                "overwrite=True (--overwrite true), or name another output_dir"
+            )
+        for path in old:
+            path.unlink()
+
+    def _split(self, uids: list[str], validation_fraction: float, seed: int) -> dict[str, list[str]]:
+        path = self.checkpoint_dir / "split.json"
+        if self.resume and path.is_file():
+            return read_split(path)
+        split = make_split(self.data_dir, uids, validation_fraction, seed)
+        write_json(path, split)
+        logger.info("%d training and %d validation scans", len(split["train"]), len(split["validation"]))
+        return split
+
+    def _check_data(self) -> dict[str, Any]:
+        """Checks that all scans were prepared alike and fit the network; returns how they were prepared."""
+        first: dict[str, Any] | None = None
+        for uid in self.split["train"] + self.split["validation"]:
+            metadata = read_metadata(self.data_dir, uid)
+            first = first or metadata
+            check(
+                metadata["preprocessing"] == first["preprocessing"],
+                f"{uid} and {first['seriesuid']} were preprocessed with different settings; run preprocess.py again",
+            )
+            if uid in self.split["train"]:
+                self.network.check_size(metadata["shape_zyx"])
+        assert first is not None
+        return first["preprocessing"]
+
+    # ---- training
+
+    def train(self) -> pd.DataFrame:
+        """Trains to the last epoch and writes checkpoints and logs on the way.
+
+        Returns:
+            The table of ``log.csv``: one row an epoch.
+
+        Raises:
+            RuntimeError: CUDA is out of memory (the message names remedies), or no step of an epoch had a finite loss.
+        """
+        if self.resume:
+            self._load_newest()
+        self.writer = SummaryWriter(str(self.output_dir / f"logs_{time.strftime('%Y%m%d-%H%M%S')}"))
+        try:
+            while self.epoch < self.num_epochs:
+                self._run_epoch()
+        except torch.cuda.OutOfMemoryError as error:
+            raise RuntimeError(OUT_OF_MEMORY.format(**self.settings)) from error
+        finally:
+            self.writer.close()
+        return pd.DataFrame(self.log)
+
+    def _run_epoch(self) -> None:
+        start = time.perf_counter()
+        rate = float(self.scheduler.get_last_lr()[0])
+        train_loss = self._train_epoch()
+        self.scheduler.step()
+        self.epoch += 1
+        last = self.epoch == self.num_epochs
+        result = self.validator.run_validation() if last or self.epoch % self.validation_interval == 0 else None
+        self._record(train_loss, result, rate, time.perf_counter() - start)
+        if result is not None:
+            score = (result.dice if math.isfinite(result.dice) else -1.0, -result.loss)
+            if score > self.best or not math.isfinite(self.best[1]):
+                self.best = score
+                self._save("best_model.pth")
+        if last or self.epoch % self.checkpoint_interval == 0:
+            self._save(f"checkpoint_epoch_{self.epoch}.pth")
+
+    def _train_epoch(self) -> float:
+        """One pass over the training scans; returns the mean loss of its finite steps."""
+        self.network.train()
+        self.sampler.epoch = self.epoch
+        losses: list[Tensor] = []
+        names: list[list[str]] = []
+        known: list[float] = []
+        dice = next((row["validation_dice"] for row in reversed(self.log) if "validation_dice" in row), math.nan)
+        with tqdm(self.loader, desc=f"epoch {self.epoch + 1}/{self.num_epochs}", unit="step", disable=None) as bar:
+            for batch in bar:
+                losses.append(self._step(batch))
+                names.append(batch["seriesuid"])
+                if len(losses) == REPORT_EVERY:
+                    known += self._read_losses(losses, names)
+                    bar.set_postfix(loss=f"{np.mean(known):.4f}" if known else "none", dice=f"{dice:.3f}")
+            known += self._read_losses(losses, names)
+        if not known:
+            raise RuntimeError(
+                "no step of this epoch had a finite loss; lower learning_rate or set mixed_precision=False"
+            )
+        return float(np.mean(known))
+
+    def _read_losses(self, losses: list[Tensor], names: list[list[str]]) -> list[float]:
+        """Fetches losses from the device, reports those that are not finite by their scans, and empties both lists."""
+        values = torch.stack(losses).tolist() if losses else []
+        for value, scans in zip(values, names, strict=True):
+            if not math.isfinite(value):
+                logger.warning("epoch %d: loss %s on %s; step left out", self.epoch + 1, value, ", ".join(scans))
+        losses.clear()
+        names.clear()
+        return [value for value in values if math.isfinite(value)]
+
+    def _step(self, batch: dict[str, Any]) -> Tensor:
+        """One optimiser step; returns the loss on the device. A loss that is not finite changes nothing."""
+        image = batch["image"].to(self.device, non_blocking=True).float()
+        mask = batch["mask"].to(self.device, non_blocking=True)
+        if batch["augmentation"][0] is not None:
+            image, mask = augment_batch(image, mask, batch["augmentation"])
+        statistics = list(self.network.buffers())
+        before = [buffer.clone() for buffer in statistics]
+        dtype = self.autocast_dtype
+        with torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            logits = self.network(image)
+        loss = self.loss(logits, mask)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        finite = torch.isfinite(loss.detach())
+        for buffer, old in zip(statistics, before, strict=True):
+            buffer.copy_(torch.where(finite, buffer, old))
+        self._update(finite)
+        return loss.detach()
+
+    def _update(self, finite: Tensor) -> None:
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # leaves the step out by itself where a gradient is not finite
+            self.scaler.update()
+            return
+        # The fused kernels read this flag on the device, so that nothing waits for it.
+        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+
+    # ---- records
+
+    def _record(self, train_loss: float, result: ValidationResult | None, rate: float, seconds: float) -> None:
+        row = {"epoch": self.epoch, "train_loss": train_loss, "learning_rate": rate, "seconds": round(seconds, 2)}
+        if result is not None:
+            row |= {
+                "validation_loss": result.loss,
+                "validation_dice": result.dice,
+                "validation_dice_with_nodules": result.summary["dice_of_scans_with_nodules"],
+                "validation_sensitivity": result.summary["sensitivity"]["mean"],
+                "validation_precision": result.summary["precision"]["mean"],
+                "false_positive_nodules": result.summary["false_positive_nodules"],
+            }
+            logger.info(
+                "epoch %d: loss %.4f, validation loss %.4f, Dice %.3f", self.epoch, train_loss, result.loss, result.dice
+            )
+        self.log.append(row)
+        write_csv(self.output_dir / "log.csv", pd.DataFrame(self.log))
+        for name, value in row.items():
+            if name not in ("epoch", "seconds") and math.isfinite(value):
+                self.writer.add_scalar(name, value, self.epoch)
+        if result is not None and (self.epoch % self.checkpoint_interval == 0 or self.epoch in (1, self.num_epochs)):
+            self.writer.add_image("validation", _render(self.validator.draw_example()), self.epoch, dataformats="HWC")
+        self.writer.flush()
+
+    def _save(self, name: str) -> None:
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        generator = np.random.get_state()
+        checkpoint = {
+            "network": self.network.arguments,
+            "weights": self.network.state_dict(),
+            "preprocessing": self.preprocessing,
+            "training": self.settings,
+            "epoch": self.epoch,
+            "best": self.best,
+            "log": self.log,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": {
+                "python": random.getstate(),
+                "numpy": [generator[0], generator[1].tolist(), *generator[2:]],  # type: ignore[index]
+                "torch": torch.get_rng_state(),
+                "cuda": cuda,
+            },
+        }
+        with atomic_path(self.checkpoint_dir / name) as temporary:
+            save_checkpoint(temporary, checkpoint)
+
+    def _load_newest(self) -> None:
+        """Restores the newest checkpoint that is whole; a folder without any starts from the beginning."""
+        numbered = sorted(self.checkpoint_dir.glob("checkpoint_epoch_*.pth"), key=_epoch_of, reverse=True)
+        best = self.checkpoint_dir / "best_model.pth"
+        newest = _first_good(numbered)
+        if (other := _first_good([best] if best.is_file() else [])) and (
+            not newest or other["epoch"] > newest["epoch"]
+        ):
+            newest = other
+        if newest is None:
+            check(not numbered, f"no checkpoint in {self.checkpoint_dir} is whole; start anew with overwrite=True")
+            logger.warning("no checkpoint in %s: starting from the beginning", self.checkpoint_dir)
+            return
+        self._restore(newest)
+        logger.info("going on after epoch %d", self.epoch)
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        theirs, mine = checkpoint["training"], self.settings
+        differing = [
+            n for n in mine if n not in FREE_SETTINGS + ("data_dir", "output_dir") and mine[n] != theirs.get(n)
+        ]
+        check(
+            not differing,
+            "a run can only be resumed with its own settings; "
+            + ", ".join(f"{name} was {theirs.get(name)}, not {mine[name]}" for name in differing),
+        )
+        check(checkpoint["preprocessing"] == self.preprocessing, "the data was preprocessed anew with other settings")
+        self.network.load_state_dict(checkpoint["weights"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scheduler.load_state_dict(checkpoint["scheduler"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.epoch, self.best, self.log = checkpoint["epoch"], tuple(checkpoint["best"]), checkpoint["log"]
+        states = checkpoint["random"]
+        random.setstate(states["python"])
+        name, keys, *rest = states["numpy"]
+        np.random.set_state((name, np.asarray(keys, np.uint32), *rest))
+        torch.set_rng_state(states["torch"].cpu())
+        if states["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"].cpu(), self.device)
+
+
+def _built_in(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return [_built_in(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _epoch_of(path: Path) -> int:
+    digits = path.stem.rpartition("_")[2]
+    return int(digits) if digits.isdigit() else -1
+
+
+def _first_good(paths: Sequence[Path]) -> dict[str, Any] | None:
+    for path in paths:
+        try:
+            return load_checkpoint(path)
+        except ValueError as error:
+            logger.warning("%s", error)
+    return None
+
+
+def _render(figure: Any) -> np.ndarray:
+    """uint8 (height, width, RGB) of a figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; the options are Trainer's arguments. Returns the exit status."""
+
+    def work() -> int:
+        options, _ = parse_command_line(Trainer, "train", argv)
+        trainer = Trainer(**options)
+        trainer.train()
+        print(f"best validation Dice {trainer.best[0]:.3f}; checkpoints: {trainer.checkpoint_dir}")
+        return 0
+
+    return run_main(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,653 @@
+"""What all scripts share: the scan and its geometry, safe files, seeds, devices and the command line.
+
+Arrays are indexed (z, y, x). Patient coordinates and SimpleITK's vectors are (x, y, z) in LPS millimetres, the frame of
+LUNA16's ``annotations.csv`` and of ITK. The order changes in ``Geometry`` and in the readers and writers only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import random
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import SimpleITK as sitk
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+Vector = tuple[float, float, float]
+Shape = tuple[int, int, int]
+Box = tuple[Shape, Shape]  # half-open: (lower_zyx, upper_zyx)
+
+IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+SCAN_SUFFIXES = (".mhd", ".mha", ".nii", ".nii.gz", ".nrrd")
+ANNOTATION_COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm")
+CANDIDATE_COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "probability")
+# Deflate cannot shrink data further than this, so a header that claims more voxels is wrong.
+MAX_DEFLATE_RATIO = 1100
+
+
+# ---------------------------------------------------------------------------------------------------------- geometry
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the voxels of an array lie in the patient.
+
+    Args:
+        shape_zyx: Number of voxels (z, y, x).
+        origin: World position (x, y, z) of the centre of voxel 0, in mm.
+        spacing: Distance (x, y, z) between voxel centres, in mm.
+        direction: Direction cosines, row-major 3 x 3; column i is the world direction of index axis i (x, y, z).
+    """
+
+    shape_zyx: Shape
+    origin: Vector
+    spacing: Vector
+    direction: tuple[float, ...] = IDENTITY
+
+    @classmethod
+    def from_image(cls, image: sitk.Image) -> Geometry:
+        return cls(image.GetSize()[::-1], image.GetOrigin(), image.GetSpacing(), image.GetDirection())
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Geometry:
+        return cls(**{name: tuple(value) for name, value in values.items()})
+
+    @classmethod
+    def covering(
+        cls,
+        lower: npt.ArrayLike,
+        upper: npt.ArrayLike,
+        *,
+        shape_zyx: Shape | None = None,
+        spacing: Vector | None = None,
+    ) -> Geometry:
+        """Grid of identity direction over a world box, voxel edge to voxel edge.
+
+        Args:
+            lower: Lowest corner (x, y, z) in mm.
+            upper: Highest corner (x, y, z) in mm.
+            shape_zyx: Number of voxels; the spacing follows from it.
+            spacing: Voxel size (x, y, z) in mm, used when no shape is given; the box grows to whole voxels.
+        """
+        lower, extent = np.asarray(lower, float), np.subtract(upper, lower)
+        if shape_zyx is None:
+            size_xyz = np.maximum(np.ceil(extent / np.asarray(spacing) - 1e-3), 1)
+            step = np.asarray(spacing, float)
+        else:
+            size_xyz = np.asarray(shape_zyx[::-1])
+            step = extent / size_xyz
+        shape = tuple(int(n) for n in size_xyz[::-1])
+        return cls(shape, tuple((lower + step / 2).tolist()), tuple(step.tolist()))  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: list(value) for name, value in asdict(self).items()}
+
+    def _matrix(self) -> np.ndarray:
+        """(3, 3) matrix that takes an index step (x, y, z) to a world step (x, y, z)."""
+        return np.asarray(self.direction).reshape(3, 3) * np.asarray(self.spacing)
+
+    def world(self, index_zyx: npt.ArrayLike) -> np.ndarray:
+        """World positions (x, y, z) in mm of float indices (z, y, x); shape (..., 3) both."""
+        index_xyz = np.asarray(index_zyx, float)[..., ::-1]
+        return index_xyz @ self._matrix().T + np.asarray(self.origin)
+
+    def index(self, world_xyz: npt.ArrayLike) -> np.ndarray:
+        """Float indices (z, y, x) of world positions (x, y, z) in mm; shape (..., 3) both."""
+        offset = np.asarray(world_xyz, float) - np.asarray(self.origin)
+        return (offset @ np.linalg.inv(self._matrix()).T)[..., ::-1]
+
+    def index_xyz(self, world_xyz: npt.ArrayLike) -> np.ndarray:
+        """Float indices in (x, y, z) order, as the nodule lists carry them, of world positions (x, y, z)."""
+        return self.index(world_xyz)[..., ::-1]
+
+    def contains(self, world_xyz: npt.ArrayLike) -> np.ndarray:
+        """Whether world positions (..., 3) lie within the voxels, edges included; bool (...)."""
+        index = self.index(world_xyz)
+        return np.all((index >= -0.5) & (index <= np.asarray(self.shape_zyx) - 0.5), axis=-1)
+
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest corner (x, y, z) in mm of the axis-aligned box around all voxels, edge to edge."""
+        far = np.asarray(self.shape_zyx) - 0.5
+        corners = np.stack(np.meshgrid(*zip([-0.5] * 3, far, strict=True), indexing="ij"), axis=-1).reshape(-1, 3)
+        world = self.world(corners)
+        return world.min(axis=0), world.max(axis=0)
+
+    def cropped(self, box: Box) -> Geometry:
+        """Geometry of the sub-array ``array[lower:upper]``."""
+        lower, upper = np.asarray(box[0]), np.asarray(box[1])
+        shape = tuple(int(n) for n in upper - lower)
+        return Geometry(shape, tuple(self.world(lower).tolist()), self.spacing, self.direction)  # type: ignore[arg-type]
+
+    def spacing_along_axes(self) -> np.ndarray:
+        """Finest sampling distance (x, y, z) in mm met when walking along each world axis."""
+        voxels_per_mm = np.abs(np.asarray(self.direction).reshape(3, 3)) / np.asarray(self.spacing)
+        return 1.0 / voxels_per_mm.max(axis=1)
+
+    @property
+    def voxel_volume_mm3(self) -> float:
+        return float(np.prod(self.spacing))
+
+    @property
+    def spacing_zyx(self) -> Vector:
+        """Voxel size in array order (z, y, x), in mm."""
+        x, y, z = self.spacing
+        return z, y, x
+
+    def image(self, array: np.ndarray) -> sitk.Image:
+        """SimpleITK image of an array (z, y, x) that lies on this grid."""
+        image = sitk.GetImageFromArray(array)
+        image.SetOrigin(self.origin)
+        image.SetSpacing(self.spacing)
+        image.SetDirection(self.direction)
+        return image
+
+
+def resample(
+    image: sitk.Image, grid: Geometry, *, linear: bool = True, fill: float = 0.0, pixel_type: int = sitk.sitkFloat32
+) -> sitk.Image:
+    """Samples an image once at the voxel centres of ``grid``; ``fill`` outside of it."""
+    resampler = sitk.ResampleImageFilter()
+    resampler.SetSize([int(n) for n in grid.shape_zyx[::-1]])
+    resampler.SetOutputOrigin(grid.origin)
+    resampler.SetOutputSpacing(grid.spacing)
+    resampler.SetOutputDirection(grid.direction)
+    resampler.SetInterpolator(sitk.sitkLinear if linear else sitk.sitkNearestNeighbor)
+    resampler.SetDefaultPixelValue(float(fill))
+    resampler.SetOutputPixelType(pixel_type)
+    return resampler.Execute(image)
+
+
+# --------------------------------------------------------------------------------------------------------- raw scans
+
+
+def scan_name(path: str | Path) -> str:
+    """File name without its suffix; for LUNA16 the series UID.
+
+    Raises:
+        ValueError: The suffix is none that can be read.
+    """
+    name = Path(path).name
+    for suffix in sorted(SCAN_SUFFIXES, key=len, reverse=True):
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    raise ValueError(f"a scan must be one of {', '.join(SCAN_SUFFIXES)}, not {name!r}")
+
+
+def find_scans(folder: str | Path) -> dict[str, Path]:
+    """Finds ``folder/*.mhd`` and ``folder/subset*/*.mhd``; returns {series UID: path}, sorted by UID.
+
+    Raises:
+        FileNotFoundError: The folder is missing or holds no scan.
+        ValueError: A scan lies in two places.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; put LUNA16's .mhd/.raw files there (see data/README.md)")
+    found: dict[str, Path] = {}
+    for path in sorted([*folder.glob("*.mhd"), *folder.glob("subset*/*.mhd")]):
+        if path.stem in found:
+            raise ValueError(f"scan {path.stem} lies in two places, {found[path.stem]} and {path}; remove one of them")
+        found[path.stem] = path
+    if not found:
+        raise FileNotFoundError(f"no scan in {folder}; it must hold *.mhd or subset*/*.mhd (see data/README.md)")
+    return dict(sorted(found.items()))
+
+
+def data_file(path: Path) -> Path:
+    """File that holds the voxels of a scan: the ``ElementDataFile`` of an .mhd, else the file itself."""
+    return path.parent / _meta_header(path)["ElementDataFile"] if path.suffix.lower() == ".mhd" else path
+
+
+def read_scan(path: str | Path) -> sitk.Image:
+    """Reads a 3-D scan after checking what SimpleITK would let pass.
+
+    Args:
+        path: .mhd, .mha, .nii, .nii.gz or .nrrd file.
+
+    Returns:
+        Scalar image with finite, varying values and orthonormal direction.
+
+    Raises:
+        FileNotFoundError: The file, or the data file its header names, is missing.
+        ValueError: Header and data contradict each other, or the image is no 3-D scalar volume.
+    """
+    path = Path(path)
+    scan_name(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"scan {path} does not exist")
+    expected = _check_header(path)
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot be read; copy or download it again ({_last_line(error)})") from error
+    if path.suffix.lower() == ".mhd":
+        _check_compressed(data_file(path), expected, _meta_header(path))
+    _check_values(path, image)
+    return image
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[-1].strip()
+
+
+def _meta_header(path: Path) -> dict[str, str]:
+    """Fields of a MetaImage header (.mhd, or the text at the start of an .mha)."""
+    fields = {}
+    with open(path, "rb") as file:
+        for line in file.read(65536).split(b"\n"):
+            name, equals, value = line.decode("latin-1").partition("=")
+            if not equals:
+                continue
+            fields[name.strip()] = value.strip()
+            if name.strip() == "ElementDataFile":
+                return fields
+    raise ValueError(f"{path} is no MetaImage header: it must end with ElementDataFile; download the file again")
+
+
+def _check_header(path: Path) -> int:
+    """Checks the header without loading voxels; returns the number of bytes that the voxels take."""
+    suffix = path.suffix.lower()
+    if suffix in (".mhd", ".mha"):
+        _check_meta_fields(path, _meta_header(path))
+    if suffix == ".nrrd":
+        with open(path, "rb") as file:
+            header = file.read(65536).split(b"\n\n")[0].split(b"\r\n\r\n")[0].lower()
+        if b"\ndata file:" in header or b"\ndatafile:" in header:
+            raise ValueError(f"{path} keeps its voxels in another file; convert it to one self-contained .nrrd")
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise ValueError(f"{path} has no readable header; copy or download it again ({_last_line(error)})") from error
+    if reader.GetDimension() != 3 or reader.GetNumberOfComponents() != 1 or min(reader.GetSize()) < 2:
+        raise ValueError(
+            f"{path} must be a 3-D scan with one value a voxel, not size {reader.GetSize()} with "
+            f"{reader.GetNumberOfComponents()} component(s)"
+        )
+    _check_geometry(path, reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
+    bytes_each = np.dtype(_numpy_type(path, reader.GetPixelID())).itemsize
+    expected = int(np.prod([int(n) for n in reader.GetSize()], dtype=object)) * bytes_each
+    stored = data_file(path).stat().st_size
+    if expected > stored * MAX_DEFLATE_RATIO:
+        raise ValueError(f"{path} claims {expected:,} bytes of voxels but its file has only {stored:,} bytes")
+    return expected
+
+
+def _numpy_type(path: Path, pixel_id: int) -> type:
+    types = {
+        sitk.sitkInt8: np.int8,
+        sitk.sitkUInt8: np.uint8,
+        sitk.sitkInt16: np.int16,
+        sitk.sitkUInt16: np.uint16,
+        sitk.sitkInt32: np.int32,
+        sitk.sitkUInt32: np.uint32,
+        sitk.sitkInt64: np.int64,
+        sitk.sitkUInt64: np.uint64,
+        sitk.sitkFloat32: np.float32,
+        sitk.sitkFloat64: np.float64,
+    }
+    if pixel_id not in types:
+        raise ValueError(f"{path} must hold real numbers, not {sitk.GetPixelIDValueAsString(pixel_id)}")
+    return types[pixel_id]
+
+
+def _check_meta_fields(path: Path, header: dict[str, str]) -> None:
+    """MetaImage fields that ITK replaces silently by 0 or 1 when absent, and data files outside the folder."""
+    if not any(name in header for name in ("Offset", "Position", "Origin")):
+        raise ValueError(f"{path} has no Offset: positions in mm would be wrong; download the file again")
+    if not any(name in header for name in ("ElementSpacing", "ElementSize")):
+        raise ValueError(f"{path} has no ElementSpacing: sizes in mm would be wrong; download the file again")
+    for name in ("Offset", "Position", "Origin", "ElementSpacing", "TransformMatrix"):
+        try:
+            finite = all(math.isfinite(float(value)) for value in header.get(name, "").split())
+        except ValueError:
+            finite = False
+        if not finite:
+            raise ValueError(f"{path}: {name} must be finite numbers, not {header[name]!r}; download the file again")
+    if path.suffix.lower() == ".mha":
+        return
+    target = Path(header["ElementDataFile"])
+    if target.is_absolute() or ".." in target.parts or len(header["ElementDataFile"].split()) != 1:
+        raise ValueError(
+            f"{path}: ElementDataFile must be one file beside the header, not {header['ElementDataFile']!r}"
+        )
+    if not (path.parent / target).is_file():
+        raise FileNotFoundError(f"{path} needs {path.parent / target}, which does not exist; download both files")
+    if header.get("CompressedData", "False").lower() != "true":
+        _check_raw_size(path, header)
+
+
+def _check_raw_size(path: Path, header: dict[str, str]) -> None:
+    bytes_each = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "FLOAT": 4, "DOUBLE": 8}
+    element = header.get("ElementType", "").removeprefix("MET_")
+    if element not in bytes_each:
+        raise ValueError(f"{path}: ElementType must be a MET_ number type, not {header.get('ElementType')!r}")
+    voxels = int(np.prod([int(n) for n in header.get("DimSize", "0").split()], dtype=object))
+    expected, stored = voxels * bytes_each[element], data_file(path).stat().st_size
+    if stored != expected:
+        raise ValueError(
+            f"{path}: DimSize {header.get('DimSize')} needs {expected:,} bytes but {data_file(path).name} has "
+            f"{stored:,}; download both files again"
+        )
+
+
+def _check_geometry(path: Path, spacing: Iterable[float], origin: Iterable[float], direction: Iterable[float]) -> None:
+    spacing, origin = np.asarray(tuple(spacing)), np.asarray(tuple(origin))
+    matrix = np.asarray(tuple(direction)).reshape(3, 3)
+    if not (np.isfinite(spacing).all() and (spacing > 0).all() and np.isfinite(origin).all()):
+        raise ValueError(
+            f"{path}: spacing must be positive and origin finite, not {spacing.tolist()}, {origin.tolist()}"
+        )
+    if not np.allclose(matrix @ matrix.T, np.eye(3), atol=1e-3):
+        raise ValueError(f"{path}: direction must be a rotation or flip, not {np.round(matrix, 4).tolist()}")
+
+
+def _check_compressed(path: Path, expected: int, header: dict[str, str]) -> None:
+    """ITK ignores the checksum of a .zraw: a flipped byte would change the scan silently."""
+    if header.get("CompressedData", "False").lower() != "true":
+        return
+    decoder, size = zlib.decompressobj(wbits=47), 0  # 47: zlib or gzip, whichever the header says
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                size += len(decoder.decompress(block))
+    except zlib.error as error:
+        raise ValueError(f"{path} is damaged ({error}); download it again") from error
+    if not decoder.eof or size != expected:
+        raise ValueError(f"{path} holds {size:,} bytes of voxels where its header says {expected:,}; download it again")
+
+
+def _check_values(path: Path, image: sitk.Image) -> None:
+    values = sitk.GetArrayViewFromImage(image)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).sum())
+        raise ValueError(f"{path} has {bad:,} voxels that are not finite; replace them by -1000 (air)")
+    if values.min() == values.max():
+        raise ValueError(f"{path} holds one value, {values.min()}, everywhere: it is no scan")
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary name beside ``path``; renames it to ``path`` once it is written and on the disk.
+
+    A run that is killed, or a disk that fills up, leaves the old file or none, never half of one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix, by which writers choose the format
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, values: Any) -> None:
+    write_text(path, json.dumps(values, indent=1) + "\n")
+
+
+def write_csv(path: str | Path, table: pd.DataFrame) -> None:
+    with atomic_path(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def write_array(path: str | Path, array: np.ndarray) -> None:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def write_objects(path: str | Path, values: Any) -> None:
+    """Writes built-in types as a pickled .npy for ``np.load(path, allow_pickle=True).item()``, and a .json twin.
+
+    Our own code reads the twin only: unpickling runs whatever code a file holds.
+    """
+    path = Path(path)
+    write_json(path.with_suffix(".json"), values)
+    boxed = np.empty((), dtype=object)
+    boxed[()] = values
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, boxed, allow_pickle=True)
+
+
+def write_image(path: str | Path, image: sitk.Image) -> None:
+    """Writes an image and reads it back: on a full disk the NIfTI writer raises nothing.
+
+    Raises:
+        OSError: What was written is not what was to be written.
+    """
+    with atomic_path(path) as temporary:
+        sitk.WriteImage(image, str(temporary), useCompression=True)
+        written = sitk.ReadImage(str(temporary))
+        if not np.array_equal(sitk.GetArrayViewFromImage(written), sitk.GetArrayViewFromImage(image)):
+            raise OSError(f"{path} could not be written; is the disk full?")
+
+
+def read_table(path: str | Path, columns: Iterable[str]) -> pd.DataFrame:
+    """Reads a CSV file (also .csv.gz) of LUNA16's kind; ``seriesuid`` is text, other asked-for columns are numbers.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A column is missing, or a value is no finite number.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist (see data/README.md for where each file goes)")
+    try:
+        table = pd.read_csv(path, dtype={"seriesuid": str})
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no CSV table: {error}") from error
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise ValueError(f"{path} must have the columns {', '.join(columns)}; missing: {', '.join(missing)}")
+    for name in columns:
+        if name == "seriesuid":
+            bad = table[name].isna()
+        else:
+            table[name] = pd.to_numeric(table[name], errors="coerce").astype(float)
+            bad = ~np.isfinite(table[name])
+        if bad.any():
+            raise ValueError(f"{path}, line {int(np.argmax(bad)) + 2}: {name} is empty or no number; correct the line")
+    return table
+
+
+# ------------------------------------------------------------------------------------------- processed scans, splits
+
+
+@dataclass(frozen=True)
+class ProcessedScan:
+    """One scan as ``preprocess.py`` left it.
+
+    Args:
+        seriesuid: The scan's name.
+        image: float16 (z, y, x) in [0, 1], memory-mapped.
+        mask: uint8 (z, y, x), 1 = nodule, memory-mapped.
+        metadata: The fields of ``<seriesuid>_metadata.json``.
+    """
+
+    seriesuid: str
+    image: np.ndarray
+    mask: np.ndarray
+    metadata: dict[str, Any]
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.image.shape, tuple(self.metadata["origin"]), tuple(self.metadata["spacing"]))
+
+
+def metadata_path(data_dir: str | Path, seriesuid: str) -> Path:
+    """The metadata that our code reads; its pickled .npy twin stands beside it."""
+    return Path(data_dir) / f"{seriesuid}_metadata.json"
+
+
+def read_metadata(data_dir: str | Path, seriesuid: str) -> dict[str, Any]:
+    path = metadata_path(data_dir, seriesuid)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; run python preprocess.py first")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_processed(data_dir: str | Path, seriesuid: str) -> ProcessedScan:
+    """Opens a processed scan without loading its voxels.
+
+    Raises:
+        FileNotFoundError: A file of the scan is missing.
+        ValueError: Image and mask do not belong together.
+    """
+    arrays = []
+    for kind in ("images", "masks"):
+        path = Path(data_dir) / kind / f"{seriesuid}.npy"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; run python preprocess.py first")
+        arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
+    if arrays[0].shape != arrays[1].shape or arrays[0].ndim != 3:
+        raise ValueError(f"image {arrays[0].shape} and mask {arrays[1].shape} of {seriesuid} differ; run preprocess.py")
+    return ProcessedScan(seriesuid, arrays[0], arrays[1], read_metadata(data_dir, seriesuid))
+
+
+def read_processed_list(data_dir: str | Path) -> list[str]:
+    """Series UIDs of ``processed_files.txt``.
+
+    Raises:
+        FileNotFoundError: The list is missing.
+        ValueError: It is empty.
+    """
+    path = Path(data_dir) / "processed_files.txt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; run python preprocess.py first")
+    uids = path.read_text(encoding="utf-8").split()
+    if not uids:
+        raise ValueError(f"{path} lists no scan; see failed_files.csv beside it and run python preprocess.py again")
+    return uids
+
+
+def read_split(path: str | Path) -> dict[str, list[str]]:
+    """Reads the split file that training left beside its checkpoints: {'train': [...], 'validation': [...]}."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; keep split.json of the training beside its checkpoints")
+    split = json.loads(path.read_text(encoding="utf-8"))
+    if not all(isinstance(split.get(part), list) for part in ("train", "validation")):
+        raise ValueError(f"{path} must hold the lists 'train' and 'validation'")
+    return split
+
+
+# ------------------------------------------------------------------------------------------------- seeds and devices
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, numpy and torch."""
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+_warned_devices: set[str] = set()
+
+
+def select_device(device: str | torch.device) -> torch.device:
+    """``device``, or the CPU with one warning where CUDA is asked for and absent.
+
+    Raises:
+        ValueError: No such kind of device.
+    """
+    import torch
+
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'cuda', 'cuda:<n>' or 'cpu', not {device!r}") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        if str(device) not in _warned_devices:
+            logger.warning("no CUDA device found: running on the CPU, which is much slower")
+            _warned_devices.add(str(device))
+        return torch.device("cpu")
+    if chosen.type not in ("cuda", "cpu"):
+        raise ValueError(f"device must be 'cuda', 'cuda:<n>' or 'cpu', not {device!r}")
+    return chosen
+
+
+def autocast_dtype(device: torch.device, mixed_precision: bool) -> torch.dtype | None:
+    """The half-precision type that pays on this hardware: bf16 where it has it, fp16 on older CUDA, else None."""
+    import torch
+
+    if not mixed_precision:
+        return None
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else None
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises ValueError with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def parse_command_line(
+    cls: type, method: str, argv: list[str] | None, *, skip: Iterable[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options from the signatures of a class and one of its methods; help from their docstrings.
+
+    ``--config FILE.yaml`` reads options from a file and ``--print_config`` prints one to start from.
+
+    Returns:
+        Keyword arguments for the constructor and for the method.
+    """
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        description=(cls.__doc__ or "").strip().split("\n")[0],
+        epilog="Write lists in quotes, as in --target_size '[64,256,256]'; null stands for None.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file with options; --print_config prints one")
+    for_class = parser.add_class_arguments(cls, skip=set(skip))
+    for_method = parser.add_method_arguments(cls, method)
+    values = vars(parser.parse_args(argv))
+    return {name: values[name] for name in for_class}, {name: values[name] for name in for_method}
+
+
+def run_main(work: Callable[[], int]) -> int:
+    """Runs a script's work; a user's mistake ends in one clear line and exit status 1, not in a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")  # to stderr
+    logging.captureWarnings(True)
+    try:
+        return work()
+    except (ValueError, OSError, ImportError) as error:
+        logger.error("%s", error)
+        logger.debug("traceback", exc_info=True)
+        return 1
+    except KeyboardInterrupt:
+        logger.error("interrupted; what is already written is complete")
+        return 130
