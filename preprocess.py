@@ -107,7 +107,7 @@ class Preprocessing:
     mask_lungs: bool = True
     crop_to_lungs: bool = False
     lung_closing_mm: float = 10.0
-    lung_margin_mm: float = 5.0
+    lung_margin_mm: float = 8.0
     crop_margin_mm: float = 5.0
 
     def __post_init__(self) -> None:
@@ -203,52 +203,73 @@ def resample_mean(image: sitk.Image, grid: Geometry, fill: float) -> Iterator[tu
 
 # ---------------------------------------------------------------------------------------------------------- lungs
 
-WORKING_MM = 2.0  # lungs are found and widened on voxels of about this size
+LUNG_GRID_MM = 3.0  # lungs are found and widened on voxels of about this size; distances between them stay exact
+LUNG_HU = -400  # lung parenchyma and air lie below
+GAS_HU = -920  # the mean of gas in bowel or stomach lies below, that of lungs above
+SMALLEST_LUNG_MM3 = 200_000
 
 
 def _shrink(image: sitk.Image) -> sitk.Image:
-    """Averages blocks of voxels up to WORKING_MM; the physical space stays."""
-    factors = [max(1, int(WORKING_MM / spacing + 0.25)) for spacing in image.GetSpacing()]
-    factors = [min(factor, size) for factor, size in zip(factors, image.GetSize(), strict=True)]
-    return sitk.BinShrink(image, factors) if max(factors) > 1 else image
+    """Averages blocks of voxels up to LUNG_GRID_MM; physical positions stay."""
+    pairs = zip(image.GetSpacing(), image.GetSize(), strict=True)
+    return sitk.BinShrink(image, [min(max(1, int(LUNG_GRID_MM / spacing + 0.1)), size) for spacing, size in pairs])
 
 
 def select_lungs(labels: sitk.Image) -> sitk.Image | None:
-    """Coarse binary lung mask of LUNA16's label image, or None where it has no lungs."""
-    lungs = sitk.BinaryThreshold(labels, min(LUNG_LABELS), max(LUNG_LABELS))
-    coarse = _shrink(sitk.Cast(lungs, sitk.sitkFloat32)) >= 0.5
-    return coarse if sitk.GetArrayViewFromImage(coarse).any() else None
+    """Lungs of LUNA16's label image as a coarse binary mask; None where it has none."""
+    lungs = _shrink(sitk.BinaryThreshold(labels, min(LUNG_LABELS), max(LUNG_LABELS), 200, 0)) >= 100
+    return lungs if sitk.GetArrayViewFromImage(lungs).any() else None
 
 
 def segment_lungs(scan: sitk.Image) -> sitk.Image | None:
-    """placeholder"""
-    coarse = _shrink(sitk.Cast(sitk.Clamp(scan, scan.GetPixelID(), -1000, 400), sitk.sitkFloat32))
-    air = coarse < -400
-    comp = sitk.ConnectedComponent(air)
-    s = sitk.LabelShapeStatisticsImageFilter(); s.Execute(comp)
-    n = coarse.GetSize()
-    keep = []
-    for l in s.GetLabels():
-        b = s.GetBoundingBox(l)
-        if b[0] == 0 or b[1] == 0 or b[0] + b[3] == n[0] or b[1] + b[4] == n[1]:
-            continue
-        if s.GetPhysicalSize(l) > 2e5:
-            keep.append(l)
-    if not keep:
+    """Lungs of a chest CT by threshold, after Hu et al. 2001 (doi 10.1109/42.929615).
+
+    Args:
+        scan: CT in HU, any direction.
+
+    Returns:
+        Binary mask, airways included, on a coarse grid of the same physical space; None where no lungs are found.
+    """
+    coarse = sitk.Cast(_shrink(sitk.Clamp(scan, scan.GetPixelID(), -1000, 400)), sitk.sitkFloat32)
+    regions = sitk.ConnectedComponent(_enclosed_air(coarse))
+    statistics = sitk.LabelIntensityStatisticsImageFilter()
+    statistics.Execute(regions, coarse)
+    found = [
+        (statistics.GetPhysicalSize(label), label)
+        for label in statistics.GetLabels()
+        if statistics.GetPhysicalSize(label) > SMALLEST_LUNG_MM3 and statistics.GetMean(label) > GAS_HU
+    ]
+    if not found:
         return None
-    return sitk.ChangeLabel(comp, {l: 1 if l in keep else 0 for l in s.GetLabels()}) == 1
+    largest = max(found)[0]
+    chosen = [label for volume, label in sorted(found)[-2:] if volume > 0.05 * largest]
+    return Geometry.from_image(regions).image(np.isin(sitk.GetArrayViewFromImage(regions), chosen).astype(np.uint8))
+
+
+def _enclosed_air(coarse: sitk.Image) -> sitk.Image:
+    """Air that tissue encloses within its slice: the room around the patient leaks into no slice of the lungs."""
+    tissue = coarse >= LUNG_HU
+    slices = [sitk.BinaryFillhole(tissue[:, :, z]) for z in range(tissue.GetDepth())]
+    filled = sitk.JoinSeries(slices)
+    filled.CopyInformation(tissue)
+    return sitk.And(filled, sitk.Not(tissue))
 
 
 def widen(lungs: sitk.Image, closing_mm: float, margin_mm: float) -> sitk.Image:
-    """placeholder"""
-    pad = [int(np.ceil((closing_mm + margin_mm) / sp)) + 1 for sp in lungs.GetSpacing()]
-    padded = sitk.ConstantPad(lungs, pad, pad, 0)
-    out = sitk.SignedMaurerDistanceMap(padded, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
-    grown = sitk.Cast(out <= closing_mm, sitk.sitkUInt8)
-    back = sitk.SignedMaurerDistanceMap(grown, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
-    closed = sitk.Cast(back <= -closing_mm, sitk.sitkUInt8)
-    final = sitk.SignedMaurerDistanceMap(closed, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
-    return final - margin_mm
+    """Closes a mask by a ball of radius ``closing_mm`` and grows it by ``margin_mm``, by distance maps.
+
+    Returns:
+        Float image on a padded grid: the signed distance in mm to the border of the widened mask, negative inside. It
+        can be sampled linearly on any grid.
+    """
+    padding = [int(np.ceil((closing_mm + margin_mm) / spacing)) + 1 for spacing in lungs.GetSpacing()]
+    outside = _signed_distance(sitk.ConstantPad(lungs, padding, padding, 0))
+    closed = _signed_distance(outside > closing_mm) >= closing_mm
+    return _signed_distance(closed) - margin_mm
+
+
+def _signed_distance(mask: sitk.Image) -> sitk.Image:
+    return sitk.SignedMaurerDistanceMap(mask, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
 
 
 def _mask_bounds(mask: sitk.Image) -> tuple[np.ndarray, np.ndarray]:

@@ -2,16 +2,17 @@
 
     python data/phantom.py --num_scans 12 --size_xyz '[256,256,120]'
 
-The patient is a set of signed distances (mm, negative inside) in a canonical frame: x to the patient's left, y to the back, z to the head, the
-origin between the hila. A pose (rotation, scale, shift) takes it to world LPS millimetres. Large organs are evaluated on a coarse lattice and
-interpolated, because distances are smooth; vessels and nodules are drawn on the voxels in their own bounding boxes. Fields are (z, y, x).
+The patient is a set of signed distances (mm, negative inside) in a canonical frame: x to the patient's left, y to the
+back, z to the head, the origin between the hila. A pose (rotation, scale, shift) takes it to world LPS millimetres.
+Large organs are evaluated on a coarse lattice and interpolated, because distances are smooth; vessels and nodules are
+drawn on the voxels in their own bounding boxes. Fields are (z, y, x).
 """
 
 import logging
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,22 +28,22 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 Box = tuple[slice, slice, slice]  # z, y, x
 
-UID_PREFIX = '1.2.826.0.1.3680043.10.1338'
-COLUMNS = ['seriesuid', 'coordX', 'coordY', 'coordZ', 'diameter_mm']
+UID_PREFIX = "1.2.826.0.1.3680043.10.1338"
+COLUMNS = ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]
 LEFT_LUNG, RIGHT_LUNG, AIRWAY = 3, 4, 5  # labels of seg-lungs-LUNA16
 LATTICE_MM = 3.0
-TWIGS = 620  # end points of each of the four pulmonary trees
+TWIGS = 520  # end points of each of the four pulmonary trees
 
 # Hounsfield units
 AIR, LUMEN, FAT, FLUID, MUSCLE, LIVER, SKIN = -1000, -970, -100, 15, 55, 60, 20
 CARTILAGE, DISC, MARROW, CORTEX = 110, 85, 160, 700
-AIRWAY_WALL, FISSURE, GROUND_GLASS, SOLID, CALCIFIED = -150, -720, -600, 35, 450
+AIRWAY_WALL, FISSURE, GROUND_GLASS, SOLID, CALCIFIED = -150, -720, -560, 35, 450
 TABLE_SHELL, TABLE_CORE = 100, -900
 
-# The great vessels: canonical end points (mm) and radii. Their union, a little wider, is the mediastinum that indents the lungs.
+# The great vessels: canonical end points (mm) and radii. Their union, a little wider, indents the lungs.
 GREAT_VESSELS = [
     ((-8, -28, -15), (-14, -26, 30), 15, 15),  # ascending aorta
     ((-14, -26, 30), (-2, -8, 52), 15, 13.5),  # arch
@@ -74,6 +75,8 @@ AIRWAYS = [
     ((38, 20, 6), (46, 26, -26), 4.5, 3.4),
 ]
 ESOPHAGUS = [((4, 28, 135), (5, 32, 20), 7, 7), ((5, 32, 20), (10, 28, -75), 7, 8), ((10, 28, -75), (35, 0, -95), 8, 8)]
+COLLAR_BONES = [((s * 22, -52, 84), (s * 80, -50, 104), 7.0, 5.5) for s in (-1, 1)]
+COLLAR_BONES += [((s * 80, -50, 104), (s * 150, -5, 112), 5.5, 6.0) for s in (-1, 1)]
 # Where the pulmonary trees begin: two arteries, then two veins.
 HILA = [(-36, 0, 8), (40, 12, 14), (-38, 8, -14), (38, 10, -14)]
 
@@ -95,7 +98,7 @@ class Nodule:
 
 @dataclass(frozen=True)
 class Phantom:
-    """A synthetic scan: the CT (int16, HU), its lung mask (uint8, same geometry), what is annotated and what is excluded."""
+    """A synthetic scan: CT (int16, HU), lung mask (uint8, same geometry), what is annotated and what is excluded."""
 
     seriesuid: str
     image: sitk.Image
@@ -144,7 +147,7 @@ class Patient:
     noise_hu: float
 
     @classmethod
-    def draw(cls, rng: np.random.Generator) -> 'Patient':
+    def draw(cls, rng: np.random.Generator) -> "Patient":
         """A random patient."""
         a, b, c = np.deg2rad(rng.normal(0, 2.0, 3).clip(-4, 4))
         turn_x = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
@@ -175,7 +178,7 @@ class Patient:
         return np.hstack([starts, ends, radii])
 
 
-# ---- distances -------------------------------------------------------------------------------------------------------------
+# ---- distances ----
 
 
 def capsule_distance(mesh: tuple[Array, Array, Array], row: NDArray[np.float64]) -> Array:
@@ -204,7 +207,7 @@ def tubes_distance(grid: Grid, rows: NDArray[np.float64], margin_mm: float = 15.
 
 
 def as_distance(field: Array, scale_mm: float) -> Array:
-    """Turns an implicit function (0 on the surface, scale_mm: its rough slope) into a distance by its gradient, to first order."""
+    """Turns an implicit function (0 on the surface, slope about 1 / scale_mm) into a distance, to first order."""
     gradient = np.gradient(field * np.float32(scale_mm), np.float32(LATTICE_MM))
     slope = np.sqrt(sum(g * g for g in gradient))
     return field * np.float32(scale_mm) / np.maximum(slope, 0.3)
@@ -217,13 +220,14 @@ def ellipsoid(p: tuple[Array, Array, Array], center: Sequence[float], radii: Seq
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float | Sequence[float]) -> Array:
-    """Correlated Gaussian noise of unit variance."""
-    field = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), sigma, mode='wrap', truncate=3)
-    return field / field.std()
+    """Correlated Gaussian noise of zero mean and unit variance."""
+    field = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), sigma, mode="wrap", truncate=3)
+    field -= field.mean()  # the box of a tiny nodule may hold a single voxel, whose deviation is 0
+    return field / max(field.std(), 1e-6)
 
 
 class Canvas:
-    """A CT that is painted from back to front; edges are ramps about one voxel wide, which stands for partial volume."""
+    """A CT that is painted from back to front; edges are ramps about a voxel wide, which stands for partial volume."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
@@ -265,13 +269,13 @@ class Canvas:
         self.image[box] += alpha * (value - self.image[box])
 
     def add(self, box: Box, distance: Array, hu: float | Array, fade: float | Array = 1.0) -> None:
-        """Brightens voxels to a shape on the background. The maximum leaves no knots where pieces of one tree overlap."""
+        """Brightens voxels to a shape; a maximum leaves no knots where pieces of one tree overlap."""
         alpha = np.clip(0.5 - distance / self.width_mm, 0, 1) * np.float32(fade)
         behind = self.background[box]
         np.maximum(self.image[box], behind + alpha * (hu - behind), out=self.image[box])
 
 
-# ---- anatomy on the lattice ------------------------------------------------------------------------------------------------
+# ---- anatomy on the lattice ----
 
 
 def canonical_mesh(patient: Patient, lattice: Grid) -> tuple[Array, Array, Array]:
@@ -300,9 +304,11 @@ class Anatomy:
         self.vessels = tubes_distance(lattice, patient.tubes(GREAT_VESSELS))
         self.airways = tubes_distance(lattice, patient.tubes(AIRWAYS))
         self.esophagus = tubes_distance(lattice, patient.tubes(ESOPHAGUS))
-        self.heart = self._heart()
         self.diaphragm = self._diaphragm()
-        self.spine_y = np.float32(64) - 14 * ((self.p[2] + 10) / 110) ** 2 * (self.p[2] > -10) - 4 * ((self.p[2] + 10) / 110) ** 2
+        self.heart = np.maximum(self._heart(), -6 - self.diaphragm)
+        z = self.p[2] + 10
+        self.spine_y = 64 - np.where(z > 0, 18, 4) * (z / 110) ** 2  # middle of the vertebral bodies: a kyphosis
+        self.spine_y = self.spine_y.astype(np.float32)
         self.lungs = self._lungs()
 
     def _cage(self) -> Array:
@@ -311,7 +317,8 @@ class Anatomy:
         up = np.maximum(z + 38, 0) / 145
         lean = np.clip((z + 60) / 140, -0.6, 1.2)
         middle = 44 * np.minimum(up, 1) ** 3
-        y = y + 13 * np.exp(-((x / 32) ** 2)) * rise(y, 0, 60) - 5 * np.exp(-((x / 45) ** 2)) * rise(-y, 0, 60)  # spine and sternum bulge in
+        # The spine and the breastbone bulge into it.
+        y = y + 13 * np.exp(-((x / 32) ** 2)) * rise(y, 0, 60) - 5 * np.exp(-((x / 45) ** 2)) * rise(-y, 0, 60)
         wide, deep = 121 - middle, 87 - 20 * lean
         q = np.abs((np.abs(x) - middle) / wide) ** 2.3 + np.abs((y - 20 * lean + 2) / deep) ** 2.3 + up**2.7
         return as_distance(q ** np.float32(1 / 2.3) - 1, 90)
@@ -339,7 +346,9 @@ class Anatomy:
         column = (np.sqrt((x / 22) ** 2 + ((y - self.spine_y - 4) / 24) ** 2) - 1) * 22
         upper = ellipsoid(self.p, (-2, -8, 52), (31, 54, 66))
         septum = np.abs(x - 4 * rise(-y, 0, 60)) - 3.5 - 6 * rise(z, 40, 100)
-        middle = np.minimum.reduce([septum, column, upper, self.vessels - 3, self.airways - 4, self.esophagus - 2, self.heart - 3])
+        middle = np.minimum.reduce(
+            [septum, column, upper, self.vessels - 3, self.airways - 4, self.esophagus - 2, self.heart - 3]
+        )
         shape = np.maximum.reduce([self.cage, -middle, -self.diaphragm])
         shape += 1.2 * smooth_noise(self.rng, shape.shape, 3.5)
         return ndimage.gaussian_filter(shape, 1.0)
@@ -353,7 +362,9 @@ class Anatomy:
         q = np.abs(x / wide) ** 2.5 + np.abs((y - 12 - 6 * shoulders) / (deep - groove)) ** 2.5
         skin = as_distance(q ** np.float32(1 / 2.5) - 1, 110)
         angle, noise = self.angle, smooth_noise(self.rng, x.shape, 3)
-        thick = 11 + 26 * np.exp(-((angle / 0.55) ** 2)) + 14 * np.exp(-(((angle - 2.35) / 0.4) ** 2)) * rise(z, -30, 30)
+        thick = (
+            11 + 26 * np.exp(-((angle / 0.55) ** 2)) + 14 * np.exp(-(((angle - 2.35) / 0.4) ** 2)) * rise(z, -30, 30)
+        )
         thick += 17 * np.exp(-(((angle - 1.2) / 0.5) ** 2)) * rise(z, -40, 50) + 45 * rise(z, 70, 110)
         muscle = np.maximum(self.cage - thick - 2 * noise, skin + 3 + 0.5 * fat)
         gaps = np.maximum(3.5 - self.cage + 8, np.abs(smooth_noise(self.rng, x.shape, (6, 2.5, 2.5))) * 14 - 1.2)
@@ -361,11 +372,11 @@ class Anatomy:
         canvas.paint(skin + 2, FAT + 8 * noise)
         canvas.paint(muscle, MUSCLE + 6 * noise)
         canvas.paint(np.maximum(gaps, muscle), FAT / 2)
-        canvas.paint(np.maximum(self.cage + 2, -self.cage - 200), FAT + 15 + 12 * noise)
+        canvas.paint(self.cage + 2, FAT + 15 + 12 * noise)
 
     def paint_abdomen(self, canvas: Canvas) -> None:
         """Liver, spleen and stomach under the diaphragm, which is itself a sheet of muscle."""
-        x, y, z = self.p
+        x, y, _ = self.p
         below = np.maximum(self.cage + 2, self.diaphragm)
         contrast = 0.35 * max(self.patient.blood_hu - 45, 0)
         sheet = np.maximum(below, -3 - self.diaphragm)
@@ -381,7 +392,7 @@ class Anatomy:
 
     def paint_mediastinum(self, canvas: Canvas) -> None:
         """Heart in its fat, great vessels, oesophagus."""
-        blood = np.float32(self.patient.blood_hu)
+        blood = self.patient.blood_hu
         noise = smooth_noise(self.rng, self.heart.shape, 3)
         wall = self.heart + 2 + np.maximum(2 * noise, 0)
         septum = 2.5 + noise - np.abs(self.p[0] - 12 + 0.7 * (self.p[1] + 20) + 0.004 * (self.p[1] + 20) ** 2)
@@ -405,15 +416,13 @@ class Anatomy:
         canvas.paint(np.maximum.reduce([ribs, -front, margin]), CARTILAGE)
         sternum = ((np.abs(x) / (15 + 10 * rise(z, 50, 70))) ** 4 + ((self.cage - 8) / 5.5) ** 4) ** np.float32(0.25)
         sternum = np.maximum.reduce([(sternum - 1) * 6, y + 20, z - 88, -48 - z])
-        collar = tubes_distance(self.lattice, self.patient.tubes(self._collar_bones()))
+        collar = tubes_distance(self.lattice, self.patient.tubes(COLLAR_BONES))
         bones = np.minimum.reduce([np.maximum(ribs, front), sternum, self._blades(), collar, self._vertebrae()])
+        spine_y = y - self.spine_y
+        canvas.paint((np.sqrt((x / 17.5) ** 2 + (spine_y / 14.5) ** 2) - 1) * 15, DISC)
+        canvas.paint(np.sqrt(x**2 + (spine_y - 24) ** 2) - 9, FLUID + 15)  # the canal
         canvas.paint(bones, CORTEX)
         canvas.paint(bones + 1.7, MARROW + 50 * smooth_noise(self.rng, x.shape, 1.2))
-
-    def _collar_bones(self) -> list[tuple]:
-        return [((s * 22, -52, 84), (s * 80, -50, 104), 7, 5.5) for s in (-1, 1)] + [
-            ((s * 80, -50, 104), (s * 150, -5, 112), 5.5, 6) for s in (-1, 1)
-        ]
 
     def _blades(self) -> Array:
         """Shoulder blades: a plate that widens upwards, thick towards the joint, with a ridge behind."""
@@ -441,16 +450,15 @@ class Anatomy:
         across = np.maximum.reduce([across, side - 34, 9 - side])
         return np.minimum.reduce([body, arch, spinous, across])
 
-    def paint_discs(self, canvas: Canvas) -> None:
-        """Discs and the canal, which the bones then leave open."""
-        x, y = self.p[0], self.p[1] - self.spine_y
-        canvas.paint((np.sqrt((x / 17.5) ** 2 + (y / 14.5) ** 2) - 1) * 15, DISC)
-        canvas.paint(np.sqrt(x**2 + (y - 24) ** 2) - 9, FLUID + 15)
-
     def paint_lungs(self, canvas: Canvas) -> None:
-        """Parenchyma, denser towards the back on which the patient lies, and the oblique fissures."""
+        """Parenchyma, denser towards the back on which the patient lies; oblique fissures; main airways."""
         x, y, z = self.p
-        hu = self.patient.lung_hu + 0.45 * y + 14 * smooth_noise(self.rng, x.shape, 5) + 12 * smooth_noise(self.rng, x.shape, 1.2)
+        hu = (
+            self.patient.lung_hu
+            + 0.45 * y
+            + 14 * smooth_noise(self.rng, x.shape, 5)
+            + 12 * smooth_noise(self.rng, x.shape, 1.2)
+        )
         hu += 90 * np.exp(self.lungs / 5) * rise(y, 35, 85)  # dependent atelectasis
         canvas.paint(self.lungs, hu)
         fissure = (z + 13 - 1.04 * y) / 1.44 + 4 * smooth_noise(self.rng, x.shape, 9)
@@ -458,18 +466,15 @@ class Anatomy:
         box, alpha = canvas.cover(np.maximum(self.lungs, np.abs(fissure) - 4))
         line = np.clip(0.5 - (np.abs(canvas.upsample(fissure, box)) - 0.2) / canvas.width_mm, 0, 0.6)
         canvas.image[box] += alpha * line * (FISSURE - canvas.image[box])
-
-    def paint_airways(self, canvas: Canvas) -> None:
-        """Trachea and bronchi: wall, then lumen."""
         canvas.paint(self.airways - 1.5, MUSCLE - 20)
         canvas.paint(self.airways, LUMEN)
 
 
-# ---- vessels ---------------------------------------------------------------------------------------------------------------
+# ---- vessels ----
 
 
 def grow_tree(targets: NDArray[np.float64], root: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Connects points to a root, trading wire length against path length (Cuntz et al. 2010), with radii by Murray's law.
+    """Connects points to a root, trading wire length against path length (Cuntz et al. 2010); radii by Murray's law.
 
     Args:
         targets: World points (N, 3).
@@ -503,7 +508,9 @@ def grow_tree(targets: NDArray[np.float64], root: NDArray[np.float64], rng: np.r
     start, end = points[parent[nodes]], points[nodes]
     middle = (start + end) / 2 + rng.normal(0, 0.07, start.shape) * length[nodes, None]
     thick, thin = np.minimum(radius[parent[nodes]], 1.35 * radius[nodes])[:, None], radius[nodes][:, None]
-    return np.vstack([np.hstack([start, middle, thick, (thick + thin) / 2]), np.hstack([middle, end, (thick + thin) / 2, thin])])
+    return np.vstack(
+        [np.hstack([start, middle, thick, (thick + thin) / 2]), np.hstack([middle, end, (thick + thin) / 2, thin])]
+    )
 
 
 def lattice_points(lattice: Grid, chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -545,17 +552,21 @@ def paint_bronchi(canvas: Canvas, rows: NDArray[np.float64], lung_alpha: Array) 
             tube = row.copy()
             tube[6:] *= thickness
             box = tube_box(canvas.grid, tube, canvas.width_mm)
-            alpha = np.clip(0.5 - capsule_distance(canvas.grid.mesh(box), tube) / canvas.width_mm, 0, 1) * lung_alpha[box]
+            alpha = (
+                np.clip(0.5 - capsule_distance(canvas.grid.mesh(box), tube) / canvas.width_mm, 0, 1) * lung_alpha[box]
+            )
             canvas.image[box] += alpha * (hu - canvas.image[box])
 
 
-# ---- findings --------------------------------------------------------------------------------------------------------------
+# ---- findings ----
 
 
 class Findings:
     """Draws nodules and other findings at free places and remembers them."""
 
-    def __init__(self, canvas: Canvas, anatomy: Anatomy, vessels: NDArray[np.float64], rng: np.random.Generator) -> None:
+    def __init__(
+        self, canvas: Canvas, anatomy: Anatomy, vessels: NDArray[np.float64], rng: np.random.Generator
+    ) -> None:
         self.canvas, self.anatomy, self.vessels, self.rng = canvas, anatomy, vessels, rng
         self.taken: list[tuple[NDArray[np.float64], float]] = []
         self.pleural: list[tuple[Box, Array]] = []
@@ -573,23 +584,28 @@ class Findings:
         """
         grid, rng = self.canvas.grid, self.rng
         low, high = grid.origin_xyz, grid.origin_xyz + grid.spacing_xyz * (np.array(grid.size_xyz) - 1)
-        if kind == 'pleural':
+        if kind == "pleural":
             good = (self.wall < 0.95 * radius) & (self.wall > 0.55 * radius) & (self.wall < self.depth + 1)
         else:
             good = self.depth > radius + 3
         margin = radius + 2 * grid.spacing_xyz
         good &= np.all((self.points > low + margin) & (self.points < high - margin), axis=1)
         candidates = self.points[good]
-        for _ in range(500 if len(candidates) else 0):
+        for _ in range(2000 if len(candidates) else 0):
             center = candidates[rng.integers(len(candidates))] + rng.uniform(-1, 1, 3)
-            if kind == 'vascular':
+            if kind == "vascular":
                 row = self.vessels[self.tree.query(center)[1]]
                 push = center - row[3:6]
                 center = row[3:6] + push / max(np.linalg.norm(push), 1e-3) * (0.6 * radius + row[7])
-            if all(np.linalg.norm(center - c) > radius + r + 4 for c, r in self.taken):
+            at = np.rint((center - self.canvas.lattice.origin_xyz) / LATTICE_MM).astype(int)
+            # Moving it to a vessel must not push it into the chest wall.
+            deep = kind == "pleural" or -self.anatomy.lungs[at[2], at[1], at[0]] > radius
+            if deep and all(np.linalg.norm(center - c) > radius + r + 4 for c, r in self.taken):
                 self.taken.append((center, radius))
                 return center
-        raise ValueError(f'no free place in the lungs for a {kind} nodule of {2 * radius:.1f} mm: lower max_diameter_mm.')
+        raise ValueError(
+            f"no free place in the lungs for a {kind} nodule of {2 * radius:.1f} mm: lower max_diameter_mm."
+        )
 
     def ball(self, center: NDArray[np.float64], radius: float, lobes: float) -> tuple[Box, Array]:
         """Box and distance of a lobulated ball; its volume is that of the sphere."""
@@ -600,49 +616,33 @@ class Findings:
         bumps = np.zeros_like(distance)
         for _ in range(4):
             wave = self.rng.normal(0, 2.2, 3).astype(np.float32)
-            bumps += np.sin(sum(w * o for w, o in zip(wave, offset, strict=True)) / safe + np.float32(self.rng.uniform(0, 6.3)))
+            bumps += np.sin(
+                sum(w * o for w, o in zip(wave, offset, strict=True)) / safe + np.float32(self.rng.uniform(0, 6.3))
+            )
         return box, distance - np.float32(radius) * (1 + np.float32(lobes / 1.4) * bumps)
 
     def add_nodule(self, diameter_mm: float, kind: str) -> Nodule:
-        """Places and draws a nodule."""
+        """Places and draws a nodule; a tiny one is too small to be annotated."""
         rng, canvas, radius = self.rng, self.canvas, diameter_mm / 2
         center = self.place(kind, radius)
         box, distance = self.ball(center, radius, 0.05)
         texture = 25 * smooth_noise(rng, distance.shape, 1.0)
-        if kind in ('ground_glass', 'part_solid'):
+        if kind in ("ground_glass", "part_solid"):
             canvas.add(box, distance, GROUND_GLASS + rng.uniform(-60, 60) + texture)
-            if kind == 'part_solid':
-                core_box, core = self.ball(center + rng.normal(0, 0.08 * radius, 3), 0.55 * radius, 0.08)
+            if kind == "part_solid":
+                core_box, core = self.ball(center + rng.normal(0, 0.08 * radius, 3), 0.6 * radius, 0.08)
                 canvas.add(core_box, core, SOLID)
         else:
-            hu = CALCIFIED if kind == 'solid' and rng.random() < 0.06 else SOLID + rng.uniform(-25, 25)
-            canvas.add(box, distance, hu + 0.4 * texture)
-            if diameter_mm > 9 and rng.random() < 0.5:
-                self.spikes(center, radius)
-        if kind == 'pleural':
+            hu = CALCIFIED if kind == "solid" and rng.random() < 0.06 else SOLID + rng.uniform(-25, 25)
+            # One that is smaller than a voxel only tints it.
+            canvas.add(box, distance, hu + 0.4 * texture, min(1.0, 1.6 * radius / canvas.width_mm))
+        if kind == "pleural":
             self.pleural.append((box, distance))
-        return Nodule((float(center[0]), float(center[1]), float(center[2])), float(diameter_mm), kind)
-
-    def spikes(self, center: NDArray[np.float64], radius: float) -> None:
-        """Thin spicules on a malignant-looking nodule."""
-        for _ in range(int(self.rng.integers(6, 13))):
-            ray = self.rng.normal(size=3)
-            ray /= np.linalg.norm(ray)
-            row = np.concatenate([center + 0.8 * radius * ray, center + radius * self.rng.uniform(1.2, 1.7) * ray, (0.8, 0.3)])
-            box = tube_box(self.canvas.grid, row, self.canvas.width_mm)
-            self.canvas.add(box, capsule_distance(self.canvas.grid.mesh(box), row), -200, 0.7)
-
-    def add_tiny(self) -> Nodule:
-        """A nodule too small to be annotated."""
-        diameter = float(self.rng.uniform(1.6, 2.95))
-        center = self.place('tiny', diameter / 2)
-        box, distance = self.ball(center, diameter / 2, 0.05)
-        self.canvas.add(box, distance, SOLID, min(1.0, diameter / 2 / self.canvas.width_mm))
-        return Nodule((float(center[0]), float(center[1]), float(center[2])), diameter, 'tiny')
+        return Nodule(tuple(center.tolist()), float(diameter_mm), kind)
 
     def add_scar(self) -> Nodule:
         """An irregular streak without a diameter."""
-        center = self.place('scar', 5.0)
+        center = self.place("scar", 5.0)
         plane = self.rng.normal(size=(2, 3))
         for _ in range(int(self.rng.integers(3, 7))):
             ray = self.rng.normal(size=2) @ plane
@@ -651,13 +651,13 @@ class Findings:
             row = np.concatenate([start, start + ray, (self.rng.uniform(0.7, 1.6), 0.4)])
             box = tube_box(self.canvas.grid, row, self.canvas.width_mm)
             self.canvas.add(box, capsule_distance(self.canvas.grid.mesh(box), row), -120, 0.8)
-        return Nodule((float(center[0]), float(center[1]), float(center[2])), -1.0, 'scar')
+        return Nodule(tuple(center.tolist()), -1.0, "scar")
 
 
 def draw_diameter(rng: np.random.Generator, low: float, high: float) -> float:
     """A diameter (mm) like LUNA16's (median 6.4 mm, 42 % under 6 mm), within the limits."""
     for _ in range(1000):
-        diameter = float(np.exp(rng.normal(np.log(6.6), 0.52)))
+        diameter = 3.25 + float(np.exp(rng.normal(np.log(3.2), 1.0)))  # fitted to LUNA16's 1186
         if low <= diameter <= high:
             return diameter
     return float(rng.uniform(low, high))
@@ -665,27 +665,31 @@ def draw_diameter(rng: np.random.Generator, low: float, high: float) -> float:
 
 def draw_kind(rng: np.random.Generator, diameter_mm: float) -> str:
     """A kind; nodules under 6 mm are seldom annotated unless solid."""
-    kinds = ['solid', 'pleural', 'vascular', 'part_solid', 'ground_glass']
+    kinds = ["solid", "pleural", "vascular", "part_solid", "ground_glass"]
     chances = [0.42, 0.22, 0.2, 0.08, 0.08] if diameter_mm >= 6 else [0.5, 0.25, 0.25, 0, 0]
     return str(rng.choice(kinds, p=chances))
 
 
-# ---- a scan ----------------------------------------------------------------------------------------------------------------
+# ---- a scan ----
 
 
 def is_nodule_free(index: int, fraction: float) -> bool:
-    """Spreads the nodule-free scans evenly, whatever the number of scans; from a fraction of 1/6 on, three scans hold both sorts."""
+    """Spreads the nodule-free scans evenly; for fractions from 1/6 to 5/6 any three scans from 0 hold both sorts."""
     return int((index + 1) * fraction + 0.5) > int(index * fraction + 0.5)
 
 
-def check_sizes(index: int, seed: int, size_xyz: tuple[int, int, int], min_diameter_mm: float, max_diameter_mm: float) -> None:
+def check_sizes(
+    index: int, seed: int, size_xyz: tuple[int, int, int], min_diameter_mm: float, max_diameter_mm: float
+) -> None:
     """Raises ValueError for values that no phantom can have."""
     if index < 0 or seed < 0:
-        raise ValueError(f'seed and index must be at least 0, not {seed} and {index}.')
+        raise ValueError(f"seed and index must be at least 0, not {seed} and {index}.")
     if len(size_xyz) != 3 or min(size_xyz[:2]) < 48 or size_xyz[2] < 24:
-        raise ValueError(f'size_xyz must be three numbers of at least 48, 48, 24 voxels, not {tuple(size_xyz)}.')
+        raise ValueError(f"size_xyz must be three numbers of at least 48, 48, 24 voxels, not {tuple(size_xyz)}.")
     if not 3 <= min_diameter_mm <= max_diameter_mm <= 40:
-        raise ValueError(f'diameters must satisfy 3 <= min <= max <= 40 mm, not {min_diameter_mm} and {max_diameter_mm}.')
+        raise ValueError(
+            f"diameters must satisfy 3 <= min <= max <= 40 mm, not {min_diameter_mm} and {max_diameter_mm}."
+        )
 
 
 def make_grid(patient: Patient, size_xyz: tuple[int, int, int], rng: np.random.Generator) -> Grid:
@@ -736,7 +740,7 @@ def label_lungs(canvas: Canvas, anatomy: Anatomy, findings: Findings) -> NDArray
 
 
 def to_image(array: NDArray, grid: Grid, flipped: bool) -> sitk.Image:
-    """Wraps an array; a flipped scan stores x and y from the other end under a TransformMatrix of -1 0 0 0 -1 0 0 0 1."""
+    """Wraps an array; a flipped scan stores x and y from the other end (TransformMatrix -1 0 0 0 -1 0 0 0 1)."""
     image = sitk.GetImageFromArray(np.ascontiguousarray(array[:, ::-1, ::-1]) if flipped else array)
     last = grid.origin_xyz + grid.spacing_xyz * (np.array(grid.size_xyz) - 1)
     image.SetSpacing(grid.spacing_xyz.tolist())
@@ -774,33 +778,33 @@ def make_phantom(
     anatomy.paint_body(canvas)
     anatomy.paint_abdomen(canvas)
     anatomy.paint_mediastinum(canvas)
-    anatomy.paint_discs(canvas)
     anatomy.paint_bones(canvas)
     anatomy.paint_lungs(canvas)
-    anatomy.paint_airways(canvas)
     findings = Findings(canvas, anatomy, paint_vessels(canvas, anatomy, rngs[3]), rngs[4])
     count = 0 if is_nodule_free(index, nodule_free) else int(rngs[4].choice([1, 2, 3, 4], p=[0.45, 0.3, 0.15, 0.1]))
     # The largest first: it needs most room.
     diameters = sorted((draw_diameter(rngs[4], min_diameter_mm, max_diameter_mm) for _ in range(count)), reverse=True)
     nodules = [findings.add_nodule(d, draw_kind(rngs[4], d)) for d in diameters]
-    excluded = [findings.add_tiny() for _ in range(int(rngs[4].integers(1, 5)))]
+    excluded = [
+        findings.add_nodule(float(rngs[4].uniform(1.6, 2.95)), "tiny") for _ in range(int(rngs[4].integers(1, 5)))
+    ]
     excluded += [findings.add_scar() for _ in range(int(rngs[4].integers(1, 4)))]
     paint_table(canvas, patient)
     labels = label_lungs(canvas, anatomy, findings)
     flipped = index % 4 == 2
     image = to_image(finish(canvas, index, patient.noise_hu, rngs[5]), canvas.grid, flipped)
-    return Phantom(f'{UID_PREFIX}.{seed}.{index}', image, to_image(labels, canvas.grid, flipped), nodules, excluded)
+    return Phantom(f"{UID_PREFIX}.{seed}.{index}", image, to_image(labels, canvas.grid, flipped), nodules, excluded)
 
 
-# ---- the data set ----------------------------------------------------------------------------------------------------------
+# ---- the data set ----
 
 
-def write_scan(index: int, output_dir: Path, **settings) -> tuple[str, list[Nodule], list[Nodule]]:
+def write_scan(index: int, output_dir: Path, make: Callable[[int], Phantom]) -> tuple[str, list[Nodule], list[Nodule]]:
     """Makes one scan and writes its image and lung mask."""
-    phantom = make_phantom(index, **settings)
-    raw, seg = output_dir / 'raw' / f'subset{index % 10}', output_dir / 'seg-lungs-LUNA16'
-    sitk.WriteImage(phantom.image, str(raw / f'{phantom.seriesuid}.mhd'), useCompression=False)
-    sitk.WriteImage(phantom.lungs, str(seg / f'{phantom.seriesuid}.mhd'), useCompression=True)
+    phantom = make(index)
+    raw, seg = output_dir / "raw" / f"subset{index % 10}", output_dir / "seg-lungs-LUNA16"
+    sitk.WriteImage(phantom.image, str(raw / f"{phantom.seriesuid}.mhd"), useCompression=False)
+    sitk.WriteImage(phantom.lungs, str(seg / f"{phantom.seriesuid}.mhd"), useCompression=True)
     return phantom.seriesuid, phantom.nodules, phantom.excluded
 
 
@@ -810,25 +814,27 @@ def clear(output_dir: Path, overwrite: bool) -> None:
     Raises:
         FileExistsError: If there are data already.
     """
-    files = [*output_dir.glob('raw/subset*/*'), *output_dir.glob('seg-lungs-LUNA16/*')]
-    own = [f for f in files if f.name.startswith(f'{UID_PREFIX}.')]
+    files = [*output_dir.glob("raw/subset*/*"), *output_dir.glob("seg-lungs-LUNA16/*")]
+    own = [f for f in files if f.name.startswith(f"{UID_PREFIX}.")]
     if len(own) < len(files):
-        raise FileExistsError(f'{output_dir} holds scans that are no phantoms; choose another output_dir.')
-    if (files or (output_dir / 'annotations.csv').exists()) and not overwrite:
-        raise FileExistsError(f'{output_dir} already holds data; choose another output_dir or pass overwrite=True.')
+        raise FileExistsError(f"{output_dir} holds scans that are no phantoms; choose another output_dir.")
+    if (files or (output_dir / "annotations.csv").exists()) and not overwrite:
+        raise FileExistsError(f"{output_dir} already holds data; choose another output_dir or pass overwrite=True.")
     for file in own:
         file.unlink()
-    for folder in ['seg-lungs-LUNA16', *(f'raw/subset{k}' for k in range(10))]:
+    for folder in ["seg-lungs-LUNA16", *(f"raw/subset{k}" for k in range(10))]:
         (output_dir / folder).mkdir(parents=True, exist_ok=True)
 
 
 def as_table(findings: Sequence[tuple[str, list[Nodule]]]) -> pd.DataFrame:
     """Rows in the layout of annotations.csv."""
-    return pd.DataFrame([(uid, *n.center_xyz, n.diameter_mm) for uid, nodules in findings for n in nodules], columns=COLUMNS)
+    return pd.DataFrame(
+        [(uid, *n.center_xyz, n.diameter_mm) for uid, nodules in findings for n in nodules], columns=COLUMNS
+    )
 
 
 def write_phantoms(
-    output_dir: str | os.PathLike[str] = 'data/phantom',
+    output_dir: str | os.PathLike[str] = "data/phantom",
     num_scans: int = 12,
     seed: int = 0,
     size_xyz: tuple[int, int, int] = (256, 256, 120),
@@ -859,44 +865,50 @@ def write_phantoms(
         FileExistsError: If output_dir holds data and overwrite is not set.
     """
     if num_scans < 1 or (num_processes is not None and num_processes < 1):
-        raise ValueError(f'num_scans and num_processes must be at least 1, not {num_scans} and {num_processes}.')
+        raise ValueError(f"num_scans and num_processes must be at least 1, not {num_scans} and {num_processes}.")
     if not 0 <= nodule_free <= 1:
-        raise ValueError(f'nodule_free must lie between 0 and 1, not {nodule_free}.')
+        raise ValueError(f"nodule_free must lie between 0 and 1, not {nodule_free}.")
     check_sizes(0, seed, size_xyz, min_diameter_mm, max_diameter_mm)
     folder = Path(output_dir)
     clear(folder, overwrite)
-    settings = {'seed': seed, 'size_xyz': size_xyz, 'nodule_free': nodule_free}
-    settings |= {'min_diameter_mm': min_diameter_mm, 'max_diameter_mm': max_diameter_mm}
-    job = partial(write_scan, output_dir=folder, **settings)
+    make = partial(
+        make_phantom,
+        seed=seed,
+        size_xyz=size_xyz,
+        nodule_free=nodule_free,
+        min_diameter_mm=min_diameter_mm,
+        max_diameter_mm=max_diameter_mm,
+    )
+    job = partial(write_scan, output_dir=folder, make=make)
     workers = min(num_processes or os.cpu_count() or 1, num_scans)
     if workers == 1:
         results = [job(index) for index in tqdm(range(num_scans), disable=None)]
     else:
         # Fork needs no main guard in a caller's script.
-        context = multiprocessing.get_context('fork' if 'fork' in multiprocessing.get_all_start_methods() else None)
+        context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
             results = list(tqdm(pool.map(job, range(num_scans)), total=num_scans, disable=None))
     annotations = as_table([(uid, nodules) for uid, nodules, _ in results])
-    annotations.to_csv(folder / 'annotations.csv', index=False)
-    as_table([(uid, excluded) for uid, _, excluded in results]).to_csv(folder / 'annotations_excluded.csv', index=False)
-    (folder / 'seriesuids.csv').write_text(''.join(f'{uid}\n' for uid, _, _ in results))
+    annotations.to_csv(folder / "annotations.csv", index=False)
+    as_table([(uid, excluded) for uid, _, excluded in results]).to_csv(folder / "annotations_excluded.csv", index=False)
+    (folder / "seriesuids.csv").write_text("".join(f"{uid}\n" for uid, _, _ in results))
     return annotations
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line of write_phantoms; returns the exit status."""
-    logging.basicConfig(level=logging.INFO, format='%(levelname)s %(message)s')
-    parser = ArgumentParser(description='Writes synthetic chest CTs with nodules in the format of LUNA16.')
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    parser = ArgumentParser(description="Writes synthetic chest CTs with nodules in the format of LUNA16.")
     parser.add_function_arguments(write_phantoms)
     options = parser.parse_args(argv)
     try:
         annotations = write_phantoms(**vars(options))
     except (ValueError, OSError) as error:
-        logger.error('%s', error)
+        logger.error("%s", error)
         return 1
-    print(f'{options.num_scans} scans with {len(annotations)} nodules in {options.output_dir}')
+    print(f"{options.num_scans} scans with {len(annotations)} nodules in {options.output_dir}")
     return 0
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     sys.exit(main())
