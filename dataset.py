@@ -1,6 +1,6 @@
 """A processed folder as batches: the data set, its augmentation, the split and the loaders.
 
-Everything random is drawn from (seed, epoch, index) alone, so the batches are the same for any number of workers, and a
+Everything random is drawn from (seed, epoch, place) alone, so the batches are the same for any number of workers, and a
 resumed run goes on with the very batches that the stopped one would have seen.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,24 @@ from utils import Shape, Vector, check, read_metadata, read_processed
 
 logger = logging.getLogger(__name__)
 
-Key = tuple[int, int]  # (epoch, index)
+JITTER = 0.375  # of the patch: how far a nodule may lie from the middle of its patch
+HARD_ERROR = 0.5  # a patch whose background reaches this probability is a hard one
+
+
+class SampleKey(NamedTuple):
+    """Which sample to make: what a sampler yields and the data set takes.
+
+    Args:
+        epoch: Epochs done.
+        place: Place in the epoch.
+        scan: Index of the scan.
+        center_zyx: Voxel at the middle of the patch; None for the whole scan.
+    """
+
+    epoch: int
+    place: int
+    scan: int
+    center_zyx: Shape | None = None
 
 
 # ----------------------------------------------------------------------------------------------------- augmentation
@@ -211,16 +228,17 @@ def _apply_affine(image: Tensor, mask: Tensor, affine: np.ndarray, points: np.nd
 
 
 class LUNA16Dataset(Dataset):
-    """Processed scans as samples.
+    """Processed scans, or patches of them, as samples.
 
-    A sample is a dict of ``image`` (1, Z, Y, X) float16 in [0, 1], ``mask`` (1, Z, Y, X) uint8, ``seriesuid`` and
-    ``augmentation`` (drawn parameters for ``augment_batch``, or None).
+    A sample is a dict of ``image`` (1, Z, Y, X) float16 in [0, 1], ``mask`` (1, Z, Y, X) uint8, ``seriesuid``,
+    ``key`` and ``augmentation`` (drawn parameters for ``augment_batch``, or None).
 
     Args:
         data_dir: Folder that preprocess.py wrote.
         seriesuids: The scans to serve.
         augmentation: What to draw from; None for validation.
         seed: Seed of the draws.
+        patch_size_zyx: Shape of the patches; None serves whole scans.
 
     Raises:
         FileNotFoundError: A scan is not there.
@@ -232,38 +250,59 @@ class LUNA16Dataset(Dataset):
         seriesuids: Sequence[str],
         augmentation: Augmentation | None = None,
         seed: int = 0,
+        patch_size_zyx: Shape | None = None,
     ) -> None:
         self.data_dir = Path(data_dir)
         self.seriesuids = list(seriesuids)
         self.augmentation = augmentation
         self.seed = seed
-        for uid in self.seriesuids:
-            read_metadata(self.data_dir, uid)
+        self.patch_size_zyx = patch_size_zyx
+        self.metadata = [read_metadata(self.data_dir, uid) for uid in self.seriesuids]
 
     def __len__(self) -> int:
         return len(self.seriesuids)
 
-    def __getitem__(self, key: Key | int) -> dict[str, Any]:
-        """Sample of (epoch, index); a plain index is of epoch 0."""
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        scan = read_processed(self.data_dir, self.seriesuids[index])
+    def __getitem__(self, key: SampleKey | int) -> dict[str, Any]:
+        """Sample of a key; a plain index is that scan, whole, in epoch 0."""
+        if not isinstance(key, SampleKey):
+            key = SampleKey(0, key, key)
+        scan = read_processed(self.data_dir, self.seriesuids[key.scan])
+        image, mask, points = scan.image, scan.mask, nodule_points(scan.metadata)
+        if key.center_zyx is not None and self.patch_size_zyx is not None:
+            start = patch_start(key.center_zyx, image.shape, self.patch_size_zyx)
+            image, mask = (cut_patch(array, start, self.patch_size_zyx) for array in (image, mask))
+            points = points - start
+            points = points[((points >= 0) & (points < self.patch_size_zyx)).all(axis=1)]
         drawn = None
         if self.augmentation is not None:
-            rng = np.random.default_rng([self.seed, epoch, index])
-            points = nodule_points(scan.mask, scan.metadata["nodules"])
-            drawn = self.augmentation.draw(rng, scan.image.shape, scan.geometry.spacing_zyx, points)
+            rng = np.random.default_rng([self.seed, key.epoch, key.place])
+            drawn = self.augmentation.draw(rng, image.shape, scan.geometry.spacing_zyx, points)
         return {
-            "image": torch.from_numpy(np.array(scan.image))[None],
-            "mask": torch.from_numpy(np.array(scan.mask))[None],
+            "image": torch.from_numpy(np.array(image))[None],
+            "mask": torch.from_numpy(np.array(mask))[None],
             "seriesuid": scan.seriesuid,
+            "key": key,
             "augmentation": drawn,
         }
 
 
-def nodule_points(mask: np.ndarray, nodules: Sequence[dict[str, Any]]) -> np.ndarray:
-    """(n, 3) voxel (z, y, x) at the centre of each nodule that the mask shows."""
-    points = np.rint([nodule["center_voxel"][::-1] for nodule in nodules if nodule["voxels"]]).astype(int)
-    return np.clip(points.reshape(-1, 3), 0, np.asarray(mask.shape) - 1)
+def nodule_points(metadata: dict[str, Any]) -> np.ndarray:
+    """(n, 3) voxel (z, y, x) at the centre of each nodule that a scan's mask shows."""
+    points = [nodule["center_voxel"][::-1] for nodule in metadata["nodules"] if nodule["voxels"]]
+    return np.clip(np.rint(points).astype(int).reshape(-1, 3), 0, np.asarray(metadata["shape_zyx"]) - 1)
+
+
+def patch_start(center_zyx: Sequence[int], shape_zyx: Sequence[int], patch_size_zyx: Shape) -> np.ndarray:
+    """First voxel (z, y, x) of the patch around a voxel, moved to lie inside the array where that is larger."""
+    start = np.asarray(center_zyx) - np.asarray(patch_size_zyx) // 2
+    return np.clip(start, 0, np.maximum(np.asarray(shape_zyx) - patch_size_zyx, 0))
+
+
+def cut_patch(array: np.ndarray, start: np.ndarray, patch_size_zyx: Shape) -> np.ndarray:
+    """Copy of a patch; where the array is smaller than the patch, 0 (air) fills it up."""
+    patch = np.array(array[tuple(slice(a, a + n) for a, n in zip(start, patch_size_zyx, strict=True))])
+    missing = [(0, n - have) for n, have in zip(patch_size_zyx, patch.shape, strict=True)]
+    return np.pad(patch, missing) if any(after for _, after in missing) else patch
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -283,11 +322,11 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-class EpochSampler(Sampler):
-    """Yields (epoch, index) keys, shuffled anew each epoch by (seed, epoch).
+class ScanSampler(Sampler):
+    """Yields every scan once an epoch, whole, shuffled anew by (seed, epoch).
 
     Args:
-        size: Number of samples.
+        size: Number of scans.
         seed: Seed of the order.
     """
 
@@ -297,13 +336,105 @@ class EpochSampler(Sampler):
     def __len__(self) -> int:
         return self.size
 
-    def __iter__(self) -> Iterator[Key]:
+    def __iter__(self) -> Iterator[SampleKey]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        return iter([(self.epoch, int(index)) for index in order])
+        return iter([SampleKey(self.epoch, index, int(scan)) for index, scan in enumerate(order)])
+
+    def record(self, keys: Sequence[SampleKey], errors: Sequence[float]) -> None:
+        """Whole scans come once an epoch each, however hard they are."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing is kept between epochs."""
+
+
+class PatchSampler(Sampler):
+    """Draws patches: around nodules, from the lungs of all scans, and where the network has erred.
+
+    It draws from the lists of nodules and lung voxels in the metadata and never looks at a volume. All draws are made
+    here, in the training process, so that they are the same for any number of workers.
+
+    Args:
+        metadata: Of each training scan, in the data set's order.
+        patch_size_zyx: Shape of the patches.
+        patches_per_scan: Patches an epoch, for each scan on average.
+        nodule_share: Share of the patches that hold a nodule; each nodule is equally likely, however small.
+        hard_share: Share of the other patches that are drawn again from those in which the background reached
+            HARD_ERROR, as far as there are any.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: A share is out of its range.
+    """
+
+    def __init__(
+        self,
+        metadata: Sequence[dict[str, Any]],
+        patch_size_zyx: Shape,
+        patches_per_scan: int,
+        nodule_share: float,
+        hard_share: float,
+        seed: int,
+    ) -> None:
+        check(0 <= nodule_share <= 1, f"nodule_share must be between 0 and 1, not {nodule_share}")
+        check(0 <= hard_share <= 1, f"hard_share must be between 0 and 1, not {hard_share}")
+        check(patches_per_scan >= 1, f"patches_per_scan must be at least 1, not {patches_per_scan}")
+        self.lung_points = [np.asarray(m["lung_points_zyx"]) for m in metadata]
+        self.nodules = [(scan, point) for scan, m in enumerate(metadata) for point in nodule_points(m)]
+        self.reach = JITTER * np.asarray(patch_size_zyx)
+        self.size = patches_per_scan * len(metadata)
+        self.nodule_share, self.hard_share, self.seed = nodule_share, hard_share, seed
+        self.epoch = 0
+        self.hard: dict[tuple[int, Shape], float] = {}  # (scan, centre) -> highest probability of its background
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        places = list(self.hard)
+        weights = np.asarray(list(self.hard.values()))
+        keys = []
+        for index in range(self.size):
+            kind = rng.random(2)
+            if self.nodules and kind[0] < self.nodule_share:
+                scan, point = self.nodules[rng.integers(len(self.nodules))]
+                center = np.rint(point + rng.uniform(-self.reach, self.reach)).astype(int)
+            elif places and kind[1] < self.hard_share:
+                scan, center = places[rng.choice(len(places), p=weights / weights.sum())]
+            else:
+                scan = int(rng.integers(len(self.lung_points)))
+                center = self.lung_points[scan][rng.integers(len(self.lung_points[scan]))]
+            keys.append(SampleKey(self.epoch, index, scan, tuple(int(n) for n in center)))  # type: ignore[arg-type]
+        return iter(keys)
+
+    def record(self, keys: Sequence[SampleKey], errors: Sequence[float]) -> None:
+        """Notes how badly the network erred on patches: the highest probability of their background.
+
+        Only the hardest are kept, as many as an epoch has patches.
+        """
+        for key, error in zip(keys, errors, strict=True):
+            assert key.center_zyx is not None
+            place = (key.scan, key.center_zyx)
+            self.hard.pop(place, None)
+            if error >= HARD_ERROR:
+                self.hard[place] = float(error)
+        if len(self.hard) > self.size:
+            hardest = sorted(self.hard.items(), key=lambda item: -item[1])[: self.size]
+            self.hard = dict(hardest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The hard patches, as built-in types."""
+        return {"hard": [[scan, list(center), error] for (scan, center), error in self.hard.items()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.hard = {(scan, tuple(center)): error for scan, center, error in state["hard"]}
 
 
 def make_loader(
-    dataset: Dataset, sampler: EpochSampler, batch_size: int, num_workers: int, device: torch.device
+    dataset: Dataset, sampler: ScanSampler | PatchSampler, batch_size: int, num_workers: int, device: torch.device
 ) -> DataLoader:
     """Loader of augmentable batches; no more workers than cores.
 

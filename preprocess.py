@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from utils import (
     ANNOTATION_COLUMNS,
+    Box,
     Geometry,
     Shape,
     Vector,
@@ -50,6 +51,7 @@ logger = logging.getLogger(__name__)
 # Raised whenever the same settings begin to give other arrays, so that a second run redoes what an older version left.
 PROCESSING_VERSION = 1
 LUNG_LABELS = (3, 4)  # of seg-lungs-LUNA16; 5 is the trachea
+LUNG_POINTS = 1000  # voxels a scan that patches are drawn around
 SLAB_VOXELS = 32_000_000  # the resampler's working memory: float32, 128 MB
 
 
@@ -73,12 +75,19 @@ class PreparedScan:
     lung_source: str
 
     @property
-    def lung_box(self) -> list[list[int]]:
-        """Half-open box [[z, y, x], [z, y, x]] around the lungs; the whole array where there are none."""
+    def lung_box(self) -> Box:
+        """Half-open box (z, y, x) around the lungs; the whole array where there are none."""
         if self.lungs is None or not self.lungs.any():
-            return [[0, 0, 0], list(self.array.shape)]
+            return (0, 0, 0), self.grid.shape_zyx
         spans = [np.flatnonzero(self.lungs.any(axis=other)) for other in ((1, 2), (0, 2), (0, 1))]
-        return [[int(span[0]) for span in spans], [int(span[-1]) + 1 for span in spans]]
+        lower, upper = ([int(span[0]) for span in spans], [int(span[-1]) + 1 for span in spans])
+        return tuple(lower), tuple(upper)  # type: ignore[return-value]
+
+    def lung_points(self) -> list[list[int]]:
+        """Voxels (z, y, x) spread at random over the lungs, or the whole array, for patch sampling."""
+        inside = np.flatnonzero(np.ones(self.array.shape, bool) if self.lungs is None else self.lungs)
+        chosen = np.random.default_rng(0).choice(inside, LUNG_POINTS) if len(inside) else [self.array.size // 2]
+        return np.stack(np.unravel_index(chosen, self.array.shape), axis=1).tolist()
 
 
 @dataclass(frozen=True)
@@ -380,7 +389,8 @@ def process_scan(task: ScanTask) -> dict[str, Any]:
         "shape_zyx": list(prepared.grid.shape_zyx),
         "nodules": nodules,
         "lung_source": prepared.lung_source,
-        "lung_box_zyx": prepared.lung_box,
+        "lung_box_zyx": [list(corner) for corner in prepared.lung_box],
+        "lung_points_zyx": prepared.lung_points(),
         "scan_geometry": Geometry.from_image(scan).to_dict(),
         "preprocessing": task.settings.to_dict(),
         "fingerprint": task.fingerprint(),

@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dataset import Augmentation, EpochSampler, LUNA16Dataset, augment_batch, make_loader, make_split
+from dataset import Augmentation, LUNA16Dataset, PatchSampler, ScanSampler, augment_batch, make_loader, make_split
 from model import DiceBCELoss, LungNodule3DUNet, load_checkpoint, save_checkpoint
 from utils import (
+    Shape,
     atomic_path,
     autocast_dtype,
     check,
@@ -58,7 +59,7 @@ class Trainer:
         data_dir: Folder that preprocess.py wrote.
         output_dir: Where checkpoints, log.csv and TensorBoard logs go.
         num_epochs: Passes over the training scans.
-        batch_size: Scans in a step.
+        batch_size: Scans or patches in a step.
         learning_rate: Of AdamW at the start; a cosine takes it to 0.
         weight_decay: Of AdamW.
         num_workers: Processes that load data for a GPU; a CPU loads in the training process itself.
@@ -75,6 +76,10 @@ class Trainer:
         validation_fraction: Share of the scans kept for validation.
         validation_interval: Epochs between validations; the last epoch is always validated.
         threshold: Probability from which a voxel counts as nodule in validation.
+        patch_size: Train on patches of this shape (z, y, x), e.g. '[96,96,96]'; null trains on whole scans.
+        patches_per_scan: Patches an epoch, for each scan on average.
+        nodule_share: Share of the patches that hold a nodule; each nodule is equally likely.
+        hard_share: Share of the other patches that are drawn again where the network erred.
         augment: Change the training scans at random.
         seed: Of weights, split, order and augmentation.
         deterministic: Make a CUDA run repeatable, at the cost of speed; a CPU run always is.
@@ -109,6 +114,10 @@ class Trainer:
         validation_fraction: float = 0.2,
         validation_interval: int = 1,
         threshold: float = 0.5,
+        patch_size: tuple[int, int, int] | None = None,
+        patches_per_scan: int = 8,
+        nodule_share: float = 0.5,
+        hard_share: float = 0.25,
         augment: bool = True,
         seed: int = 0,
         deterministic: bool = False,
@@ -142,12 +151,19 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=num_epochs)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
 
+        self.patch_size: Shape | None = tuple(patch_size) if patch_size is not None else None  # type: ignore[assignment]
         uids = read_processed_list(self.data_dir)
         self._claim_output(overwrite)
         self.split = self._split(uids, validation_fraction, seed)
         self.preprocessing = self._check_data()
-        dataset = LUNA16Dataset(self.data_dir, self.split["train"], Augmentation() if augment else None, seed)
-        self.sampler = EpochSampler(len(dataset), seed)
+        dataset = LUNA16Dataset(
+            self.data_dir, self.split["train"], Augmentation() if augment else None, seed, self.patch_size
+        )
+        self.sampler: ScanSampler | PatchSampler = ScanSampler(len(dataset), seed)
+        if self.patch_size is not None:
+            self.sampler = PatchSampler(
+                dataset.metadata, self.patch_size, patches_per_scan, nodule_share, hard_share, seed
+            )
         self.loader = make_loader(dataset, self.sampler, batch_size, num_workers, self.device)
         self.validator = Validator(
             self.data_dir,
@@ -155,6 +171,7 @@ class Trainer:
             threshold=threshold,
             mixed_precision=mixed_precision,
             model=self.network,
+            window=self.patch_size,
             seriesuids=self.split["validation"],
             loss=self.loss,
         )
@@ -189,6 +206,8 @@ class Trainer:
 
     def _check_data(self) -> dict[str, Any]:
         """Checks that all scans were prepared alike and fit the network; returns how they were prepared."""
+        if self.patch_size is not None:
+            self.network.check_size(self.patch_size)
         first: dict[str, Any] | None = None
         for uid in self.split["train"] + self.split["validation"]:
             metadata = read_metadata(self.data_dir, uid)
@@ -197,7 +216,11 @@ class Trainer:
                 metadata["preprocessing"] == first["preprocessing"],
                 f"{uid} and {first['seriesuid']} were preprocessed with different settings; run preprocess.py again",
             )
-            if uid in self.split["train"]:
+            if self.patch_size is None:
+                check(
+                    metadata["preprocessing"]["target_size"] is not None,
+                    f"{self.data_dir} has scans of different shapes; set patch_size, e.g. --patch_size '[96,96,96]'",
+                )
                 self.network.check_size(metadata["shape_zyx"])
         assert first is not None
         return first["preprocessing"]
@@ -246,38 +269,49 @@ class Trainer:
         """One pass over the training scans; returns the mean loss of its finite steps."""
         self.network.train()
         self.sampler.epoch = self.epoch
-        losses: list[Tensor] = []
-        names: list[list[str]] = []
+        pending: list[tuple[dict[str, Any], Tensor]] = []
         known: list[float] = []
         dice = next((row["validation_dice"] for row in reversed(self.log) if "validation_dice" in row), math.nan)
         with tqdm(self.loader, desc=f"epoch {self.epoch + 1}/{self.num_epochs}", unit="step", disable=None) as bar:
             for batch in bar:
-                losses.append(self._step(batch))
-                names.append(batch["seriesuid"])
-                if len(losses) == REPORT_EVERY:
-                    known += self._read_losses(losses, names)
+                pending.append((batch, self._step(batch)))
+                if len(pending) == REPORT_EVERY:
+                    known += self._read_losses(pending)
                     bar.set_postfix(loss=f"{np.mean(known):.4f}" if known else "none", dice=f"{dice:.3f}")
-            known += self._read_losses(losses, names)
+            known += self._read_losses(pending)
         if not known:
             raise RuntimeError(
                 "no step of this epoch had a finite loss; lower learning_rate or set mixed_precision=False"
             )
         return float(np.mean(known))
 
-    def _read_losses(self, losses: list[Tensor], names: list[list[str]]) -> list[float]:
-        """Fetches losses from the device, reports those that are not finite by their scans, and empties both lists."""
-        values = torch.stack(losses).tolist() if losses else []
-        for value, scans in zip(values, names, strict=True):
-            if not math.isfinite(value):
-                logger.warning("epoch %d: loss %s on %s; step left out", self.epoch + 1, value, ", ".join(scans))
-        losses.clear()
-        names.clear()
-        return [value for value in values if math.isfinite(value)]
+    def _read_losses(self, pending: list[tuple[dict[str, Any], Tensor]]) -> list[float]:
+        """Fetches the finite losses of some steps from the device, and empties the list.
+
+        Losses that are not finite are reported by their scans; errors of patches go to the sampler.
+        """
+        values = torch.cat([figures for _, figures in pending]).tolist() if pending else []
+        losses = []
+        for batch, _ in pending:
+            loss, *errors = values[: 1 + len(batch["key"])]
+            del values[: 1 + len(batch["key"])]
+            if math.isfinite(loss):
+                losses.append(loss)
+                self.sampler.record(batch["key"], errors)
+            else:
+                scans = ", ".join(batch["seriesuid"])
+                logger.warning("epoch %d: loss %s on %s; step left out", self.epoch + 1, loss, scans)
+        pending.clear()
+        return losses
 
     def _step(self, batch: dict[str, Any]) -> Tensor:
-        """One optimiser step; returns the loss on the device. A loss that is not finite changes nothing."""
-        image = batch["image"].to(self.device, non_blocking=True).float()
-        mask = batch["mask"].to(self.device, non_blocking=True)
+        """One optimiser step; a loss that is not finite changes nothing.
+
+        Returns:
+            Float (1 + B,) on the device: the loss, and the highest probability of each sample's background.
+        """
+        image = batch.pop("image").to(self.device, non_blocking=True).float()
+        mask = batch.pop("mask").to(self.device, non_blocking=True)
         if batch["augmentation"][0] is not None:
             image, mask = augment_batch(image, mask, batch["augmentation"])
         statistics = list(self.network.buffers())
@@ -292,7 +326,8 @@ class Trainer:
         for buffer, old in zip(statistics, before, strict=True):
             buffer.copy_(torch.where(finite, buffer, old))
         self._update(finite)
-        return loss.detach()
+        background = logits.detach().float().masked_fill(mask > 0, -math.inf)
+        return torch.cat([loss.detach().reshape(1), torch.sigmoid(background.flatten(1).amax(dim=1))])
 
     def _update(self, finite: Tensor) -> None:
         if self.scaler.is_enabled():
@@ -342,6 +377,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "sampler": self.sampler.state_dict(),
             "random": {
                 "python": random.getstate(),
                 "numpy": [generator[0], generator[1].tolist(), *generator[2:]],  # type: ignore[index]
@@ -383,6 +419,7 @@ class Trainer:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scheduler.load_state_dict(checkpoint["scheduler"])
         self.scaler.load_state_dict(checkpoint["scaler"])
+        self.sampler.load_state_dict(checkpoint["sampler"])
         self.epoch, self.best, self.log = checkpoint["epoch"], tuple(checkpoint["best"]), checkpoint["log"]
         states = checkpoint["random"]
         random.setstate(states["python"])

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import random
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -409,7 +410,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, values: Any) -> None:
-    write_text(path, json.dumps(values, indent=1) + "\n")
+    """Writes JSON that a person can read: one field a line, lists of numbers on one line."""
+    text = json.dumps(values, indent=1)
+    write_text(path, re.sub(r"\[[-+.\deE,\s]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n")
 
 
 def write_csv(path: str | Path, table: pd.DataFrame) -> None:
@@ -494,6 +497,12 @@ class ProcessedScan:
     image: np.ndarray
     mask: np.ndarray
     metadata: dict[str, Any]
+
+    @property
+    def lung_box(self) -> Box:
+        """Half-open box (z, y, x) around the lungs."""
+        lower, upper = self.metadata["lung_box_zyx"]
+        return tuple(lower), tuple(upper)
 
     @property
     def geometry(self) -> Geometry:

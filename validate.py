@@ -21,7 +21,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from infer import NoduleInferencer, Subset, choose_scans, draw_overlay, extract_nodules
-from utils import ProcessedScan, atomic_path, check, parse_command_line, read_processed, run_main, write_csv, write_json
+from utils import (
+    ProcessedScan,
+    Shape,
+    atomic_path,
+    check,
+    parse_command_line,
+    read_processed,
+    run_main,
+    write_csv,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,6 +124,7 @@ class Validator:
         threshold: Probability from which a voxel counts as nodule.
         mixed_precision: Compute in half precision where the hardware gains by it.
         model: A live network instead of a checkpoint; then no files are written.
+        window: Shape (z, y, x) of the sliding window of a live network; None takes each scan whole.
         seriesuids: Scans to score with a live network.
         loss: Function of logits and target (B, 1, Z, Y, X) to average over the scans.
 
@@ -131,6 +142,7 @@ class Validator:
         threshold: float = 0.5,
         mixed_precision: bool = True,
         model: nn.Module | None = None,
+        window: Shape | None = None,
         seriesuids: Sequence[str] | None = None,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
@@ -140,7 +152,9 @@ class Validator:
         self.writes_files = model is None
         self.loss = loss
         self.seriesuids = seriesuids
-        self.inferencer = NoduleInferencer(checkpoint_path, output_dir, device, threshold, mixed_precision, model=model)
+        self.inferencer = NoduleInferencer(
+            checkpoint_path, output_dir, device, threshold, mixed_precision, model=model, window=window
+        )
 
     def run_validation(self, subset: Subset = "validation") -> ValidationResult:
         """Scores every scan; with a checkpoint, writes the table, the summary and the picture.
@@ -171,7 +185,7 @@ class Validator:
 
     def _score(self, scan: ProcessedScan) -> tuple[dict[str, Any], float]:
         self.inferencer.check_prepared_alike(scan)
-        logits = self.inferencer.logits(self.inferencer.to_tensor(scan.image))
+        logits = self.inferencer.logits(self.inferencer.to_tensor(scan.image), scan.lung_box)
         probability = torch.sigmoid(logits)[0, 0].cpu().numpy()
         loss = math.nan
         if self.loss is not None:
@@ -190,7 +204,7 @@ class Validator:
         assert self.seriesuids is not None
         scans = [read_processed(self.data_dir, uid) for uid in self.seriesuids]
         scan = max(scans, key=lambda s: sum(nodule["voxels"] for nodule in s.metadata["nodules"]))
-        probability = self.inferencer.predict_probability(scan.image)
+        probability = self.inferencer.predict_probability(scan.image, scan.lung_box)
         mask = self.inferencer.mask_of(probability)
         nodules = extract_nodules(mask, scan.geometry, probability)[:1]
         return draw_overlay(
@@ -289,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int:
         options, run_options = parse_command_line(
-            Validator, "run_validation", argv, skip=["model", "seriesuids", "loss"]
+            Validator, "run_validation", argv, skip=["model", "window", "seriesuids", "loss"]
         )
         validator = Validator(**options)
         print(format_summary(validator.run_validation(**run_options).summary))
