@@ -150,7 +150,7 @@ class NoduleInferencer:
             lower, upper = box or ((0, 0, 0), image.shape[2:])
             inside: Any = (..., *(slice(a, b) for a, b in zip(lower, upper, strict=True)))
             logits = torch.full_like(image, OUTSIDE_LOGIT, dtype=torch.float32)
-            logits[inside] = sliding_window_inference(
+            logits[inside] = sliding_window_inference(  # type: ignore[assignment]
                 image[inside].float(),
                 self.window,
                 WINDOW_BATCH,

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from tqdm import tqdm
 
 from utils import (
     ANNOTATION_COLUMNS,
+    VOXEL_BYTES,
     Box,
     Geometry,
     Shape,
@@ -115,20 +118,28 @@ class Preprocessing:
     hu_max: float = 400.0
     mask_lungs: bool = True
     crop_to_lungs: bool = False
-    lung_closing_mm: float = 10.0
+    lung_closing_mm: float = 20.0
     lung_margin_mm: float = 8.0
     crop_margin_mm: float = 5.0
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # lists and whole numbers must give the same settings, and so the same hash
+            value = getattr(self, field.name)
+            if isinstance(value, list | tuple):
+                kind = int if field.name == "target_size" else float
+                object.__setattr__(self, field.name, tuple(kind(item) for item in value))
+            elif isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, field.name, float(value))
         spacing, size = self.target_spacing, self.target_size
         check(
-            len(spacing) == 3 and min(spacing) > 0, f"target_spacing must be three positive mm (x, y, z), not {spacing}"
+            len(spacing) == 3 and all(0 < step < np.inf for step in spacing),
+            f"target_spacing must be three positive mm (x, y, z), not {spacing}",
         )
         if size is not None:
             check(len(size) == 3 and min(size) >= 1, f"target_size must be three sizes (z, y, x) or None, not {size}")
         check(self.hu_min < self.hu_max, f"hu_min must be below hu_max, not {self.hu_min} and {self.hu_max}")
         for name in ("lung_closing_mm", "lung_margin_mm", "crop_margin_mm"):
-            check(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}")
+            check(0 <= getattr(self, name) < np.inf, f"{name} must not be negative, not {getattr(self, name)}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
@@ -157,6 +168,8 @@ class Preprocessing:
         lungs = None
         if distance is not None:
             lungs = sitk.GetArrayFromImage(resample(distance, grid, fill=1e3)) <= 0
+            check(bool(lungs.any()), "the lung mask lies outside of the scan; is it another patient's?")
+        if self.mask_lungs and lungs is not None:
             array[~lungs] = 0
         return PreparedScan(array, grid, lungs, source)
 
@@ -273,8 +286,9 @@ def widen(lungs: sitk.Image, closing_mm: float, margin_mm: float) -> sitk.Image:
     """
     padding = [int(np.ceil((closing_mm + margin_mm) / spacing)) + 1 for spacing in lungs.GetSpacing()]
     outside = _signed_distance(sitk.ConstantPad(lungs, padding, padding, 0))
-    closed = _signed_distance(outside > closing_mm) >= closing_mm
-    return _signed_distance(closed) - margin_mm
+    closed = _signed_distance(outside > closing_mm) > closing_mm
+    # Each map counts from the centres of the voxels at the border; their mean counts from the border itself.
+    return (_signed_distance(closed) - _signed_distance(sitk.Not(closed))) / 2 - margin_mm
 
 
 def _signed_distance(mask: sitk.Image) -> sitk.Image:
@@ -337,9 +351,10 @@ class ScanTask:
     output_dir: Path
 
     def fingerprint(self) -> str:
-        """Hash of all that decides the result: settings, annotations and the files' sizes."""
-        sizes = [data_file(path).stat().st_size for path in (self.scan_path, self.lungs_path) if path]
-        what = [PROCESSING_VERSION, self.settings.to_dict(), self.nodules, sizes]
+        """Hash of all that decides the result: settings, annotations, the files' headers and sizes."""
+        paths = [path for path in (self.scan_path, self.lungs_path) if path]
+        files = [[path.read_text(encoding="latin-1"), data_file(path).stat().st_size] for path in paths]
+        what = [PROCESSING_VERSION, self.settings.to_dict(), self.nodules, files]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def is_done(self) -> bool:
@@ -348,7 +363,7 @@ class ScanTask:
             return False
         try:
             return read_metadata(self.output_dir, self.seriesuid)["fingerprint"] == self.fingerprint()
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, OSError):
             return False
 
 
@@ -360,11 +375,12 @@ def process_scan(task: ScanTask) -> dict[str, Any]:
         FileNotFoundError: A file is missing.
     """
     scan = read_scan(task.scan_path)
-    labels = read_scan(task.lungs_path) if task.lungs_path else None
+    labels = read_scan(task.lungs_path, constant=True) if task.lungs_path else None
     prepared = task.settings.prepare(scan, labels)
     world = np.asarray(task.nodules, float).reshape(-1, 4)
     mask = np.zeros(prepared.grid.shape_zyx, np.uint8)
     nodules = []
+    masked = prepared.lungs if task.settings.mask_lungs else None
     for (x, y, z, diameter), voxels in zip(
         task.nodules, draw_spheres(prepared.grid, world[:, :3], world[:, 3]), strict=True
     ):
@@ -377,9 +393,7 @@ def process_scan(task: ScanTask) -> dict[str, Any]:
                 "diameter_mm": diameter,
                 "voxels": len(voxels),
                 "inside_scan": bool(Geometry.from_image(scan).contains([x, y, z])),
-                "cut_by_lungs": bool(
-                    not len(voxels) or (prepared.lungs is not None and not prepared.lungs[where].all())
-                ),
+                "cut_by_lungs": bool(masked is not None and not masked[where].all()),
             }
         )
     metadata = {
@@ -503,7 +517,7 @@ class LUNA16Preprocessor:
         """
         tasks = [self._task(uid) for uid in self.scans]
         todo = [task for task in tasks if not task.is_done()]
-        skipped = [task.seriesuid for task in tasks if task not in set(todo)]
+        skipped = sorted({task.seriesuid for task in tasks} - {task.seriesuid for task in todo})
         processes = self._count_processes(todo)
         logger.info(
             "%d scans: %d done before, %d to do in %d processes", len(tasks), len(skipped), len(todo), processes
@@ -534,7 +548,7 @@ class LUNA16Preprocessor:
         if self.num_processes is not None:
             return self.num_processes
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-        largest = max((data_file(task.scan_path).stat().st_size for task in todo), default=0)
+        largest = max((_voxel_bytes(task.scan_path) for task in todo), default=0)
         return max(1, min(cores, len(todo), int(psutil.virtual_memory().available / peak_bytes(largest))))
 
     def _report(self, usable: list[str]) -> None:
@@ -556,8 +570,19 @@ class LUNA16Preprocessor:
         for row in table.itertuples():
             logger.warning("%s: the annotation at (%.1f, %.1f, %.1f) %s", row.seriesuid, *row[2:5], row.problem)
         logger.info("lungs: %s", ", ".join(f"{count} by {source}" for source, count in sources.items()))
-        if sources["none"]:
+        if sources["none"] and self.settings.mask_lungs:
             logger.warning("%d scan(s) without lungs were left unmasked", sources["none"])
+
+
+def _voxel_bytes(path: Path) -> int:
+    """Size of a scan in memory by its header; 0 where that is unreadable, which its own process reports."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return 0
+    return math.prod(reader.GetSize()) * VOXEL_BYTES.get(reader.GetPixelID(), 2)
 
 
 def peak_bytes(scan_bytes: int) -> int:
@@ -577,31 +602,35 @@ def _run_tasks(tasks: list[ScanTask], processes: int) -> dict[str, str]:
     """Runs the tasks; returns {series UID: reason} of those that failed."""
     failed: dict[str, str] = {}
     with tqdm(total=len(tasks), desc="preprocessing", unit="scan", disable=None) as bar:
-        for task in _run_pool(tasks, processes, failed, bar):
-            # A process died and took its pool along; one scan at a time tells which scan kills it.
-            if _run_pool([task], 1, failed, bar):
-                failed[task.seriesuid] = "its process was killed, probably for want of memory"
+        while tasks:
+            tasks = _run_pool(tasks, processes, failed, bar)
+            if tasks and processes == 1:  # one after the other: the first that is left killed its process
+                failed[tasks.pop(0).seriesuid] = "its process was killed, probably for want of memory"
                 bar.update()
+            processes = max(1, processes // 2)
     return failed
 
 
 def _run_pool(tasks: list[ScanTask], processes: int, failed: dict[str, str], bar: tqdm) -> list[ScanTask]:
-    """Runs tasks in one pool; returns those that were left over because a process died."""
-    left = []
+    """Runs tasks in one pool; returns those left over because a process died and took the pool along."""
+    futures: dict[Future, ScanTask] = {}
+    done: set[str] = set()
     with ProcessPoolExecutor(processes, initializer=_start_worker) as pool:
-        futures = {pool.submit(process_scan, task): task for task in tasks}
+        with suppress(BrokenProcessPool):  # a process may die before all tasks are handed over
+            for task in tasks:
+                futures[pool.submit(process_scan, task)] = task
         for future in as_completed(futures):
             uid = futures[future].seriesuid
             try:
                 future.result()
             except BrokenProcessPool:
-                left.append(futures[future])
                 continue
             except Exception as error:  # noqa: BLE001 - whatever is wrong with one scan must not stop the others
                 failed[uid] = f"{type(error).__name__}: {error}"
                 logger.error("%s failed: %s", uid, failed[uid])
+            done.add(uid)
             bar.update()
-    return left
+    return [task for task in tasks if task.seriesuid not in done]
 
 
 def _start_worker() -> None:

@@ -13,7 +13,7 @@ import os
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +39,13 @@ ANNOTATION_COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm")
 CANDIDATE_COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "probability")
 # Deflate cannot shrink data further than this, so a header that claims more voxels is wrong.
 MAX_DEFLATE_RATIO = 1100
+NIFTI_HEADER_BYTES = 352
+VOXEL_BYTES = {
+    **dict.fromkeys((sitk.sitkInt8, sitk.sitkUInt8), 1),
+    **dict.fromkeys((sitk.sitkInt16, sitk.sitkUInt16), 2),
+    **dict.fromkeys((sitk.sitkInt32, sitk.sitkUInt32, sitk.sitkFloat32), 4),
+    **dict.fromkeys((sitk.sitkInt64, sitk.sitkUInt64, sitk.sitkFloat64), 8),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------- geometry
@@ -176,17 +183,22 @@ def resample(
 # --------------------------------------------------------------------------------------------------------- raw scans
 
 
-def scan_name(path: str | Path) -> str:
-    """File name without its suffix; for LUNA16 the series UID.
+def scan_suffix(path: str | Path) -> str:
+    """Suffix of a scan file, '.nii.gz' in one piece.
 
     Raises:
-        ValueError: The suffix is none that can be read.
+        ValueError: It is none that can be read.
     """
-    name = Path(path).name
-    for suffix in sorted(SCAN_SUFFIXES, key=len, reverse=True):
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    raise ValueError(f"a scan must be one of {', '.join(SCAN_SUFFIXES)}, not {name!r}")
+    name = Path(path).name.lower()
+    for suffix in SCAN_SUFFIXES:
+        if name.endswith(suffix):
+            return suffix
+    raise ValueError(f"a scan must be one of {', '.join(SCAN_SUFFIXES)}, not {Path(path).name!r}")
+
+
+def scan_name(path: str | Path) -> str:
+    """File name without its suffix; for LUNA16 the series UID."""
+    return Path(path).name[: -len(scan_suffix(path))]
 
 
 def find_scans(folder: str | Path) -> dict[str, Path]:
@@ -211,17 +223,18 @@ def find_scans(folder: str | Path) -> dict[str, Path]:
 
 def data_file(path: Path) -> Path:
     """File that holds the voxels of a scan: the ``ElementDataFile`` of an .mhd, else the file itself."""
-    return path.parent / _meta_header(path)["ElementDataFile"] if path.suffix.lower() == ".mhd" else path
+    return path.parent / _meta_header(path)[0]["ElementDataFile"] if path.suffix.lower() == ".mhd" else path
 
 
-def read_scan(path: str | Path) -> sitk.Image:
+def read_scan(path: str | Path, *, constant: bool = False) -> sitk.Image:
     """Reads a 3-D scan after checking what SimpleITK would let pass.
 
     Args:
         path: .mhd, .mha, .nii, .nii.gz or .nrrd file.
+        constant: Whether one value everywhere is allowed, as in an empty mask.
 
     Returns:
-        Scalar image with finite, varying values and orthonormal direction.
+        Scalar image with finite values and orthonormal direction.
 
     Raises:
         FileNotFoundError: The file, or the data file its header names, is missing.
@@ -231,14 +244,12 @@ def read_scan(path: str | Path) -> sitk.Image:
     scan_name(path)
     if not path.is_file():
         raise FileNotFoundError(f"scan {path} does not exist")
-    expected = _check_header(path)
+    _check_voxel_bytes(path, _check_header(path))
     try:
         image = sitk.ReadImage(str(path))
     except RuntimeError as error:
         raise ValueError(f"{path} cannot be read; copy or download it again ({_last_line(error)})") from error
-    if path.suffix.lower() == ".mhd":
-        _check_compressed(data_file(path), expected, _meta_header(path))
-    _check_values(path, image)
+    _check_values(path, image, constant)
     return image
 
 
@@ -246,25 +257,26 @@ def _last_line(error: Exception) -> str:
     return str(error).strip().split("\n")[-1].strip()
 
 
-def _meta_header(path: Path) -> dict[str, str]:
-    """Fields of a MetaImage header (.mhd, or the text at the start of an .mha)."""
-    fields = {}
+def _meta_header(path: Path) -> tuple[dict[str, str], int]:
+    """Fields of a MetaImage header (.mhd, or the text at the start of an .mha), and its length in bytes."""
+    fields, length = {}, 0
     with open(path, "rb") as file:
         for line in file.read(65536).split(b"\n"):
+            length += len(line) + 1
             name, equals, value = line.decode("latin-1").partition("=")
-            if not equals:
-                continue
+            if not equals:  # MetaIO would take a colon, too, and read on
+                break
             fields[name.strip()] = value.strip()
             if name.strip() == "ElementDataFile":
-                return fields
-    raise ValueError(f"{path} is no MetaImage header: it must end with ElementDataFile; download the file again")
+                return fields, length
+    raise ValueError(f"{path} is no MetaImage header: its lines must be 'name = value' and end with ElementDataFile")
 
 
 def _check_header(path: Path) -> int:
     """Checks the header without loading voxels; returns the number of bytes that the voxels take."""
     suffix = path.suffix.lower()
     if suffix in (".mhd", ".mha"):
-        _check_meta_fields(path, _meta_header(path))
+        _check_meta_fields(path, _meta_header(path)[0])
     if suffix == ".nrrd":
         with open(path, "rb") as file:
             header = file.read(65536).split(b"\n\n")[0].split(b"\r\n\r\n")[0].lower()
@@ -281,31 +293,10 @@ def _check_header(path: Path) -> int:
             f"{path} must be a 3-D scan with one value a voxel, not size {reader.GetSize()} with "
             f"{reader.GetNumberOfComponents()} component(s)"
         )
+    if reader.GetPixelID() not in VOXEL_BYTES:
+        raise ValueError(f"{path} must hold real numbers, not {sitk.GetPixelIDValueAsString(reader.GetPixelID())}")
     _check_geometry(path, reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
-    bytes_each = np.dtype(_numpy_type(path, reader.GetPixelID())).itemsize
-    expected = int(np.prod([int(n) for n in reader.GetSize()], dtype=object)) * bytes_each
-    stored = data_file(path).stat().st_size
-    if expected > stored * MAX_DEFLATE_RATIO:
-        raise ValueError(f"{path} claims {expected:,} bytes of voxels but its file has only {stored:,} bytes")
-    return expected
-
-
-def _numpy_type(path: Path, pixel_id: int) -> type:
-    types = {
-        sitk.sitkInt8: np.int8,
-        sitk.sitkUInt8: np.uint8,
-        sitk.sitkInt16: np.int16,
-        sitk.sitkUInt16: np.uint16,
-        sitk.sitkInt32: np.int32,
-        sitk.sitkUInt32: np.uint32,
-        sitk.sitkInt64: np.int64,
-        sitk.sitkUInt64: np.uint64,
-        sitk.sitkFloat32: np.float32,
-        sitk.sitkFloat64: np.float64,
-    }
-    if pixel_id not in types:
-        raise ValueError(f"{path} must hold real numbers, not {sitk.GetPixelIDValueAsString(pixel_id)}")
-    return types[pixel_id]
+    return math.prod(reader.GetSize()) * VOXEL_BYTES[reader.GetPixelID()]
 
 
 def _check_meta_fields(path: Path, header: dict[str, str]) -> None:
@@ -314,38 +305,26 @@ def _check_meta_fields(path: Path, header: dict[str, str]) -> None:
         raise ValueError(f"{path} has no Offset: positions in mm would be wrong; download the file again")
     if not any(name in header for name in ("ElementSpacing", "ElementSize")):
         raise ValueError(f"{path} has no ElementSpacing: sizes in mm would be wrong; download the file again")
-    for name in ("Offset", "Position", "Origin", "ElementSpacing", "TransformMatrix"):
+    dimensions = header.get("NDims", "")
+    for name in ("Offset", "Position", "Origin", "ElementSpacing", "ElementSize"):
+        if name not in header:
+            continue
+        values = header[name].split()
         try:
-            finite = all(math.isfinite(float(value)) for value in header.get(name, "").split())
+            finite = all(math.isfinite(float(value)) for value in values)
         except ValueError:
             finite = False
-        if not finite:
-            raise ValueError(f"{path}: {name} must be finite numbers, not {header[name]!r}; download the file again")
+        if not finite or str(len(values)) != dimensions:
+            raise ValueError(f"{path}: {name} must be {dimensions} finite numbers, not {header[name]!r}")
+    data = header["ElementDataFile"]
     if path.suffix.lower() == ".mha":
+        if data != "LOCAL":
+            raise ValueError(f"{path}: ElementDataFile of an .mha must be LOCAL, not {data!r}")
         return
-    target = Path(header["ElementDataFile"])
-    if target.is_absolute() or ".." in target.parts or len(header["ElementDataFile"].split()) != 1:
-        raise ValueError(
-            f"{path}: ElementDataFile must be one file beside the header, not {header['ElementDataFile']!r}"
-        )
-    if not (path.parent / target).is_file():
-        raise FileNotFoundError(f"{path} needs {path.parent / target}, which does not exist; download both files")
-    if header.get("CompressedData", "False").lower() != "true":
-        _check_raw_size(path, header)
-
-
-def _check_raw_size(path: Path, header: dict[str, str]) -> None:
-    bytes_each = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "FLOAT": 4, "DOUBLE": 8}
-    element = header.get("ElementType", "").removeprefix("MET_")
-    if element not in bytes_each:
-        raise ValueError(f"{path}: ElementType must be a MET_ number type, not {header.get('ElementType')!r}")
-    voxels = int(np.prod([int(n) for n in header.get("DimSize", "0").split()], dtype=object))
-    expected, stored = voxels * bytes_each[element], data_file(path).stat().st_size
-    if stored != expected:
-        raise ValueError(
-            f"{path}: DimSize {header.get('DimSize')} needs {expected:,} bytes but {data_file(path).name} has "
-            f"{stored:,}; download both files again"
-        )
+    if Path(data).is_absolute() or ".." in Path(data).parts or len(data.split()) != 1:
+        raise ValueError(f"{path}: ElementDataFile must be one file beside the header, not {data!r}")
+    if not (path.parent / data).is_file():
+        raise FileNotFoundError(f"{path} needs {path.parent / data}, which does not exist; download both files")
 
 
 def _check_geometry(path: Path, spacing: Iterable[float], origin: Iterable[float], direction: Iterable[float]) -> None:
@@ -359,27 +338,53 @@ def _check_geometry(path: Path, spacing: Iterable[float], origin: Iterable[float
         raise ValueError(f"{path}: direction must be a rotation or flip, not {np.round(matrix, 4).tolist()}")
 
 
-def _check_compressed(path: Path, expected: int, header: dict[str, str]) -> None:
-    """ITK ignores the checksum of a .zraw: a flipped byte would change the scan silently."""
-    if header.get("CompressedData", "False").lower() != "true":
+def _check_voxel_bytes(path: Path, expected: int) -> None:
+    """Compares the voxels that the header claims with what the file holds, before memory is asked for.
+
+    ITK ignores checksums of compressed MetaImages and fills up cut-off files: a damaged scan would pass silently.
+    """
+    suffix, file = scan_suffix(path), data_file(path)
+    size = file.stat().st_size
+    if expected > size * MAX_DEFLATE_RATIO:
+        raise ValueError(f"{path} claims {expected:,} bytes of voxels but its file has only {size:,} bytes")
+    if suffix in (".mhd", ".mha"):
+        header, length = _meta_header(path)
+        start = length if suffix == ".mha" else 0
+        compressed = header.get("CompressedData", "False").lower() == "true"
+        held = _inflated_size(file, start, expected) if compressed else size - start
+        right = held == expected
+    elif suffix in (".nii", ".nii.gz"):
+        held = (_inflated_size(file, 0, expected + size) if suffix == ".nii.gz" else size) - NIFTI_HEADER_BYTES
+        right = held >= expected
+    else:
         return
+    if not right:
+        raise ValueError(
+            f"{path}: the header needs {expected:,} bytes of voxels but {file.name} holds {held:,}; download it again"
+        )
+
+
+def _inflated_size(path: Path, start: int, limit: int) -> int:
+    """Bytes in a zlib or gzip stream, whose checksum is verified; stops early above ``limit``."""
     decoder, size = zlib.decompressobj(wbits=47), 0  # 47: zlib or gzip, whichever the header says
     try:
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):
+            file.seek(start)
+            while (block := file.read(1 << 20)) and size <= limit:
                 size += len(decoder.decompress(block))
     except zlib.error as error:
         raise ValueError(f"{path} is damaged ({error}); download it again") from error
-    if not decoder.eof or size != expected:
-        raise ValueError(f"{path} holds {size:,} bytes of voxels where its header says {expected:,}; download it again")
+    if size <= limit and not decoder.eof:
+        raise ValueError(f"{path} is cut off after {size:,} bytes of voxels; download it again")
+    return size
 
 
-def _check_values(path: Path, image: sitk.Image) -> None:
+def _check_values(path: Path, image: sitk.Image, constant: bool) -> None:
     values = sitk.GetArrayViewFromImage(image)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
         raise ValueError(f"{path} has {bad:,} voxels that are not finite; replace them by -1000 (air)")
-    if values.min() == values.max():
+    if not constant and values.min() == values.max():
         raise ValueError(f"{path} holds one value, {values.min()}, everywhere: it is no scan")
 
 
@@ -412,7 +417,7 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, values: Any) -> None:
     """Writes JSON that a person can read: one field a line, lists of numbers on one line."""
     text = json.dumps(values, indent=1)
-    write_text(path, re.sub(r"\[[-+.\deE,\s]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n")
+    write_text(path, re.sub(r"\[\n[-+.\deE,\s]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n")
 
 
 def write_csv(path: str | Path, table: pd.DataFrame) -> None:
@@ -445,13 +450,17 @@ def write_image(path: str | Path, image: sitk.Image) -> None:
         OSError: What was written is not what was to be written.
     """
     with atomic_path(path) as temporary:
-        sitk.WriteImage(image, str(temporary), useCompression=True)
-        written = sitk.ReadImage(str(temporary))
-        if not np.array_equal(sitk.GetArrayViewFromImage(written), sitk.GetArrayViewFromImage(image)):
+        try:
+            sitk.WriteImage(image, str(temporary), useCompression=True)
+            written = sitk.ReadImage(str(temporary))
+            same = np.array_equal(sitk.GetArrayViewFromImage(written), sitk.GetArrayViewFromImage(image))
+        except RuntimeError:
+            same = False
+        if not same:
             raise OSError(f"{path} could not be written; is the disk full?")
 
 
-def read_table(path: str | Path, columns: Iterable[str]) -> pd.DataFrame:
+def read_table(path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
     """Reads a CSV file (also .csv.gz) of LUNA16's kind; ``seriesuid`` is text, other asked-for columns are numbers.
 
     Raises:
@@ -475,7 +484,7 @@ def read_table(path: str | Path, columns: Iterable[str]) -> pd.DataFrame:
             table[name] = pd.to_numeric(table[name], errors="coerce").astype(float)
             bad = ~np.isfinite(table[name])
         if bad.any():
-            raise ValueError(f"{path}, line {int(np.argmax(bad)) + 2}: {name} is empty or no number; correct the line")
+            raise ValueError(f"{path}, row {int(np.argmax(bad)) + 1}: {name} is empty or no number; correct that row")
     return table
 
 
@@ -561,7 +570,7 @@ def read_split(path: str | Path) -> dict[str, list[str]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; keep split.json of the training beside its checkpoints")
     split = json.loads(path.read_text(encoding="utf-8"))
-    if not all(isinstance(split.get(part), list) for part in ("train", "validation")):
+    if not isinstance(split, dict) or not all(isinstance(split.get(part), list) for part in ("train", "validation")):
         raise ValueError(f"{path} must hold the lists 'train' and 'validation'")
     return split
 

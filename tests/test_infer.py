@@ -1,0 +1,775 @@
+"""Probability maps, nodules and what is written of them."""
+
+import json
+import math
+import random
+import runpy
+import shutil
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+import torch
+from torch import nn
+
+import infer
+from infer import NoduleInferencer, choose_scans, extract_nodules
+from model import LungNodule3DUNet, load_checkpoint
+from preprocess import LUNA16Preprocessor
+from utils import Geometry, find_scans, read_metadata, read_processed, read_processed_list
+
+SMALL = {"channels": (4, 8), "strides": (2,), "num_res_units": 0, "dropout": 0.1}
+
+
+class Bright(nn.Module):
+    """Takes what is brighter than a level for nodule."""
+
+    def __init__(self, level=0.75):
+        super().__init__()
+        self.level = level
+
+    def forward(self, image):
+        return 40 * (image - self.level)
+
+
+class Block(nn.Module):
+    """Finds one nodule, always at array[10:14, 20:25, 20:26], whose brightest voxel has the logit 3."""
+
+    def forward(self, image):
+        logits = torch.full_like(image, -10)
+        logits[..., 10:14, 20:25, 20:26] = 2
+        logits[..., 12, 22, 23] = 3
+        return logits
+
+
+class Nothing(nn.Module):
+    """Finds no nodule."""
+
+    def forward(self, image):
+        return torch.full_like(image, -10)
+
+
+@pytest.fixture
+def live(tmp_path):
+    """An inferencer of a live model."""
+
+    def make(model, **arguments):
+        return NoduleInferencer(
+            output_dir=tmp_path / "out", device="cpu", mixed_precision=False, model=model, **arguments
+        )
+
+    return make
+
+
+@pytest.fixture
+def trained(run_dir, tmp_path):
+    """An inferencer of the checkpoint, whose network may be replaced by one that finds something sensible."""
+
+    def make(model=None, output_dir=tmp_path / "out", **arguments):
+        path = run_dir / "checkpoints" / "best_model.pth"
+        inferencer = NoduleInferencer(path, output_dir, "cpu", mixed_precision=False, **arguments)
+        inferencer.model = model or inferencer.model
+        return inferencer
+
+    return make
+
+
+# --------------------------------------------------------------------------------------------------------- prediction
+
+
+def test_mask_is_uint8_of_the_shape_of_the_image(live):
+    torch.manual_seed(0)
+    network = LungNodule3DUNet(channels=(2, 4, 8), strides=(2, 2), num_res_units=0)
+    mask = live(network).predict(np.random.default_rng(0).random((5, 7, 10)))
+    assert (mask.dtype, mask.shape) == (np.uint8, (5, 7, 10))
+
+
+def test_probability_is_float32_in_0_to_1_of_the_shape_of_the_image(live):
+    probability = live(Bright()).predict_probability(np.array([[[0.0, 0.75, 1.0]]]))
+    assert (probability.dtype, probability.shape) == (np.float32, (1, 1, 3))
+    np.testing.assert_allclose(probability[0, 0], 1 / (1 + np.exp([30.0, 0.0, -10.0])), rtol=1e-5)
+
+
+def test_size_that_does_not_fit_is_filled_up_with_air(live):
+    torch.manual_seed(0)
+    network = LungNodule3DUNet(**SMALL).eval()
+    image = np.random.default_rng(0).random((3, 4, 5), dtype=np.float32)
+    filled = np.zeros((4, 4, 6), np.float32)
+    filled[:3, :, :5] = image
+    with torch.no_grad():
+        expected = torch.sigmoid(network(torch.from_numpy(filled)[None, None]))[0, 0, :3, :, :5].numpy()
+    np.testing.assert_allclose(live(network).predict_probability(image), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
+def test_any_float_type_comes_in(live, dtype):
+    image = np.array([[[0.25, 0.875], [1.0, 0.5]]])
+    np.testing.assert_array_equal(live(Bright()).predict(image.astype(dtype)), [[[0, 1], [1, 0]]])
+
+
+def test_stored_array_that_cannot_be_written_to_comes_in_without_a_warning(live, recwarn):
+    image = np.full((1, 1, 2), 0.875, np.float32)
+    image.setflags(write=False)
+    live(Bright()).predict(image)
+    assert not recwarn
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.25])
+def test_voxel_that_just_reaches_the_threshold_is_nodule(live, threshold):
+    inferencer = live(Bright(), threshold=threshold)
+    below, above = np.nextafter(np.float32(threshold), np.float32([0, 1]))
+    mask = inferencer.mask_of(np.array([below, threshold, above], np.float32))
+    np.testing.assert_array_equal(mask, [0, 1, 1])
+
+
+def test_prediction_is_the_probability_at_the_threshold(live):
+    image = np.linspace(0, 1, 60, dtype=np.float32).reshape(3, 4, 5)
+    inferencer = live(Bright(), threshold=0.9)
+    np.testing.assert_array_equal(inferencer.predict(image), inferencer.predict_probability(image) >= 0.9)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        pytest.param(np.zeros((4, 4), np.float32), r"three axes \(z, y, x\), not shape \(4, 4\)", id="2-D"),
+        pytest.param(np.zeros((1, 4, 4, 4), np.float32), "three axes", id="4-D"),
+        pytest.param(np.zeros((4, 4, 4), np.int16), "float in .*, not int16; give raw scans to infer_scan", id="int"),
+        pytest.param(np.full((4, 4, 4), -1000.0), r"not \[-1000, -1000\]; give raw scans to infer_scan", id="HU"),
+        pytest.param(np.full((4, 4, 4), 1.5), r"must lie in \[0, 1\], not \[1.5, 1.5\]", id="above 1"),
+        pytest.param(np.array([[[0.5, math.nan]]]), r"must lie in \[0, 1\], not \[nan, nan\]", id="NaN"),
+    ],
+)
+def test_image_that_is_no_processed_array_is_refused(live, image, message):
+    with pytest.raises(ValueError, match=message):
+        live(Bright()).predict(image)
+
+
+@pytest.mark.parametrize("threshold", [0, 1, -0.1, math.nan])
+def test_threshold_outside_of_0_and_1_is_refused(live, threshold):
+    with pytest.raises(ValueError, match="threshold must be between 0 and 1"):
+        live(Bright(), threshold=threshold)
+
+
+def test_missing_checkpoint_is_an_error_that_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.pth does not exist; run python train\.py first"):
+        NoduleInferencer(tmp_path / "none.pth", device="cpu")
+
+
+def random_states():
+    """States of Python's, numpy's legacy and torch's generator."""
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+
+
+def test_prediction_leaves_random_states_as_they_were(live):
+    inferencer = live(LungNodule3DUNet(**SMALL).train())
+    before = random_states()
+    inferencer.predict(np.zeros((4, 4, 4)))
+    assert random_states() == before
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_prediction_leaves_the_training_mode_as_it_was(live, training):
+    network = LungNodule3DUNet(**SMALL).train(training)
+    live(network).predict(np.zeros((4, 4, 4)))
+    assert {module.training for module in network.modules()} == {training}
+
+
+def test_prediction_leaves_a_frozen_layer_frozen(live):
+    network = LungNodule3DUNet(**SMALL).train()
+    frozen = next(module for module in network.modules() if isinstance(module, nn.BatchNorm3d)).eval()
+    live(network).predict(np.zeros((4, 4, 4)))
+    assert network.training and not frozen.training
+
+
+def test_prediction_leaves_weights_and_statistics_as_they_were(live):
+    network = LungNodule3DUNet(**SMALL).train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    live(network).predict(np.random.default_rng(0).random((4, 4, 4)))
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_prediction_of_a_network_in_training_uses_no_dropout(live):
+    inferencer = live(LungNodule3DUNet(**(SMALL | {"dropout": 0.5})).train())
+    image = np.random.default_rng(0).random((4, 4, 4))
+    np.testing.assert_array_equal(inferencer.predict_probability(image), inferencer.predict_probability(image))
+
+
+# ----------------------------------------------------------------------------------------------------- sliding window
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 4), (3, 9, 14), (2, 2, 2)])
+def test_window_gives_what_the_whole_image_gives_where_each_voxel_stands_alone(live, shape):
+    image = np.random.default_rng(0).random(shape, dtype=np.float32)
+    whole, slid = (live(Bright(), window=window).predict_probability(image) for window in (None, (4, 4, 4)))
+    np.testing.assert_allclose(slid, whole, atol=1e-4)
+
+
+def test_network_sees_one_window_at_a_time(live):
+    shapes = set()
+
+    class Watching(Bright):
+        def forward(self, image):
+            shapes.add(tuple(image.shape[2:]))
+            return super().forward(image)
+
+    live(Watching(), window=(4, 6, 8)).predict(np.zeros((9, 10, 11)))
+    assert shapes == {(4, 6, 8)}
+
+
+def test_window_slides_over_the_box_alone(live):
+    image = np.ones((6, 8, 10), np.float32)
+    probability = live(Bright(), window=(2, 2, 2)).predict_probability(image, ((1, 2, 3), (4, 6, 8)))
+    expected = np.zeros(image.shape)
+    expected[1:4, 2:6, 3:8] = 1
+    np.testing.assert_allclose(probability, expected, atol=1e-4)
+
+
+def test_checkpoint_of_whole_scans_takes_each_scan_whole(trained):
+    assert trained().window is None
+
+
+# ----------------------------------------------------------------------------------------------------------- nodules
+
+ORIGIN, SPACING = (-100.0, 20.0, 5.5), (0.7, 0.8, 2.5)
+
+
+@pytest.fixture
+def extract(live):
+    return live(Nothing()).extract_nodule_candidates
+
+
+def block_mask():
+    mask = np.zeros((8, 10, 12), np.uint8)
+    mask[2:5, 3:7, 6:8] = 1  # centre z 3, y 4.5, x 6.5; 24 voxels
+    return mask
+
+
+def test_nodule_has_the_fields_of_the_brief_volume_and_probability(extract):
+    (nodule,) = extract(block_mask(), ORIGIN, SPACING)
+    brief = {"center_world", "center_voxel", "diameter_mm", "volume_voxels", "bbox"}
+    assert set(nodule) == brief | {"volume_mm3", "probability"}
+
+
+def test_center_voxel_is_x_y_z_as_floats(extract):
+    (nodule,) = extract(block_mask(), ORIGIN, SPACING)
+    assert nodule["center_voxel"] == pytest.approx([6.5, 4.5, 3.0])
+    assert all(type(value) is float for value in nodule["center_voxel"])
+
+
+def test_center_world_is_origin_plus_index_times_spacing(extract):
+    (nodule,) = extract(block_mask(), ORIGIN, SPACING)
+    assert nodule["center_world"] == pytest.approx([-100 + 6.5 * 0.7, 20 + 4.5 * 0.8, 5.5 + 3 * 2.5])
+    assert all(type(value) is float for value in nodule["center_world"])
+
+
+def test_bbox_is_half_open_z_y_x(extract):
+    mask = block_mask()
+    (nodule,) = extract(mask, ORIGIN, SPACING)
+    z_min, z_max, y_min, y_max, x_min, x_max = nodule["bbox"]
+    assert nodule["bbox"] == (2, 5, 3, 7, 6, 8)
+    assert mask[z_min:z_max, y_min:y_max, x_min:x_max].sum() == mask.sum()
+
+
+def test_volume_counts_voxels_and_mm3(extract):
+    (nodule,) = extract(block_mask(), ORIGIN, SPACING)
+    assert nodule["volume_voxels"] == 24
+    assert nodule["volume_mm3"] == pytest.approx(24 * 0.7 * 0.8 * 2.5)
+
+
+def test_diameter_is_that_of_the_sphere_of_equal_volume(extract):
+    (nodule,) = extract(block_mask(), ORIGIN, SPACING)
+    assert math.pi / 6 * nodule["diameter_mm"] ** 3 == pytest.approx(24 * 0.7 * 0.8 * 2.5)
+
+
+def test_probability_is_the_highest_in_the_nodule(extract):
+    mask = block_mask()
+    probability = np.where(mask, 0.6, 0.95)
+    probability[3, 4, 6] = 0.8
+    (nodule,) = extract(mask, ORIGIN, SPACING, probability)
+    assert nodule["probability"] == pytest.approx(0.8)
+
+
+def test_probability_without_a_map_is_nan(extract):
+    assert math.isnan(extract(block_mask(), ORIGIN, SPACING)[0]["probability"])
+
+
+def test_single_voxel_is_a_nodule(extract):
+    mask = np.zeros((3, 3, 3), np.uint8)
+    mask[2, 0, 1] = 1
+    (nodule,) = extract(mask, (0, 0, 0), (1, 1, 1))
+    assert nodule["center_voxel"] == [1, 0, 2]
+    assert nodule["bbox"] == (2, 3, 0, 1, 1, 2)
+
+
+def test_voxels_that_touch_at_a_corner_are_one_nodule(extract):
+    mask = np.zeros((4, 4, 4), np.uint8)
+    mask[0, 0, 0] = mask[1, 1, 1] = mask[3, 3, 3] = 1
+    assert sorted(nodule["volume_voxels"] for nodule in extract(mask, ORIGIN, SPACING)) == [1, 2]
+
+
+def test_nodules_come_most_probable_and_then_largest_first(extract):
+    mask, probability = np.zeros((1, 1, 12), np.uint8), np.zeros((1, 1, 12))
+    for part, value in ((slice(0, 1), 0.7), (slice(2, 5), 0.7), (slice(6, 8), 0.9)):
+        mask[..., part], probability[..., part] = 1, value
+    assert [nodule["volume_voxels"] for nodule in extract(mask, ORIGIN, SPACING, probability)] == [2, 3, 1]
+
+
+def test_nodules_without_a_map_come_largest_first(extract):
+    mask = np.array([[[1, 0, 1, 1, 1, 0, 1, 1]]], np.uint8)
+    assert [nodule["volume_voxels"] for nodule in extract(mask, ORIGIN, SPACING)] == [3, 2, 1]
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int64, np.float32])
+def test_mask_of_any_type_is_taken(extract, dtype):
+    assert extract(block_mask().astype(dtype), ORIGIN, SPACING)[0]["volume_voxels"] == 24
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_origin_and_spacing_may_be_arrays(extract, dtype):
+    (nodule,) = extract(block_mask(), np.array(ORIGIN, dtype), np.array(SPACING, dtype))
+    assert nodule["center_world"] == pytest.approx([-95.45, 23.6, 13.0], rel=1e-5)
+
+
+def test_empty_mask_has_no_nodules(extract):
+    assert extract(np.zeros((3, 4, 5), np.uint8), ORIGIN, SPACING) == []
+
+
+def test_probability_of_another_shape_is_refused(extract):
+    with pytest.raises(ValueError, match=r"probability \(2, 2, 2\) and mask \(8, 10, 12\) differ"):
+        extract(block_mask(), ORIGIN, SPACING, np.zeros((2, 2, 2)))
+
+
+def test_mask_with_two_axes_is_refused(extract):
+    with pytest.raises(ValueError, match=r"mask must have three axes \(z, y, x\), not shape \(4, 4\)"):
+        extract(np.zeros((4, 4), np.uint8), ORIGIN, SPACING)
+
+
+# ----------------------------------------------------------------------------------------------------- which scans
+
+
+def test_validation_scans_are_chosen_and_named_so(run_dir, processed_dir):
+    split = json.loads((run_dir / "checkpoints" / "split.json").read_text())
+    chosen = choose_scans(processed_dir, run_dir / "checkpoints" / "best_model.pth", "validation")
+    assert chosen == dict.fromkeys(split["validation"], "validation")
+
+
+def test_all_scans_are_marked_with_their_part(run_dir, processed_dir):
+    split = json.loads((run_dir / "checkpoints" / "split.json").read_text())
+    chosen = choose_scans(processed_dir, run_dir / "checkpoints" / "best_model.pth", "all")
+    assert chosen == {uid: part for part, uids in split.items() for uid in uids}
+
+
+def test_all_scans_without_a_split_are_of_unknown_part(processed_dir, tmp_path):
+    assert set(choose_scans(processed_dir, tmp_path / "model.pth", "all").values()) == {"unknown"}
+
+
+def test_validation_scans_without_a_split_are_an_error(processed_dir, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"split\.json does not exist"):
+        choose_scans(processed_dir, tmp_path / "model.pth", "validation")
+
+
+def test_folder_without_scans_of_the_subset_is_an_error(processed_dir, tmp_path):
+    (tmp_path / "split.json").write_text('{"train": [], "validation": ["1.2.3"]}')
+    with pytest.raises(ValueError, match=r"has none of the validation scans .* name the data_dir of the training"):
+        choose_scans(processed_dir, tmp_path / "model.pth", "validation")
+
+
+def test_unknown_subset_is_refused(processed_dir, tmp_path):
+    with pytest.raises(ValueError, match="subset must be 'validation', 'train' or 'all', not 'test'"):
+        choose_scans(processed_dir, tmp_path / "model.pth", "test")
+
+
+# ---------------------------------------------------------------------------------------------------- infer_dataset
+
+
+@pytest.fixture(scope="module")
+def dataset_run(run_dir, processed_dir, tmp_path_factory):
+    """All scans of the data set with the nodule of Block in each: (output folder, returned table)."""
+    folder = tmp_path_factory.mktemp("inference")
+    path = run_dir / "checkpoints" / "best_model.pth"
+    inferencer = NoduleInferencer(path, folder, "cpu", mixed_precision=False)
+    inferencer.model = Block()
+    return folder, inferencer.infer_dataset(processed_dir, "all")
+
+
+def test_all_files_of_the_brief_are_written(dataset_run, processed_dir):
+    folder, _ = dataset_run
+    for uid in read_processed_list(processed_dir):
+        for name in (f"predicted_masks/{uid}.npy", f"visualizations/{uid}.png", f"{uid}_nodules.npy"):
+            assert (folder / name).is_file()
+    assert (folder / "inference_summary.npy").is_file()
+
+
+def test_no_temporary_file_is_left(dataset_run):
+    assert not [path for path in dataset_run[0].rglob("*") if path.name.startswith(".")]
+
+
+def test_predicted_mask_is_what_the_network_found(dataset_run, processed_dir):
+    folder, _ = dataset_run
+    expected = np.zeros((32, 48, 48), np.uint8)
+    expected[10:14, 20:25, 20:26] = 1
+    mask = np.load(folder / "predicted_masks" / f"{read_processed_list(processed_dir)[0]}.npy")
+    assert mask.dtype == np.uint8
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_picture_opens_and_is_not_empty(dataset_run, processed_dir):
+    folder, _ = dataset_run
+    picture = matplotlib.image.imread(folder / "visualizations" / f"{read_processed_list(processed_dir)[0]}.png")
+    assert picture.ndim == 3 and min(picture.shape[:2]) > 300
+    assert picture.std() > 0.05
+
+
+def test_nodules_file_opens_as_the_brief_opens_one(dataset_run, processed_dir):
+    folder, _ = dataset_run
+    uid = read_processed_list(processed_dir)[0]
+    (nodule,) = np.load(folder / f"{uid}_nodules.npy", allow_pickle=True).item()
+    metadata = np.load(processed_dir / f"{uid}_metadata.npy", allow_pickle=True).item()
+    index = np.array([22.5, 22.0, 11.5])
+    assert nodule["center_voxel"] == pytest.approx(index)
+    assert nodule["center_world"] == pytest.approx(np.array(metadata["origin"]) + index * metadata["spacing"])
+    assert nodule["bbox"] == (10, 14, 20, 25, 20, 26)
+    assert nodule["probability"] == pytest.approx(1 / (1 + math.exp(-3)))
+
+
+def test_nodules_table_says_what_the_nodules_file_says(dataset_run, processed_dir):
+    folder, _ = dataset_run
+    uid = read_processed_list(processed_dir)[0]
+    (nodule,) = np.load(folder / f"{uid}_nodules.npy", allow_pickle=True).item()
+    (row,) = pd.read_csv(folder / f"{uid}_nodules.csv", dtype={"seriesuid": str}).to_dict("records")
+    assert [row["coordX"], row["coordY"], row["coordZ"]] == pytest.approx(nodule["center_world"])
+    assert [row["voxelX"], row["voxelY"], row["voxelZ"]] == pytest.approx(nodule["center_voxel"])
+    for name in ("probability", "diameter_mm", "volume_mm3", "volume_voxels"):
+        assert row[name] == pytest.approx(nodule[name])
+
+
+def test_candidates_have_the_columns_of_luna16_and_one_row_a_nodule(dataset_run, processed_dir):
+    table = pd.read_csv(dataset_run[0] / "candidates.csv", dtype={"seriesuid": str})
+    assert list(table) == ["seriesuid", "coordX", "coordY", "coordZ", "probability"]
+    assert table["seriesuid"].tolist() == read_processed_list(processed_dir)
+
+
+def test_summary_table_has_a_row_a_scan_with_its_part(dataset_run, run_dir):
+    folder, returned = dataset_run
+    table = pd.read_csv(folder / "inference_summary.csv", dtype={"seriesuid": str})
+    pd.testing.assert_frame_equal(table, returned, check_dtype=False)
+    split = json.loads((run_dir / "checkpoints" / "split.json").read_text())
+    assert dict(zip(table["seriesuid"], table["part"], strict=True)) == {u: p for p, us in split.items() for u in us}
+    assert table["nodules"].tolist() == [1, 1, 1, 1]
+
+
+def test_summary_file_holds_the_nodules_of_each_scan(dataset_run, processed_dir):
+    summary = np.load(dataset_run[0] / "inference_summary.npy", allow_pickle=True).item()
+    assert list(summary["scans"]) == read_processed_list(processed_dir)
+    assert all(len(scan["nodules"]) == 1 for scan in summary["scans"].values())
+    assert summary["threshold"] == 0.5
+
+
+def test_only_validation_scans_are_inferred_by_default(trained, run_dir, processed_dir):
+    table = trained(Nothing()).infer_dataset(processed_dir)
+    split = json.loads((run_dir / "checkpoints" / "split.json").read_text())
+    assert table["seriesuid"].tolist() == split["validation"]
+
+
+def test_scan_without_a_finding_has_empty_tables_and_a_picture(trained, processed_dir):
+    inferencer = trained(Nothing())
+    (uid,) = inferencer.infer_dataset(processed_dir)["seriesuid"]
+    assert pd.read_csv(inferencer.output_dir / f"{uid}_nodules.csv").empty
+    assert pd.read_csv(inferencer.output_dir / "candidates.csv").empty
+    assert np.load(inferencer.output_dir / f"{uid}_nodules.npy", allow_pickle=True).item() == []
+    assert (inferencer.output_dir / "visualizations" / f"{uid}.png").stat().st_size > 1000
+
+
+def test_results_of_another_threshold_are_not_mixed(trained, processed_dir):
+    trained(Nothing()).infer_dataset(processed_dir)
+    with pytest.raises(FileExistsError, match=r"holds results of .* at threshold 0\.5; .*overwrite=True"):
+        trained(Nothing(), threshold=0.6).infer_dataset(processed_dir)
+
+
+def test_results_of_another_checkpoint_are_not_mixed(trained, run_dir, processed_dir, tmp_path):
+    trained(Nothing()).infer_dataset(processed_dir)
+    shutil.copytree(run_dir / "checkpoints", tmp_path / "copy")
+    with (tmp_path / "copy" / "best_model.pth").open("ab") as file:
+        file.write(b"x")  # other bytes
+    other = trained(Nothing())
+    other.checkpoint_path = tmp_path / "copy" / "best_model.pth"
+    with pytest.raises(FileExistsError, match="holds results of"):
+        other.infer_dataset(processed_dir)
+
+
+def test_same_checkpoint_and_threshold_may_write_again(trained, processed_dir):
+    trained(Nothing()).infer_dataset(processed_dir)
+    assert len(trained(Nothing()).infer_dataset(processed_dir)) == 1
+
+
+def test_overwrite_takes_the_place_of_other_results(trained, processed_dir):
+    trained(Nothing()).infer_dataset(processed_dir)
+    trained(Nothing(), threshold=0.6, overwrite=True).infer_dataset(processed_dir)
+    summary = np.load(trained().output_dir / "inference_summary.npy", allow_pickle=True).item()
+    assert summary["threshold"] == 0.6
+
+
+def test_overwrite_leaves_nothing_of_other_results(trained, processed_dir, tmp_path):
+    trained(Nothing()).infer_scan(write_chest(tmp_path / "chest.mhd"))
+    inferencer = trained(Nothing(), threshold=0.6, overwrite=True)
+    (uid,) = inferencer.infer_dataset(processed_dir)["seriesuid"]
+    assert [path.name for path in inferencer.output_dir.glob("*_nodules.csv")] == [f"{uid}_nodules.csv"]
+
+
+def test_data_prepared_with_other_settings_is_refused(trained, processed_dir, tmp_path):
+    shutil.copytree(processed_dir, tmp_path / "other")
+    for path in (tmp_path / "other").glob("*_metadata.json"):
+        metadata = json.loads(path.read_text())
+        metadata["preprocessing"]["hu_max"] = 500.0
+        path.write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match=r"preprocessed otherwise .*hu_max: 500\.0 instead of 400\.0"):
+        trained(Nothing()).infer_dataset(tmp_path / "other")
+
+
+def test_picture_of_a_missed_nodule_says_so(processed_dir):
+    scan = read_processed(processed_dir, read_processed_list(processed_dir)[0])
+    truth = np.zeros(scan.mask.shape, np.uint8)
+    truth[10:14, 20:25, 20:26] = 1
+    figure = infer.draw_overlay(np.asarray(scan.image, np.float32), scan.geometry, 0 * truth, [], truth, "scan")
+    assert "0 predicted, 1 annotated, 1 missed" in figure.get_suptitle()
+    assert figure.axes[0].get_title().startswith("missed")
+
+
+# -------------------------------------------------------------------------------------------------------- infer_scan
+
+BALL_CENTER, BALL_RADIUS_MM = (-60.0, 12.0, -20.0), 16.0
+HALF = 0.55  # brightness halfway between lung and ball
+
+
+def chest(shape_zyx, flipped=False):
+    """A chest of boxes in LPS mm: air, body (-350 HU), two lungs (-850 HU), and a ball of 400 HU in one of them."""
+    size = np.array([300.0, 280.0, 240.0])  # x, y, z, around the origin
+    spacing = size / shape_zyx[::-1]
+    first = -size / 2 + spacing / 2
+    x, y, z = (first[i] + spacing[i] * np.arange(shape_zyx[2 - i]) for i in range(3))
+    x, y, z = x[None, None, :], y[None, :, None], z[:, None, None]
+    array = np.full(shape_zyx, -1000, np.int16)
+    array[(abs(x) < 130) & (abs(y) < 110) & (abs(z) < 500)] = -350
+    array[(abs(x) > 20) & (abs(x) < 105) & (abs(y) < 80) & (abs(z) < 90)] = -850
+    cx, cy, cz = BALL_CENTER
+    array[(x - cx) ** 2 + (y - cy) ** 2 + (z - cz) ** 2 <= BALL_RADIUS_MM**2] = 400
+    origin, direction = first.copy(), np.eye(3)
+    if flipped:  # as about 14 scans of LUNA16: the same patient, x and y stored from the other end
+        array = np.ascontiguousarray(array[:, ::-1, ::-1])
+        origin[:2] = -first[:2]
+        direction[:2] *= -1
+    image = sitk.GetImageFromArray(array)
+    image.SetOrigin(origin.tolist())
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection(direction.ravel().tolist())
+    return image
+
+
+def write_chest(path, shape_zyx=(40, 56, 60), flipped=False):
+    sitk.WriteImage(chest(shape_zyx, flipped), str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def chest_runs(run_dir, tmp_path_factory):
+    """{flipped: (scan, mask in its grid, nodule, folder)} of the chest, straight and flipped."""
+    runs = {}
+    for flipped in (False, True):
+        folder = tmp_path_factory.mktemp("chest")
+        path = write_chest(folder / "chest.mhd", flipped=flipped)
+        inferencer = NoduleInferencer(run_dir / "checkpoints" / "best_model.pth", folder, "cpu", mixed_precision=False)
+        inferencer.model = Bright(HALF)
+        (nodule,) = inferencer.infer_scan(path)
+        mask = sitk.ReadImage(str(folder / "predicted_masks" / "chest.nii.gz"))
+        runs[flipped] = sitk.ReadImage(str(path)), mask, nodule, folder
+    return runs
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_ball_in_a_raw_scan_is_found_where_it_is(chest_runs, flipped):
+    nodule = chest_runs[flipped][2]
+    assert np.linalg.norm(np.subtract(nodule["center_world"], BALL_CENTER)) < 3  # half a voxel
+    assert nodule["diameter_mm"] == pytest.approx(2 * BALL_RADIUS_MM, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["flipped.mhd", "chest.nii.gz", "chest.mha", "chest.nrrd"])
+def test_same_patient_in_another_file_has_the_same_nodule(trained, chest_runs, tmp_path, name):
+    path = write_chest(tmp_path / name, flipped=name.startswith("flipped"))
+    (nodule,) = trained(Bright(HALF)).infer_scan(path)
+    assert nodule["center_world"] == pytest.approx(chest_runs[False][2]["center_world"], abs=0.01)
+    assert nodule["volume_voxels"] == chest_runs[False][2]["volume_voxels"]
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_mask_of_a_raw_scan_lies_on_its_own_grid(chest_runs, flipped):
+    scan, mask, _, _ = chest_runs[flipped]
+    assert mask.GetSize() == scan.GetSize()
+    assert mask.GetPixelID() == sitk.sitkUInt8
+    for get in (sitk.Image.GetOrigin, sitk.Image.GetSpacing, sitk.Image.GetDirection):
+        assert get(mask) == pytest.approx(get(scan), abs=1e-4)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_mask_of_a_raw_scan_covers_the_ball(chest_runs, flipped):
+    scan, mask, _, _ = chest_runs[flipped]
+    found, ball = sitk.GetArrayFromImage(mask) > 0, sitk.GetArrayFromImage(scan) == 400
+    assert 2 * (found & ball).sum() / (found.sum() + ball.sum()) > 0.85
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_table_and_mask_of_a_raw_scan_agree_within_a_voxel(chest_runs, flipped):
+    _, mask, _, folder = chest_runs[flipped]
+    shape = sitk.LabelShapeStatisticsImageFilter()
+    shape.Execute(sitk.ConnectedComponent(mask))
+    (row,) = pd.read_csv(folder / "chest_nodules.csv").to_dict("records")
+    table = [row["coordX"], row["coordY"], row["coordZ"]]
+    assert shape.GetNumberOfLabels() == 1
+    assert (np.abs(np.subtract(table, shape.GetCentroid(1))) < mask.GetSpacing()).all()
+
+
+def test_raw_scan_is_reported_as_new(chest_runs):
+    table = pd.read_csv(chest_runs[False][3] / "inference_summary.csv")
+    assert table[["seriesuid", "part", "nodules"]].to_numpy().tolist() == [["chest", "new", 1]]
+
+
+@pytest.mark.parametrize("index", [0, 2], ids=["straight", "flipped"])
+def test_raw_phantom_gives_the_mask_of_its_processed_array(trained, phantom_dir, tmp_path, monkeypatch, index):
+    monkeypatch.setattr(infer, "MAX_PICTURED", 1)  # for speed
+    uid, path = list(find_scans(phantom_dir / "raw").items())[index]
+    preprocessor = LUNA16Preprocessor(
+        phantom_dir / "raw",
+        phantom_dir / "annotations.csv",
+        tmp_path / "none",  # lungs by threshold, as for a raw scan
+        tmp_path / "processed",
+        target_size=(32, 48, 48),
+    )
+    preprocessor.process_single_scan(uid)
+    inferencer = trained(Bright())
+    inferencer.infer_scan(path)
+    expected = inferencer.predict(read_processed(tmp_path / "processed", uid).image)
+    assert expected.any()
+    np.testing.assert_array_equal(np.load(inferencer.output_dir / "predicted_masks" / f"{uid}.npy"), expected)
+
+
+def test_raw_scan_needs_a_checkpoint(live, tmp_path):
+    with pytest.raises(RuntimeError, match="needs the preprocessing of a checkpoint"):
+        live(Bright()).infer_scan(write_chest(tmp_path / "chest.mhd"))
+
+
+def test_file_that_is_no_scan_is_refused(trained, tmp_path):
+    with pytest.raises(ValueError, match=r"a scan must be one of \.mhd.*not 'picture\.png'"):
+        trained().infer_scan(tmp_path / "picture.png")
+
+
+def test_missing_scan_is_an_error(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.mhd does not exist"):
+        trained().infer_scan(tmp_path / "none.mhd")
+
+
+def test_scan_without_lungs_warns(trained, tmp_path, caplog):
+    sitk.WriteImage(sitk.GaussianSource(sitk.sitkFloat32, [16, 16, 16], scale=100.0), str(tmp_path / "blob.mha"))
+    trained(Nothing()).infer_scan(tmp_path / "blob.mha")
+    assert "no lungs were found" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------- snippet, command line
+
+SNIPPET = """
+# single_inference.py
+from infer import NoduleInferencer
+import numpy as np
+
+inferencer = NoduleInferencer(
+    checkpoint_path='experiments/luna16_unet/checkpoints/best_model.pth',
+    output_dir='results',
+    device='cuda',
+    threshold=0.5
+)
+
+# Загрузка данных
+image = np.load('data/LUNA16/processed/images/sample.npy')
+
+# Предсказание
+mask_pred = inferencer.predict(image)
+
+# Извлечение узелков
+metadata = np.load('data/LUNA16/processed/sample_metadata.npy', allow_pickle=True).item()
+nodules = inferencer.extract_nodule_candidates(
+    mask_pred, 
+    metadata['origin'], 
+    metadata['spacing']
+)
+
+print(f"Detected {len(nodules)} nodules")
+for i, nodule in enumerate(nodules):
+    print(f"Nodule {i+1}: center={nodule['center_world']}, diameter={nodule['diameter_mm']:.1f}mm")
+"""  # noqa: W291 - word for word
+
+
+def test_snippet_of_the_brief_works_word_for_word(run_dir, processed_dir, tmp_path, monkeypatch, capsys):
+    uid = read_processed_list(processed_dir)[0]
+    (tmp_path / "data/LUNA16/processed/images").mkdir(parents=True)
+    shutil.copy(processed_dir / "images" / f"{uid}.npy", tmp_path / "data/LUNA16/processed/images/sample.npy")
+    shutil.copy(processed_dir / f"{uid}_metadata.npy", tmp_path / "data/LUNA16/processed/sample_metadata.npy")
+    shutil.copytree(run_dir / "checkpoints", tmp_path / "experiments/luna16_unet/checkpoints")
+    (tmp_path / "single_inference.py").write_text(SNIPPET, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(NoduleInferencer, "predict_probability", lambda self, image: np.asarray(image, np.float32))
+    runpy.run_path("single_inference.py")
+    expected = extract_nodules(
+        np.load("data/LUNA16/processed/images/sample.npy") >= 0.5, read_processed(processed_dir, uid).geometry
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"Detected {len(expected)} nodules"
+    assert lines[1].startswith(f"Nodule 1: center={expected[0]['center_world']}, diameter=")
+    assert len(lines) == len(expected) + 1 > 1
+
+
+def test_network_of_the_checkpoint_predicts(run_dir, processed_dir, trained):
+    scan = read_processed(processed_dir, read_processed_list(processed_dir)[0])
+    checkpoint = load_checkpoint(run_dir / "checkpoints" / "best_model.pth")
+    network = LungNodule3DUNet(**checkpoint["network"])
+    network.load_state_dict(checkpoint["weights"])
+    with torch.no_grad():
+        expected = torch.sigmoid(network.eval()(torch.from_numpy(np.array(scan.image, np.float32))[None, None]))
+    np.testing.assert_allclose(trained().predict_probability(scan.image), expected[0, 0].numpy(), rtol=1e-5)
+
+
+def test_command_line_infers_the_validation_scans(run_dir, processed_dir, tmp_path, capsys):
+    path = run_dir / "checkpoints" / "best_model.pth"
+    status = infer.main(
+        [
+            f"--checkpoint_path={path}",
+            f"--output_dir={tmp_path}",
+            f"--data_dir={processed_dir}",
+            "--device=cpu",
+            "--threshold=0.99",
+        ]
+    )
+    (uid,) = json.loads((path.parent / "split.json").read_text())["validation"]
+    assert status == 0
+    assert (tmp_path / "predicted_masks" / f"{uid}.npy").is_file()
+    assert uid in capsys.readouterr().out
+
+
+def test_command_line_infers_one_raw_scan(run_dir, tmp_path, capsys):
+    path = write_chest(tmp_path / "chest.nii.gz")
+    arguments = {"checkpoint_path": run_dir / "checkpoints" / "best_model.pth", "output_dir": tmp_path / "out"}
+    arguments |= {"input": path, "device": "cpu", "threshold": 0.999}
+    assert infer.main([f"--{name}={value}" for name, value in arguments.items()]) == 0
+    assert "no nodule found" in capsys.readouterr().out
+    assert (tmp_path / "out" / "predicted_masks" / "chest.nii.gz").is_file()
+
+
+def test_command_line_without_a_checkpoint_ends_with_status_1(tmp_path, caplog):
+    assert infer.main([f"--checkpoint_path={tmp_path / 'none.pth'}", "--device=cpu"]) == 1
+    assert "run python train.py first" in caplog.text
+
+
+def test_geometry_of_candidates_is_that_of_the_metadata(processed_dir):
+    uid = read_processed_list(processed_dir)[0]
+    metadata = read_metadata(processed_dir, uid)
+    expected = Geometry((32, 48, 48), tuple(metadata["origin"]), tuple(metadata["spacing"]))
+    assert read_processed(processed_dir, uid).geometry == expected

@@ -1,0 +1,337 @@
+"""The network, its loss and its checkpoints."""
+
+import inspect
+import itertools
+import math
+
+import pytest
+import torch
+from monai.losses import DiceLoss
+from torch import nn
+from torch.nn import functional
+
+from model import DiceBCELoss, LungNodule3DUNet, build_network, load_checkpoint, save_checkpoint
+
+SMALL = {"channels": (4, 8), "strides": (2,), "num_res_units": 1, "dropout": 0.0}
+
+
+def small_network(**changes):
+    torch.manual_seed(0)
+    return LungNodule3DUNet(**(SMALL | changes)).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------- network
+
+
+def test_network_has_the_arguments_and_defaults_of_the_brief():
+    defaults = {name: p.default for name, p in inspect.signature(LungNodule3DUNet).parameters.items()}
+    assert defaults == {
+        "in_channels": 1,
+        "out_channels": 1,
+        "channels": (32, 64, 128, 256, 512),
+        "strides": (2, 2, 2, 2),
+        "num_res_units": 2,
+        "dropout": 0.1,
+    }
+
+
+def test_default_network_has_19_2_million_parameters():
+    assert round(sum(p.numel() for p in LungNodule3DUNet().parameters()) / 1e6, 1) == 19.2
+
+
+def test_output_has_the_size_of_the_input():
+    network = small_network(in_channels=2, out_channels=3)
+    assert network(torch.rand(2, 2, 4, 6, 8)).shape == (2, 3, 4, 6, 8)
+
+
+def test_output_is_logits():
+    network = small_network()
+    image = torch.rand(1, 1, 8, 8, 8)
+    with torch.no_grad():
+        before = network(image)
+        *_, bias = (p for name, p in network.named_parameters() if name.endswith("bias"))
+        bias += 30
+        after = network(image)
+    assert before.min() < 0 or before.max() > 1
+    torch.testing.assert_close(after, before + 30)
+
+
+@pytest.mark.parametrize("num_res_units", [0, 1, 2])
+def test_untrained_network_takes_nearly_all_voxels_for_background(num_res_units):
+    with torch.no_grad():
+        probability = torch.sigmoid(small_network(num_res_units=num_res_units)(torch.rand(1, 1, 16, 16, 16)))
+    assert probability.mean() < 0.15
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm3d, nn.PReLU, nn.Dropout])
+def test_network_is_made_of(layer):
+    assert any(isinstance(module, layer) for module in small_network(dropout=0.1).modules())
+
+
+def test_dropout_has_the_given_probability():
+    found = {m.p for m in small_network(dropout=0.25).modules() if isinstance(m, nn.Dropout)}
+    assert found == {0.25}
+
+
+def test_arguments_are_built_in_types_that_build_the_same_network():
+    network = small_network()
+    twin = LungNodule3DUNet(**network.arguments)
+    assert type(network.arguments["channels"]) is list
+    assert str(twin) == str(network)
+
+
+def test_divisor_is_the_product_of_the_strides():
+    assert LungNodule3DUNet(channels=(2, 2, 2), strides=(2, 3)).divisor == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"channels": (4,), "strides": ()}, "channels must be two or more positive numbers"),
+        ({"channels": (4, 0)}, "channels must be two or more positive numbers"),
+        ({"strides": (2, 2)}, "strides must be 1 positive numbers, one fewer than channels"),
+        ({"strides": (0,)}, "strides must be 1 positive numbers"),
+        ({"num_res_units": -1}, "num_res_units must not be negative"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ({"dropout": -0.1}, r"dropout must be in \[0, 1\)"),
+    ],
+)
+def test_impossible_network_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small_network(**changes)
+
+
+def test_size_error_names_the_nearest_size_that_fits():
+    network = small_network(channels=(2, 2, 2), strides=(2, 2))
+    with pytest.raises(ValueError, match=r"multiple of 4 .* \[9, 11, 1\]; .* \[8, 12, 4\]"):
+        network.check_size((9, 11, 1))
+
+
+def test_fitting_size_passes():
+    small_network().check_size((2, 4, 6))
+
+
+def test_forward_refuses_a_size_that_does_not_fit():
+    with pytest.raises(ValueError, match=r"multiple of 2 .* \[4, 5, 4\]"):
+        small_network()(torch.rand(1, 1, 4, 5, 4))
+
+
+# ------------------------------------------------------------------------------------------------------------- loss
+
+
+def volume(*values):
+    return torch.tensor(values, dtype=torch.float32).reshape(1, 1, 1, 1, -1)
+
+
+def logit(*probabilities):
+    return volume(*(math.log(p / (1 - p)) for p in probabilities))
+
+
+def test_loss_has_the_arguments_and_defaults_of_the_brief():
+    defaults = {name: p.default for name, p in inspect.signature(DiceBCELoss).parameters.items()}
+    assert defaults == {"dice_weight": 0.5, "bce_weight": 0.5, "smooth": 1e-6}
+
+
+def test_loss_equals_the_formula_by_hand():
+    # Dice = (2 (0.8 + 0.5) + 1) / ((0.8 + 0.5 + 0.2 + 0.5) + 2 + 1) = 3.6 / 5
+    dice = 1 - 3.6 / 5
+    bce = -(math.log(0.8) + math.log(0.5) + math.log(0.8) + math.log(0.5)) / 4
+    loss = DiceBCELoss(dice_weight=0.7, bce_weight=0.2, smooth=1.0)(logit(0.8, 0.5, 0.2, 0.5), volume(1, 1, 0, 0))
+    assert loss.item() == pytest.approx(0.7 * dice + 0.2 * bce, rel=1e-5)
+
+
+def test_loss_equals_monai_dice_over_the_batch_plus_cross_entropy():
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 1, 4, 5, 6), (torch.rand(2, 1, 4, 5, 6) > 0.8).float()
+    dice = DiceLoss(sigmoid=True, batch=True, smooth_nr=1e-6, smooth_dr=1e-6)(logits, target)
+    bce = functional.binary_cross_entropy_with_logits(logits, target)
+    torch.testing.assert_close(DiceBCELoss()(logits, target), 0.5 * dice + 0.5 * bce)
+
+
+def test_false_positives_of_a_scan_without_nodules_raise_the_dice_term_of_its_batch():
+    target = torch.cat([volume(1, 0), volume(0, 0)])
+    loss = DiceBCELoss(dice_weight=1, bce_weight=0)
+    clean = loss(torch.cat([logit(0.9, 0.1), logit(0.1, 0.1)]), target)
+    assert loss(torch.cat([logit(0.9, 0.1), logit(0.9, 0.9)]), target) > clean
+
+
+def test_perfect_prediction_costs_nearly_nothing():
+    assert DiceBCELoss()(volume(20, 20, -20, -20), volume(1, 1, 0, 0)).item() == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_loss_of_half_precision_is_float32(dtype):
+    loss = DiceBCELoss()(volume(1, -1).to(dtype), volume(1, 0))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(DiceBCELoss()(volume(1, -1), volume(1, 0)).item())
+
+
+def test_integer_target_is_taken():
+    logits = volume(1, -1)
+    assert DiceBCELoss()(logits, volume(1, 0).to(torch.uint8)) == DiceBCELoss()(logits, volume(1, 0))
+
+
+def test_loss_of_four_million_half_precision_voxels_is_right():
+    logits = torch.zeros(1, 1, 160, 160, 160, dtype=torch.float16)
+    target = torch.zeros(1, 1, 160, 160, 160, dtype=torch.uint8)
+    target[0, 0, :10, :10, :10] = 1
+    dice = 1 - 2 * 500 / (160**3 / 2 + 1000)
+    assert DiceBCELoss()(logits, target).item() == pytest.approx(0.5 * dice + 0.5 * math.log(2), rel=1e-5)
+
+
+def test_gradient_of_four_million_half_precision_voxels_is_finite():
+    logits = torch.zeros(1, 1, 160, 160, 160, dtype=torch.float16, requires_grad=True)
+    target = torch.zeros(1, 1, 160, 160, 160, dtype=torch.uint8)
+    target[0, 0, :10, :10, :10] = 1
+    (65536 * DiceBCELoss()(logits, target)).backward()  # the scale a GradScaler begins with
+    assert torch.isfinite(logits.grad).all()
+    assert (logits.grad != 0).all()
+
+
+def test_batch_without_nodules_has_a_finite_loss():
+    assert torch.isfinite(DiceBCELoss()(volume(3, -3), volume(0, 0)))
+
+
+def test_batch_without_nodules_pulls_every_voxel_down():
+    logits = volume(2, 0, -2).requires_grad_()
+    DiceBCELoss()(logits, volume(0, 0, 0)).backward()
+    assert torch.isfinite(logits.grad).all()
+    assert (logits.grad > 0.01).all()
+
+
+def test_batch_without_nodules_costs_less_for_a_better_prediction():
+    losses = [DiceBCELoss()(volume(value, value), volume(0, 0)).item() for value in (4.0, 0.0, -4.0)]
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_batch_without_nodules_costs_something_even_when_dice_alone_is_asked_for():
+    assert DiceBCELoss(dice_weight=1, bce_weight=0)(volume(2, 2), volume(0, 0)) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dice_weight": -0.1}, "dice_weight and bce_weight must be >= 0"),
+        ({"bce_weight": -0.1}, "dice_weight and bce_weight must be >= 0"),
+        ({"dice_weight": 0, "bce_weight": 0}, "not both 0"),
+        ({"smooth": 0}, "smooth must be positive"),
+    ],
+)
+def test_impossible_loss_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DiceBCELoss(**arguments)
+
+
+def test_loss_refuses_shapes_that_differ():
+    with pytest.raises(ValueError, match="must have the same shape"):
+        DiceBCELoss()(volume(1, 2), volume(1))
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+@pytest.fixture
+def checkpoint_path(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    save_checkpoint(path, {"weights": {"w": torch.arange(1000.0)}, "epoch": 3, "name": "x", "sizes": [1, 2]})
+    return path
+
+
+def test_checkpoint_comes_back_as_it_was_saved(checkpoint_path):
+    checkpoint = load_checkpoint(checkpoint_path)
+    assert torch.equal(checkpoint["weights"]["w"], torch.arange(1000.0))
+    assert (checkpoint["epoch"], checkpoint["name"], checkpoint["sizes"]) == (3, "x", [1, 2])
+
+
+def test_network_comes_back_from_its_checkpoint(tmp_path):
+    network = small_network()
+    save_checkpoint(tmp_path / "n.pth", {"network": network.arguments, "weights": network.state_dict()})
+    restored = build_network(load_checkpoint(tmp_path / "n.pth"))
+    image = torch.rand(1, 1, 4, 4, 4)
+    assert torch.equal(restored(image), network(image))
+
+
+def test_network_of_a_checkpoint_is_in_evaluation_mode():
+    network = small_network().train()
+    assert not build_network({"network": network.arguments, "weights": network.state_dict()}).training
+
+
+def test_checkpoint_of_training_opens(run_dir):
+    checkpoint = load_checkpoint(run_dir / "checkpoints" / "best_model.pth")
+    assert {"network", "weights", "preprocessing", "training", "epoch"} <= set(checkpoint)
+
+
+def test_missing_checkpoint_is_an_error_that_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.pth does not exist; run python train\.py first"):
+        load_checkpoint(tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_truncated_checkpoint_is_refused(checkpoint_path, share):
+    whole = checkpoint_path.read_bytes()
+    checkpoint_path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=r"checkpoint\.pth is damaged"):
+        load_checkpoint(checkpoint_path)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2000, 3998, 3999])
+@pytest.mark.parametrize("bit", [0, 7])
+def test_flipped_bit_in_the_weights_is_refused(checkpoint_path, position, bit):
+    data = bytearray(checkpoint_path.read_bytes())
+    start = data.find(torch.arange(1000.0).numpy().tobytes())
+    assert start > 0
+    data[start + position] ^= 1 << bit
+    checkpoint_path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"checkpoint\.pth is damaged"):
+        load_checkpoint(checkpoint_path)
+
+
+def test_flipped_bit_anywhere_is_harmless_or_a_value_error_that_names_the_file(checkpoint_path):
+    save_checkpoint(checkpoint_path, {"weights": torch.arange(100.0)})  # a small file: every seventh byte is tried
+    whole = checkpoint_path.read_bytes()
+    wrong = []
+    for position, bit in itertools.product(range(0, len(whole), 7), (3, 7)):
+        data = bytearray(whole)
+        data[position] ^= 1 << bit
+        checkpoint_path.write_bytes(data)
+        try:
+            if not torch.equal(load_checkpoint(checkpoint_path)["weights"], torch.arange(100.0)):
+                wrong.append("other weights")
+        except Exception as error:  # noqa: BLE001 - whatever is raised is the subject
+            if not isinstance(error, ValueError) or str(checkpoint_path) not in str(error):
+                wrong.append(f"{type(error).__name__}: {error}")
+    assert sorted(set(wrong)) == []
+
+
+def test_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "text.pth").write_text("seriesuid,coordX\n")
+    with pytest.raises(ValueError, match=r"text\.pth is damaged or no checkpoint"):
+        load_checkpoint(tmp_path / "text.pth")
+
+
+def test_checkpoint_of_another_program_is_refused(tmp_path):
+    torch.save({"state_dict": {"w": torch.zeros(2)}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth is no checkpoint of this version"):
+        load_checkpoint(tmp_path / "other.pth")
+
+
+def test_file_that_holds_no_dict_is_refused(tmp_path):
+    torch.save([torch.zeros(2)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match=r"list\.pth is no checkpoint of this version"):
+        load_checkpoint(tmp_path / "list.pth")
+
+
+class Harmful:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_checkpoint_that_would_run_code_is_refused_without_running_it(tmp_path):
+    victim = tmp_path / "victim"
+    save_checkpoint(tmp_path / "harmful.pth", {"weights": Harmful(str(victim))})
+    with pytest.raises(ValueError, match=r"harmful\.pth is damaged or no checkpoint"):
+        load_checkpoint(tmp_path / "harmful.pth")
+    assert not victim.exists()

@@ -1,0 +1,1012 @@
+"""The grid, the averaging, lungs, nodule masks and the run over a data set; geometry against SimpleITK's transforms."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import time
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import SimpleITK as sitk
+
+import preprocess
+from preprocess import (
+    LUNA16Preprocessor,
+    Preprocessing,
+    draw_spheres,
+    main,
+    resample_mean,
+    segment_lungs,
+    select_lungs,
+    widen,
+)
+from utils import Geometry, read_metadata, read_scan
+
+FLIPPED = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
+TURNED_Z = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # index x runs along world y
+OBLIQUE = sitk.Euler3DTransform((0, 0, 0), 0.0, 0.0, np.deg2rad(30)).GetMatrix()
+
+
+def image_of(array: np.ndarray, spacing=(1.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0), direction=None) -> sitk.Image:
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    image.SetDirection(direction or np.eye(3).ravel().tolist())
+    return image
+
+
+def unmasked(scan: sitk.Image, **settings: Any) -> preprocess.PreparedScan:
+    return Preprocessing(mask_lungs=False, **settings).prepare(scan)
+
+
+def averaged(image: sitk.Image, grid: Geometry, fill: float = -1000) -> np.ndarray:
+    return np.concatenate([values for _, values in resample_mean(image, grid, fill)])
+
+
+def whole(image: sitk.Image, shape_zyx: tuple[int, int, int]) -> Geometry:
+    """The grid over the whole box of an image."""
+    return Geometry.covering(*Geometry.from_image(image).bounds(), shape_zyx=shape_zyx)
+
+
+def noise(shape_zyx: tuple[int, int, int], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-1000, 400, shape_zyx).astype(np.int16)
+
+
+# -------------------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_spacing": (1.0, 1.0)}, "target_spacing must be three positive mm"),
+        ({"target_spacing": (1.0, 0.0, 1.0)}, "target_spacing must be three positive mm"),
+        ({"target_spacing": (1.0, float("nan"), 1.0)}, "target_spacing must be three positive mm"),
+        ({"target_size": (64, 64)}, "target_size must be three sizes"),
+        ({"target_size": (64, 0, 64)}, "target_size must be three sizes"),
+        ({"hu_min": 400.0}, "hu_min must be below hu_max, not 400.0 and 400.0"),
+        ({"lung_closing_mm": -1.0}, "lung_closing_mm must not be negative, not -1.0"),
+        ({"lung_margin_mm": -1.0}, "lung_margin_mm must not be negative"),
+        ({"crop_margin_mm": -1.0}, "crop_margin_mm must not be negative"),
+    ],
+)
+def test_setting_out_of_range_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Preprocessing(**settings)
+
+
+def test_preprocessor_refuses_the_same_settings():
+    with pytest.raises(ValueError, match="hu_min must be below hu_max"):
+        LUNA16Preprocessor(hu_min=500)
+
+
+def test_preprocessor_refuses_zero_processes():
+    with pytest.raises(ValueError, match="num_processes must be at least 1 or null, not 0"):
+        LUNA16Preprocessor(num_processes=0)
+
+
+def test_preprocessor_has_the_defaults_of_the_settings():
+    assert LUNA16Preprocessor().settings == Preprocessing()
+
+
+def test_settings_survive_json():
+    settings = Preprocessing(target_size=(4, 5, 6), hu_max=300.0)
+    assert Preprocessing.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+# ------------------------------------------------------------------------------------------------------------ grid
+
+
+@pytest.mark.parametrize("direction", [None, FLIPPED, TURNED_Z, OBLIQUE])
+def test_grid_covers_the_whole_physical_box_from_edge_to_edge(direction):
+    scan = image_of(noise((6, 8, 10)), (0.7, 0.8, 2.5), (-166.1, 20.3, -340.7), direction)
+    corners = [(x, y, z) for x in (-0.5, 9.5) for y in (-0.5, 7.5) for z in (-0.5, 5.5)]
+    world = np.array([scan.TransformContinuousIndexToPhysicalPoint(corner) for corner in corners])
+    grid = unmasked(scan, target_size=(4, 5, 7)).grid
+    first_edge = np.array(grid.origin) - np.array(grid.spacing) / 2
+    last_edge = first_edge + np.array(grid.spacing) * (7, 5, 4)
+    np.testing.assert_allclose([first_edge, last_edge], [world.min(axis=0), world.max(axis=0)], rtol=0, atol=1e-6)
+
+
+def test_grid_of_a_flipped_scan_has_identity_direction():
+    scan = image_of(noise((6, 8, 10)), direction=FLIPPED)
+    assert unmasked(scan, target_size=(4, 5, 7)).grid.direction == tuple(np.eye(3).ravel())
+
+
+def test_target_size_sets_the_shape_and_ignores_target_spacing():
+    prepared = unmasked(image_of(noise((6, 8, 10))), target_size=(3, 4, 20), target_spacing=(9.0, 9.0, 9.0))
+    assert (prepared.array.shape, prepared.grid.spacing) == ((3, 4, 20), (0.5, 2.0, 2.0))
+
+
+def test_target_spacing_sets_the_grid_where_no_size_is_given():
+    prepared = unmasked(image_of(noise((6, 8, 10)), (1.0, 1.0, 2.5)), target_size=None, target_spacing=(2.0, 4.0, 5.0))
+    assert (prepared.array.shape, prepared.grid.spacing) == ((3, 2, 5), (2.0, 4.0, 5.0))
+
+
+def test_array_is_float16():
+    assert unmasked(image_of(noise((6, 8, 10))), target_size=(6, 8, 10)).array.dtype == np.float16
+
+
+def test_hu_window_is_mapped_to_zero_and_one():
+    values = np.array([-3024, -1000, -300, 400, 3000, -650, 50, 0], np.int16).reshape(2, 2, 2)
+    array = unmasked(image_of(values), target_size=(2, 2, 2)).array
+    np.testing.assert_allclose(array.ravel(), [0, 0, 0.5, 1, 1, 0.25, 0.75, 5 / 7], rtol=0, atol=5e-4)
+
+
+def test_other_hu_window_is_followed():
+    values = np.array([-200, -100, 0, 100, 200, 300, 0, 0], np.int16).reshape(2, 2, 2)
+    array = unmasked(image_of(values), target_size=(2, 2, 2), hu_min=-100.0, hu_max=100.0).array
+    assert array.ravel().tolist() == [0, 0, 0.5, 1, 1, 1, 0.5, 0.5]
+
+
+def test_hu_is_clipped_before_it_is_averaged():
+    values = np.full((2, 2, 2), -1000, np.int16)
+    values[0] = 3000
+    assert unmasked(image_of(values), target_size=(1, 1, 1)).array.item() == 0.5
+
+
+def test_unsigned_scan_is_read_as_its_numbers_say():
+    values = np.array([0, 400, 500, 0, 0, 0, 0, 0], np.uint16).reshape(2, 2, 2)
+    array = unmasked(image_of(values), target_size=(2, 2, 2)).array
+    np.testing.assert_allclose(array.ravel()[:3], [5 / 7, 1, 1], rtol=0, atol=5e-4)
+
+
+def test_outside_a_turned_scan_is_air():
+    prepared = unmasked(image_of(np.zeros((8, 40, 40), np.int16), direction=OBLIQUE), target_size=(8, 40, 40))
+    assert (prepared.array[4, 0, 0], round(float(prepared.array[4, 20, 20]), 3)) == (0, 0.714)
+
+
+# ------------------------------------------------------------------------------------------------------- averaging
+
+
+def test_average_of_blocks_is_hand_countable():
+    image = image_of(np.arange(64, dtype=np.int16).reshape(4, 4, 4))
+    expected = np.arange(64).reshape(2, 2, 2, 2, 2, 2).mean(axis=(1, 3, 5))
+    np.testing.assert_allclose(averaged(image, whole(image, (2, 2, 2))), expected, rtol=0, atol=1e-4)
+
+
+def test_average_along_one_axis_leaves_the_others():
+    image = image_of(np.arange(64, dtype=np.int16).reshape(4, 4, 4))
+    expected = np.arange(64).reshape(2, 2, 4, 4).mean(axis=1)
+    np.testing.assert_allclose(averaged(image, whole(image, (2, 4, 4))), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape_zyx", [(1, 1, 1), (3, 5, 4), (7, 20, 9)])
+def test_constant_stays_constant(shape_zyx):
+    image = image_of(np.full((6, 8, 10), 123, np.int16), (0.7, 0.8, 2.5), (1.0, 2.0, 3.0), FLIPPED)
+    np.testing.assert_allclose(averaged(image, whole(image, shape_zyx)), 123, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [3, 8, 50])
+def test_ramp_stays_a_ramp(size):
+    image = image_of(np.broadcast_to(10 * np.arange(20, dtype=np.int16)[:, None, None], (20, 4, 4)).copy())
+    grid = whole(image, (size, 4, 4))
+    z = grid.origin[2] + grid.spacing[2] * np.arange(size)
+    inside = (z - grid.spacing[2] / 2 >= 0) & (z + grid.spacing[2] / 2 <= 19)
+    assert inside.any()
+    np.testing.assert_allclose(averaged(image, grid)[inside, 2, 2], 10 * z[inside], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("direction", [FLIPPED, TURNED_Z, OBLIQUE])
+def test_turned_scan_gives_the_same_world_picture(direction):
+    scan = sitk.Image([30, 30, 12], sitk.sitkFloat32)
+    scan.SetSpacing((1.0, 1.5, 2.0))
+    scan.SetOrigin((5.0, -7.0, 11.0))
+    scan.SetDirection(direction)
+    for index in np.ndindex(30, 30, 12):
+        x, y, z = scan.TransformIndexToPhysicalPoint(index)
+        scan[index] = x + 2 * y - 3 * z
+    center = np.array(scan.TransformContinuousIndexToPhysicalPoint((14.5, 14.5, 5.5)))
+    grid = Geometry.covering(center - 6, center + 6, shape_zyx=(4, 5, 3))  # well inside, coarser than the scan
+    x, y, z = np.moveaxis(grid.world(np.stack(np.indices(grid.shape_zyx), axis=-1)), -1, 0)
+    np.testing.assert_allclose(averaged(scan, grid), x + 2 * y - 3 * z, rtol=0, atol=1e-3)
+
+
+def test_flipped_scan_gives_the_same_array_as_the_unflipped_one():
+    values = noise((6, 8, 10))
+    straight = image_of(values, (0.7, 0.8, 2.5), (1.0, 2.0, 3.0))
+    end = straight.TransformIndexToPhysicalPoint((9, 7, 0))
+    flipped = image_of(np.ascontiguousarray(values[:, ::-1, ::-1]), (0.7, 0.8, 2.5), end, FLIPPED)
+    arrays = [unmasked(scan, target_size=(3, 5, 4)).array.astype(float) for scan in (straight, flipped)]
+    np.testing.assert_allclose(*arrays, rtol=0, atol=1e-3)
+
+
+def test_finer_grid_is_interpolated_linearly():
+    image = image_of(np.broadcast_to(np.array([0, 8], np.int16), (2, 2, 2)).copy())
+    np.testing.assert_allclose(averaged(image, whole(image, (2, 2, 8)))[0, 0, 2:6], [1, 3, 5, 7], rtol=0, atol=1e-4)
+
+
+def test_outside_the_image_is_filled():
+    image = image_of(np.full((4, 4, 4), 100, np.int16))
+    grid = Geometry((1, 1, 2), (1.5, 1.5, 1.5), (20.0, 1.0, 1.0))
+    assert averaged(image, grid, fill=-777)[0, 0, 1] == -777
+
+
+def test_slabs_give_the_same_array_as_one_piece(monkeypatch):
+    image = image_of(noise((12, 8, 8)), (0.7, 0.8, 2.5))
+    grid = whole(image, (7, 3, 4))
+    in_one = averaged(image, grid)
+    monkeypatch.setattr(preprocess, "SLAB_VOXELS", 1)
+    parts = [(part.start, part.stop) for part, _ in resample_mean(image, grid, 0)]
+    assert parts == [(z, z + 1) for z in range(7)]
+    np.testing.assert_allclose(averaged(image, grid), in_one, rtol=0, atol=1e-2)
+
+
+def test_tiny_bright_nodule_thinner_than_a_slice_still_shows():
+    values = np.full((20, 9, 9), -1000, np.int16)
+    values[5, 3:6, 3:6] = 400  # 1 mm thick, at the edge of a 5 mm slice
+    array = unmasked(image_of(values), target_size=(4, 9, 9)).array
+    np.testing.assert_allclose(array[:, 4, 4], [0, 0.2, 0, 0], rtol=0, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------- lungs
+
+
+def box_labels(shape_zyx=(60, 60, 60), label: int = 3) -> np.ndarray:
+    """A block of lung, voxels 12 to 35 along each axis (whole voxels of the 3 mm lung grid)."""
+    labels = np.zeros(shape_zyx, np.uint8)
+    labels[12:36, 12:36, 12:36] = label
+    return labels
+
+
+def tissue_with_labels(labels: np.ndarray, **settings: Any) -> np.ndarray:
+    """Array of a scan of 400 HU everywhere: 1 where it was kept, 0 where it was masked."""
+    scan = image_of(np.full(labels.shape, 400, np.int16))
+    settings = {"target_size": labels.shape} | settings
+    return Preprocessing(**settings).prepare(scan, image_of(labels)).array
+
+
+def test_outside_the_lungs_is_zero_and_inside_untouched():
+    array = tissue_with_labels(box_labels())
+    assert (array[24, 24, 24], array[24, 24, 7:12].tolist()) == (1, [1, 1, 1, 1, 1])
+    assert array[24, 24, :3].tolist() == [0, 0, 0]
+
+
+def test_lungs_grow_by_the_margin():
+    row = tissue_with_labels(box_labels(), lung_margin_mm=8.0)[24, 24]  # the block ends at 35.5 mm
+    assert (row[24:42].min(), row[46:].max()) == (1, 0)
+
+
+def test_margin_begins_at_the_edge_of_the_outermost_voxels():
+    lungs = np.zeros((12, 24, 24), np.uint8)
+    lungs[4:8, 8:16, 8:16] = 1
+    distance = widen(image_of(lungs, (5.0, 5.0, 8.0)), closing_mm=10, margin_mm=8)
+    in_slice, edge_z = (60.0, 60.0), 7.5 * 8  # in the middle of the block, and where it ends
+    at = [distance.TransformPhysicalPointToContinuousIndex((*in_slice, edge_z + mm)) for mm in (7.0, 9.0)]
+    inside, outside = (distance.EvaluateAtContinuousIndex(index) for index in at)
+    assert inside < 0 < outside
+
+
+@pytest.mark.parametrize("closing_mm", [0, 2, 3, 6, 10])
+def test_closing_leaves_a_block_as_it_is(closing_mm):
+    lungs = select_lungs(image_of(box_labels()))
+    closed = sitk.Resample(widen(lungs, closing_mm, 0) <= 0, lungs, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(closed), sitk.GetArrayFromImage(lungs))
+
+
+@pytest.mark.parametrize("label", [3, 4])
+def test_both_lung_labels_are_kept(label):
+    assert tissue_with_labels(box_labels(label=label))[24, 24, 24] == 1
+
+
+def test_trachea_is_no_lung():
+    labels = box_labels()
+    labels[50:56, 50:56, 50:56] = 5
+    assert tissue_with_labels(labels)[53, 53, 53] == 0
+
+
+def test_labels_on_a_flipped_grid_fall_on_the_same_tissue():
+    labels = box_labels()
+    flipped = image_of(np.ascontiguousarray(labels[:, ::-1, ::-1]), origin=(59.0, 59.0, 0.0), direction=FLIPPED)
+    scan = image_of(np.full(labels.shape, 400, np.int16))
+    array = Preprocessing(target_size=labels.shape, lung_margin_mm=7.3).prepare(scan, flipped).array
+    np.testing.assert_array_equal(array, tissue_with_labels(labels, lung_margin_mm=7.3))
+
+
+def test_labels_without_a_lung_are_none():
+    assert select_lungs(image_of(box_labels(label=5))) is None
+
+
+def test_closing_takes_a_pleural_notch_back_into_the_lungs():
+    labels = box_labels()
+    labels[20:28, 20:28, 12:18] = 0  # a nodule of 8 mm that the mask leaves out
+    open_, closed = (
+        tissue_with_labels(labels, lung_closing_mm=closing, lung_margin_mm=0.0)[24, 24, 13] for closing in (1.0, 10.0)
+    )
+    assert (open_, closed) == (0, 1)
+
+
+def test_lung_box_is_half_open_and_tight():
+    lungs = np.zeros((4, 5, 6), bool)
+    lungs[1:3, 2:5, 3] = True
+    prepared = preprocess.PreparedScan(np.zeros((4, 5, 6)), Geometry((4, 5, 6), (0,) * 3, (1,) * 3), lungs, "threshold")
+    assert np.array_equal(prepared.lung_box, [[1, 2, 3], [3, 5, 4]])
+
+
+def test_lung_box_is_the_whole_array_where_no_lungs_were_used():
+    prepared = unmasked(image_of(noise((6, 8, 10))), target_size=(3, 4, 5))
+    assert np.array_equal(prepared.lung_box, [[0, 0, 0], [3, 4, 5]])
+
+
+def test_lung_points_lie_in_the_lungs():
+    lungs = np.zeros((4, 5, 6), bool)
+    lungs[1, 2, 3] = lungs[3, 4, 5] = True
+    prepared = preprocess.PreparedScan(np.zeros((4, 5, 6)), Geometry((4, 5, 6), (0,) * 3, (1,) * 3), lungs, "threshold")
+    assert sorted(set(map(tuple, prepared.lung_points()))) == [(1, 2, 3), (3, 4, 5)]
+
+
+def test_lung_points_lie_in_the_whole_array_where_no_lungs_were_used():
+    points = np.array(unmasked(image_of(noise((6, 8, 10))), target_size=(2, 3, 4)).lung_points())
+    assert sorted(map(tuple, np.unique(points, axis=0).tolist())) == list(np.ndindex(2, 3, 4))
+
+
+def test_lung_point_is_the_middle_where_the_lungs_are_empty():
+    grid = Geometry((3, 3, 3), (0,) * 3, (1,) * 3)
+    prepared = preprocess.PreparedScan(np.zeros((3, 3, 3)), grid, np.zeros((3, 3, 3), bool), "threshold")
+    assert prepared.lung_points() == [[1, 1, 1]]
+
+
+def test_crop_to_lungs_lays_the_grid_over_the_lungs_and_their_margin():
+    scan = image_of(np.full((60, 60, 60), 400, np.int16))
+    settings = Preprocessing(target_size=None, crop_to_lungs=True, lung_margin_mm=0.0, crop_margin_mm=5.0)
+    lower, upper = settings.prepare(scan, image_of(box_labels())).grid.bounds()
+    np.testing.assert_allclose([lower, upper], [[6.5] * 3, [40.5] * 3], rtol=0, atol=1e-6)
+
+
+def test_crop_to_lungs_stays_within_the_scan():
+    scan = image_of(np.full((60, 60, 60), 400, np.int16))
+    settings = Preprocessing(target_size=(8, 8, 8), crop_to_lungs=True, crop_margin_mm=500.0)
+    lower, upper = settings.prepare(scan, image_of(box_labels())).grid.bounds()
+    np.testing.assert_allclose([lower, upper], [[-0.5] * 3, [59.5] * 3], rtol=0, atol=1e-6)
+
+
+def test_crop_to_lungs_without_masking_keeps_the_tissue_around_them():
+    array = tissue_with_labels(box_labels(), mask_lungs=False, crop_to_lungs=True, target_size=(30, 30, 30))
+    assert array.min() == 1
+
+
+def test_crop_to_lungs_keeps_all_of_a_scan_without_lungs():
+    scan = image_of(np.random.default_rng(0).integers(0, 50, (12, 20, 20)).astype(np.int16))
+    prepared = Preprocessing(target_size=None, crop_to_lungs=True).prepare(scan)
+    assert (prepared.array.shape, prepared.lung_source, prepared.lungs) == ((12, 20, 20), "none", None)
+
+
+def test_scan_without_lungs_is_left_unmasked():
+    scan = image_of(np.random.default_rng(0).integers(0, 50, (12, 20, 20)).astype(np.int16))
+    assert Preprocessing(target_size=(6, 10, 10)).prepare(scan).array.min() > 0.7
+
+
+def test_labels_without_lungs_give_way_to_the_threshold(phantom_dir):
+    scan = read_scan(next((phantom_dir / "raw").glob("subset0/*.mhd")))
+    trachea_only = scan * 0 + 5
+    assert Preprocessing(target_size=(8, 8, 8)).prepare(scan, trachea_only).lung_source == "threshold"
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_threshold_lungs_overlap_with_luna16s(phantom_dir, index):
+    path = next((phantom_dir / "raw" / f"subset{index}").glob("*.mhd"))
+    labels = sitk.ReadImage(str(phantom_dir / "seg-lungs-LUNA16" / path.name))
+    expected = np.isin(sitk.GetArrayFromImage(labels), (3, 4))
+    found = sitk.Resample(segment_lungs(read_scan(path)), labels, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
+    found = sitk.GetArrayFromImage(found) > 0
+    assert 2 * (found & expected).sum() / (found.sum() + expected.sum()) > 0.8
+
+
+# ---------------------------------------------------------------------------------------------------- nodule masks
+
+UNIT = Geometry((9, 9, 9), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def sphere(grid: Geometry, center_xyz: tuple[float, float, float], diameter_mm: float) -> list[list[int]]:
+    return draw_spheres(grid, np.array([center_xyz]), np.array([diameter_mm]))[0].tolist()
+
+
+def test_sphere_of_two_voxels_diameter_is_a_cross_of_seven():
+    neighbours = [[2, 3, 4], [4, 3, 4], [3, 2, 4], [3, 4, 4], [3, 3, 3], [3, 3, 5]]
+    assert sorted(sphere(UNIT, (4, 3, 3), 2.0)) == sorted([[3, 3, 4], *neighbours])
+
+
+def test_sphere_smaller_than_a_voxel_is_the_nearest_voxel():
+    assert sphere(UNIT, (4.4, 3.3, 2.6), 0.2) == [[3, 3, 4]]
+
+
+def test_tiny_sphere_at_the_outer_edge_is_the_outermost_voxel():
+    assert sphere(UNIT, (8.5, 8.5, -0.5), 0.2) == [[0, 8, 8]]
+
+
+def test_sphere_off_the_grid_has_no_voxel():
+    assert sphere(UNIT, (12.0, 3.0, 3.0), 2.0) == []
+
+
+def test_sphere_across_the_edge_keeps_what_lies_inside():
+    assert sorted(sphere(UNIT, (0, 4, 4), 2.0)) == [[3, 4, 0], [4, 3, 0], [4, 4, 0], [4, 4, 1], [4, 5, 0], [5, 4, 0]]
+
+
+def test_no_sphere_gives_no_voxels():
+    assert draw_spheres(UNIT, np.empty((0, 3)), np.empty(0)) == []
+
+
+@pytest.mark.parametrize("direction", [None, FLIPPED])
+def test_spheres_agree_with_brute_force_on_an_anisotropic_grid(direction):
+    image = image_of(np.zeros((12, 30, 25), np.uint8), (0.7, 0.9, 2.5), (-10.0, 20.0, -30.0), direction)
+    centers = [image.TransformContinuousIndexToPhysicalPoint(i) for i in ((12.3, 14.1, 5.7), (1.2, 27.9, 10.6))]
+    spheres = draw_spheres(Geometry.from_image(image), np.array(centers), np.array([11.0, 6.5]))
+    for center, diameter, found in zip(centers, (11.0, 6.5), spheres, strict=True):
+        expected = [
+            list(index)
+            for index in np.ndindex(12, 30, 25)
+            if np.linalg.norm(np.subtract(image.TransformIndexToPhysicalPoint(index[::-1]), center)) <= diameter / 2
+        ]
+        assert len(expected) > 20
+        assert sorted(found.tolist()) == expected
+
+
+# --------------------------------------------------------------------------------------- phantoms: world and voxels
+
+
+@pytest.fixture(scope="module")
+def fine_dir(phantom_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The phantoms on voxels of about 2.5 mm, so that nodules have many of them."""
+    folder = tmp_path_factory.mktemp("fine")
+    preprocessor_of(phantom_dir, folder, target_size=(96, 128, 128), num_processes=2).process_all()
+    return folder
+
+
+def preprocessor_of(phantom_dir: Path, output_dir: Path, **options: Any) -> LUNA16Preprocessor:
+    return LUNA16Preprocessor(
+        phantom_dir / "raw", phantom_dir / "annotations.csv", phantom_dir / "seg-lungs-LUNA16", output_dir, **options
+    )
+
+
+def uids_of(phantom_dir: Path) -> list[str]:
+    return (phantom_dir / "seriesuids.csv").read_text().split()
+
+
+def annotations_of(phantom_dir: Path) -> pd.DataFrame:
+    return pd.read_csv(phantom_dir / "annotations.csv", dtype={"seriesuid": str})
+
+
+def processed_image(folder: Path, uid: str, kind: str) -> sitk.Image:
+    """A processed array as a SimpleITK image that has the origin and spacing of its metadata."""
+    metadata = np.load(folder / f"{uid}_metadata.npy", allow_pickle=True).item()
+    array = np.load(folder / kind / f"{uid}.npy")
+    return image_of(array.astype(np.float32), metadata["spacing"], metadata["origin"])
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_origin_and_spacing_place_the_array_on_the_scans_box(phantom_dir, fine_dir, index):
+    uid = uids_of(phantom_dir)[index]
+    scan = sitk.ReadImage(str(phantom_dir / "raw" / f"subset{index}" / f"{uid}.mhd"))
+    corners = np.array(
+        [scan.TransformContinuousIndexToPhysicalPoint(i) for i in ((-0.5, -0.5, -0.5), (63.5, 63.5, 31.5))]
+    )
+    image = processed_image(fine_dir, uid, "images")
+    edges = [image.TransformContinuousIndexToPhysicalPoint(i) for i in ((-0.5, -0.5, -0.5), (127.5, 127.5, 95.5))]
+    np.testing.assert_allclose(edges, [corners.min(axis=0), corners.max(axis=0)], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_nodules_of_the_metadata_are_the_annotations(phantom_dir, fine_dir, index):
+    uid = uids_of(phantom_dir)[index]
+    rows = annotations_of(phantom_dir).query("seriesuid == @uid")[["coordX", "coordY", "coordZ", "diameter_mm"]]
+    nodules = read_metadata(fine_dir, uid)["nodules"]
+    found = np.array([[*nodule["center_world"], nodule["diameter_mm"]] for nodule in nodules]).reshape(-1, 4)
+    np.testing.assert_allclose(found, rows, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("index", [0, 2, 3])
+def test_nodule_voxels_of_the_metadata_agree_with_simpleitk(phantom_dir, fine_dir, index):
+    uid = uids_of(phantom_dir)[index]
+    image = processed_image(fine_dir, uid, "images")
+    for nodule in read_metadata(fine_dir, uid)["nodules"]:
+        expected = image.TransformPhysicalPointToContinuousIndex(nodule["center_world"])
+        np.testing.assert_allclose(nodule["center_voxel"], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("index", [0, 2, 3])
+def test_nodule_masks_are_centred_on_their_annotations(phantom_dir, fine_dir, index):
+    uid = uids_of(phantom_dir)[index]
+    image = processed_image(fine_dir, uid, "masks")
+    voxels = np.argwhere(sitk.GetArrayFromImage(image) == 1)
+    points = np.array([image.TransformIndexToPhysicalPoint(voxel[::-1].tolist()) for voxel in voxels])
+    for row in annotations_of(phantom_dir).query("seriesuid == @uid").itertuples():
+        center = np.array([row.coordX, row.coordY, row.coordZ])
+        own = points[np.linalg.norm(points - center, axis=1) <= row.diameter_mm / 2 + 2]
+        assert (np.abs(own.mean(axis=0) - center) <= np.array(image.GetSpacing()) / 2).all()
+
+
+@pytest.mark.parametrize("index", [0, 2, 3])
+def test_nodule_masks_have_the_volume_of_their_spheres(phantom_dir, fine_dir, index):
+    uid = uids_of(phantom_dir)[index]
+    mask = processed_image(fine_dir, uid, "masks")
+    diameters = annotations_of(phantom_dir).query("seriesuid == @uid")["diameter_mm"]
+    volume = sitk.GetArrayFromImage(mask).sum() * np.prod(mask.GetSpacing())
+    assert volume == pytest.approx((np.pi / 6 * diameters**3).sum(), rel=0.1)
+
+
+def test_nodule_free_scan_has_an_empty_mask_and_no_nodules(phantom_dir, fine_dir):
+    uid = uids_of(phantom_dir)[1]
+    assert not np.load(fine_dir / "masks" / f"{uid}.npy").any()
+    assert read_metadata(fine_dir, uid)["nodules"] == []
+
+
+@pytest.mark.parametrize("index", [0, 2, 3])
+def test_array_is_brighter_at_each_nodule_than_in_the_lungs(phantom_dir, fine_dir, index):
+    uid = uids_of(phantom_dir)[index]
+    image = processed_image(fine_dir, uid, "images")
+    labels = sitk.ReadImage(str(phantom_dir / "seg-lungs-LUNA16" / f"{uid}.mhd"))
+    lungs = sitk.GetArrayFromImage(sitk.Resample(labels, image, sitk.Transform(), sitk.sitkNearestNeighbor, 0))
+    typical = np.median(sitk.GetArrayFromImage(image)[np.isin(lungs, (3, 4))])
+    for row in annotations_of(phantom_dir).query("seriesuid == @uid").itertuples():
+        assert image[image.TransformPhysicalPointToIndex((row.coordX, row.coordY, row.coordZ))] > typical + 0.1
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_stored_arrays_have_the_promised_types_and_range(phantom_dir, fine_dir, index):
+    uid = uids_of(phantom_dir)[index]
+    image, mask = np.load(fine_dir / "images" / f"{uid}.npy"), np.load(fine_dir / "masks" / f"{uid}.npy")
+    assert (image.dtype, mask.dtype, image.shape, mask.shape) == (np.float16, np.uint8, (96, 128, 128), (96, 128, 128))
+    assert (image.min(), set(np.unique(mask)) <= {0, 1}, 0.5 < image.max() <= 1) == (0, True, True)
+
+
+@pytest.mark.parametrize("folder", ["processed_dir", "fine_dir"])
+def test_no_nodule_of_the_phantoms_is_cut(phantom_dir, request, folder):
+    data_dir = request.getfixturevalue(folder)
+    nodules = [nodule for uid in uids_of(phantom_dir) for nodule in read_metadata(data_dir, uid)["nodules"]]
+    assert len(nodules) == len(annotations_of(phantom_dir))
+    assert [nodule["center_world"] for nodule in nodules if nodule["cut_by_lungs"]] == []
+
+
+def test_metadata_have_what_maps_back_to_the_scan(phantom_dir, fine_dir):
+    uid = uids_of(phantom_dir)[2]
+    scan = sitk.ReadImage(str(phantom_dir / "raw" / "subset2" / f"{uid}.mhd"))
+    assert Geometry.from_dict(read_metadata(fine_dir, uid)["scan_geometry"]) == Geometry.from_image(scan)
+
+
+def test_metadata_have_what_repeats_the_preparation(phantom_dir, fine_dir):
+    settings = Preprocessing.from_dict(read_metadata(fine_dir, uids_of(phantom_dir)[0])["preprocessing"])
+    assert settings == Preprocessing(target_size=(96, 128, 128))
+
+
+def test_metadata_for_numpy_and_json_are_equal(phantom_dir, fine_dir):
+    uid = uids_of(phantom_dir)[0]
+    assert np.load(fine_dir / f"{uid}_metadata.npy", allow_pickle=True).item() == read_metadata(fine_dir, uid)
+
+
+def test_lung_box_of_the_metadata_holds_all_that_was_kept(phantom_dir, fine_dir):
+    uid = uids_of(phantom_dir)[0]
+    image = np.load(fine_dir / "images" / f"{uid}.npy")
+    lower, upper = read_metadata(fine_dir, uid)["lung_box_zyx"]
+    kept = np.argwhere(image > 0)
+    assert (kept.min(axis=0) >= lower).all()
+    assert (kept.max(axis=0) < upper).all()
+
+
+def test_scans_with_and_without_nodules_are_listed_in_order(phantom_dir, fine_dir):
+    assert (fine_dir / "processed_files.txt").read_text().splitlines() == sorted(uids_of(phantom_dir))
+
+
+def test_lungs_come_from_luna16s_masks_where_there_are_some(phantom_dir, fine_dir):
+    assert {read_metadata(fine_dir, uid)["lung_source"] for uid in uids_of(phantom_dir)} == {"seg-lungs"}
+
+
+def test_lungs_come_from_the_threshold_where_there_is_no_mask(phantom_dir, fine_dir, tmp_path):
+    uid = uids_of(phantom_dir)[0]
+    options = {"lung_masks_dir": tmp_path / "absent", "target_size": (96, 128, 128)}
+    preprocessor = LUNA16Preprocessor(
+        phantom_dir / "raw", phantom_dir / "annotations.csv", output_dir=tmp_path, **options
+    )
+    assert preprocessor.process_single_scan(uid)["lung_source"] == "threshold"
+    ours, theirs = (np.load(folder / "images" / f"{uid}.npy") > 0 for folder in (tmp_path, fine_dir))
+    assert 2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()) > 0.9
+
+
+# ----------------------------------------------------------------------------------------------------- the data set
+
+UIDS = ["1.1", "1.2", "1.3"]
+
+
+@pytest.fixture
+def raw_dir(tmp_path: Path) -> Path:
+    """Three scans of 12 x 10 x 8 voxels of noise (x, y, z), 1 mm; a nodule in the first."""
+    (tmp_path / "raw").mkdir()
+    for number, uid in enumerate(UIDS):
+        sitk.WriteImage(image_of(noise((8, 10, 12), number)), str(tmp_path / "raw" / f"{uid}.mhd"))
+    write_annotations(tmp_path / "raw", "1.1,5,5,4,3")
+    return tmp_path / "raw"
+
+
+def write_annotations(raw_dir: Path, *rows: str) -> None:
+    (raw_dir / "annotations.csv").write_text("\n".join(["seriesuid,coordX,coordY,coordZ,diameter_mm", *rows]) + "\n")
+
+
+def small(raw_dir: Path, **options: Any) -> LUNA16Preprocessor:
+    """Prepares the three scans without masking at 4 x 5 x 6."""
+    options = {"target_size": (4, 5, 6), "mask_lungs": False, "num_processes": 2} | options
+    return LUNA16Preprocessor(
+        raw_dir, raw_dir / "annotations.csv", raw_dir / "no-lungs", raw_dir.parent / "processed", **options
+    )
+
+
+def command_line(raw_dir: Path) -> list[str]:
+    paths = {
+        "raw_data_dir": raw_dir,
+        "annotations_path": raw_dir / "annotations.csv",
+        "lung_masks_dir": raw_dir / "no-lungs",
+        "output_dir": raw_dir.parent / "processed",
+        "target_size": "[4,5,6]",
+        "mask_lungs": "false",
+        "num_processes": 2,
+    }
+    return [word for name, value in paths.items() for word in (f"--{name}", str(value))]
+
+
+def problems_of(raw_dir: Path) -> list[list[Any]]:
+    path = raw_dir.parent / "processed" / "annotation_problems.csv"
+    return pd.read_csv(path, dtype={"seriesuid": str}).values.tolist()
+
+
+def failures_of(raw_dir: Path) -> dict[str, str]:
+    path = raw_dir.parent / "processed" / "failed_files.csv"
+    return dict(pd.read_csv(path, dtype=str).values.tolist())
+
+
+def listed(raw_dir: Path) -> list[str]:
+    return (raw_dir.parent / "processed" / "processed_files.txt").read_text().splitlines()
+
+
+def cut_off(raw_dir: Path, uid: str) -> None:
+    path = raw_dir / f"{uid}.raw"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def test_first_run_processes_all_scans(raw_dir):
+    summary = small(raw_dir).process_all()
+    assert (sorted(summary.processed), summary.skipped, summary.failed) == (UIDS, [], {})
+
+
+def test_run_writes_one_image_mask_and_metadata_a_scan(raw_dir):
+    small(raw_dir).process_all()
+    output = raw_dir.parent / "processed"
+    files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+    tables = {"processed_files.txt", "failed_files.csv", "annotation_problems.csv"}
+    names = ["images/{}.npy", "masks/{}.npy", "{}_metadata.npy", "{}_metadata.json"]
+    assert files == tables | {name.format(uid) for uid in UIDS for name in names}
+
+
+def test_second_run_skips_all(raw_dir):
+    small(raw_dir).process_all()
+    before = {path: path.stat().st_mtime_ns for path in (raw_dir.parent / "processed" / "images").iterdir()}
+    summary = small(raw_dir).process_all()
+    assert (summary.processed, summary.skipped, listed(raw_dir)) == ([], UIDS, UIDS)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_other_settings_redo_all(raw_dir):
+    small(raw_dir).process_all()
+    assert sorted(small(raw_dir, hu_max=300.0).process_all().processed) == UIDS
+
+
+def test_changed_annotation_redoes_its_scan_only(raw_dir):
+    small(raw_dir).process_all()
+    write_annotations(raw_dir, "1.1,5,5,4,3", "1.3,5,5,4,3")
+    summary = small(raw_dir).process_all()
+    assert (summary.processed, summary.skipped) == (["1.3"], ["1.1", "1.2"])
+    assert np.load(raw_dir.parent / "processed" / "masks" / "1.3.npy").any()
+
+
+@pytest.mark.parametrize("lost", ["images/1.2.npy", "masks/1.2.npy", "1.2_metadata.json"])
+def test_scan_that_lost_a_file_is_redone(raw_dir, lost):
+    small(raw_dir).process_all()
+    (raw_dir.parent / "processed" / lost).unlink()
+    assert small(raw_dir).process_all().processed == ["1.2"]
+
+
+def test_scan_with_damaged_metadata_is_redone(raw_dir):
+    small(raw_dir).process_all()
+    (raw_dir.parent / "processed" / "1.2_metadata.json").write_text('{"finger')
+    assert small(raw_dir).process_all().processed == ["1.2"]
+
+
+def test_settings_given_as_lists_work_like_tuples(raw_dir):
+    small(raw_dir, target_size=[4, 5, 6]).process_all()
+    assert small(raw_dir).process_all().skipped == UIDS
+
+
+def test_failed_scan_is_listed_with_its_reason_and_the_others_are_done(raw_dir):
+    cut_off(raw_dir, "1.2")
+    summary = small(raw_dir).process_all()
+    assert (sorted(summary.processed), list(summary.failed)) == (["1.1", "1.3"], ["1.2"])
+    assert "needs 1,920 bytes of voxels but 1.2.raw holds 1,820" in failures_of(raw_dir)["1.2"]
+    assert listed(raw_dir) == ["1.1", "1.3"]
+
+
+def test_repaired_scan_leaves_the_list_of_failures(raw_dir):
+    whole_file = (raw_dir / "1.2.raw").read_bytes()
+    cut_off(raw_dir, "1.2")
+    small(raw_dir).process_all()
+    (raw_dir / "1.2.raw").write_bytes(whole_file)
+    assert small(raw_dir).process_all().processed == ["1.2"]
+    assert (failures_of(raw_dir), listed(raw_dir)) == ({}, UIDS)
+
+
+@pytest.mark.parametrize("num_processes", [2, None])
+def test_scan_whose_data_file_is_missing_does_not_stop_the_others(raw_dir, num_processes):
+    (raw_dir / "1.2.raw").unlink()
+    summary = small(raw_dir, num_processes=num_processes).process_all()
+    assert (sorted(summary.processed), list(summary.failed)) == (["1.1", "1.3"], ["1.2"])
+
+
+@pytest.mark.parametrize("num_processes", [2, None])
+def test_scan_whose_header_is_cut_off_does_not_stop_the_others(raw_dir, num_processes):
+    (raw_dir / "1.2.mhd").write_text("ObjectType = Image\n")
+    summary = small(raw_dir, num_processes=num_processes).process_all()
+    assert (sorted(summary.processed), list(summary.failed)) == (["1.1", "1.3"], ["1.2"])
+
+
+def test_data_file_that_vanishes_after_the_first_run_does_not_stop_the_second(raw_dir):
+    small(raw_dir).process_all()
+    (raw_dir / "1.2.raw").unlink()
+    assert small(raw_dir).process_all().skipped[:1] == ["1.1"]
+
+
+real_process_scan = preprocess.process_scan
+
+
+def process_unless_killed(task: preprocess.ScanTask) -> dict[str, Any]:
+    """What the kernel does to a process that takes all memory, for one scan."""
+    if task.seriesuid == "1.2":
+        time.sleep(0.3)  # until all scans are queued
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real_process_scan(task)
+
+
+@pytest.fixture
+def second_scan_kills_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preprocess, "process_scan", process_unless_killed)
+
+
+@pytest.mark.usefixtures("second_scan_kills_its_process")
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_killed_process_leaves_the_other_scans_done(raw_dir, num_processes):
+    summary = small(raw_dir, num_processes=num_processes).process_all()
+    assert summary.failed == {"1.2": "its process was killed, probably for want of memory"}
+    assert (sorted(summary.processed), listed(raw_dir)) == (["1.1", "1.3"], ["1.1", "1.3"])
+
+
+def test_annotation_without_its_scan_is_named(raw_dir, caplog):
+    write_annotations(raw_dir, "1.1,5,5,4,3", "9.9,1,2,3,4")
+    small(raw_dir).process_all()
+    assert problems_of(raw_dir) == [["9.9", 1, 2, 3, 4, "has no scan"]]
+    assert "9.9: the annotation at (1.0, 2.0, 3.0) has no scan" in caplog.messages
+
+
+def test_annotation_outside_its_scan_is_named(raw_dir, caplog):
+    write_annotations(raw_dir, "1.1,5,5,40,3", "1.2,5,5,4,3")
+    small(raw_dir).process_all()
+    assert problems_of(raw_dir) == [["1.1", 5, 5, 40, 3, "lies outside its scan"]]
+    assert "1.1: the annotation at (5.0, 5.0, 40.0) lies outside its scan" in caplog.messages
+
+
+def test_no_problem_leaves_an_empty_table(raw_dir):
+    small(raw_dir).process_all()
+    assert problems_of(raw_dir) == []
+
+
+def lung_block(raw_dir: Path) -> None:
+    """Makes of 1.1 a scan of 40 mm with a lung on its lower half of x, and of 1.2 and 1.3 none."""
+    for uid in UIDS[1:]:
+        (raw_dir / f"{uid}.mhd").unlink()
+    sitk.WriteImage(image_of(noise((40, 40, 40))), str(raw_dir / "1.1.mhd"))
+    labels = np.zeros((40, 40, 40), np.uint8)
+    labels[:, :, :12] = 3
+    (raw_dir / "lungs").mkdir()
+    sitk.WriteImage(image_of(labels), str(raw_dir / "lungs" / "1.1.mhd"))
+
+
+def masked(raw_dir: Path, **options: Any) -> LUNA16Preprocessor:
+    options = {"target_size": (40, 40, 40), "num_processes": 1} | options
+    return LUNA16Preprocessor(
+        raw_dir, raw_dir / "annotations.csv", raw_dir / "lungs", raw_dir.parent / "processed", **options
+    )
+
+
+def test_nodule_that_the_lung_mask_cuts_is_named(raw_dir):
+    lung_block(raw_dir)
+    write_annotations(raw_dir, "1.1,10,20,20,4", "1.1,32,20,20,4")
+    masked(raw_dir).process_all()
+    assert problems_of(raw_dir) == [["1.1", 32, 20, 20, 4, "is cut by the lung mask"]]
+    cut = [nodule["cut_by_lungs"] for nodule in read_metadata(raw_dir.parent / "processed", "1.1")["nodules"]]
+    assert cut == [False, True]
+
+
+def test_nodule_outside_the_cropped_box_is_named(raw_dir):
+    lung_block(raw_dir)
+    write_annotations(raw_dir, "1.1,36,20,20,4")
+    masked(raw_dir, crop_to_lungs=True).process_all()
+    assert problems_of(raw_dir) == [["1.1", 36, 20, 20, 4, "lies outside the lungs' box"]]
+
+
+def test_scan_without_lungs_is_warned_of(raw_dir, caplog):
+    small(raw_dir, mask_lungs=True).process_all()
+    assert {read_metadata(raw_dir.parent / "processed", uid)["lung_source"] for uid in UIDS} == {"none"}
+    assert "3 scan(s) without lungs were left unmasked" in caplog.messages
+
+
+def test_log_says_that_target_spacing_has_no_effect(raw_dir, caplog):
+    caplog.set_level(logging.INFO)
+    small(raw_dir).process_all()
+    assert "target_size (4, 5, 6) stretches each scan to it; target_spacing has no effect" in caplog.messages
+
+
+@pytest.mark.parametrize(("fits", "processes"), [(2.5, 2), (0.5, 1), (100, 3)])
+def test_memory_limits_the_number_of_processes(raw_dir, monkeypatch, caplog, fits, processes):
+    caplog.set_level(logging.INFO)
+    available = fits * preprocess.peak_bytes((raw_dir / "1.1.raw").stat().st_size)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    small(raw_dir, num_processes=None).process_all()
+    assert caplog.messages[0] == f"3 scans: 0 done before, 3 to do in {processes} processes"
+
+
+def test_cores_limit_the_number_of_processes(raw_dir, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1e15))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    small(raw_dir, num_processes=None).process_all()
+    assert caplog.messages[0].endswith("3 to do in 2 processes")
+
+
+def test_single_scan_returns_the_metadata_it_writes(raw_dir):
+    metadata = small(raw_dir).process_single_scan("1.1")
+    assert metadata == read_metadata(raw_dir.parent / "processed", "1.1")
+    assert (metadata["seriesuid"], metadata["shape_zyx"], len(metadata["nodules"])) == ("1.1", [4, 5, 6], 1)
+
+
+def test_single_scan_counts_as_done_for_the_whole_run(raw_dir):
+    small(raw_dir).process_single_scan("1.1")
+    assert small(raw_dir).process_all().skipped == ["1.1"]
+
+
+def test_unknown_uid_is_refused(raw_dir):
+    with pytest.raises(FileNotFoundError, match=r"no scan 1\.9 in"):
+        small(raw_dir).process_single_scan("1.9")
+
+
+def test_unusable_scan_raises_when_processed_alone(raw_dir):
+    cut_off(raw_dir, "1.2")
+    with pytest.raises(ValueError, match="needs 1,920 bytes"):
+        small(raw_dir).process_single_scan("1.2")
+
+
+def test_missing_annotations_are_refused(raw_dir):
+    (raw_dir / "annotations.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"annotations\.csv does not exist"):
+        small(raw_dir).process_all()
+
+
+@pytest.mark.parametrize("diameter", [0, -1])
+def test_annotation_without_a_diameter_is_refused(raw_dir, diameter):
+    write_annotations(raw_dir, f"1.1,5,5,4,{diameter}")
+    with pytest.raises(ValueError, match="diameter_mm must be positive"):
+        small(raw_dir).process_all()
+
+
+def test_missing_raw_folder_is_refused(raw_dir):
+    shutil.rmtree(raw_dir)
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        small(raw_dir).process_all()
+
+
+def test_command_line_ends_with_status_0_and_counts(raw_dir, capsys):
+    assert main(command_line(raw_dir)) == 0
+    assert capsys.readouterr().out == "3 processed, 0 skipped, 0 failed\n"
+
+
+def test_command_line_ends_with_status_1_after_a_failed_scan(raw_dir, capsys):
+    cut_off(raw_dir, "1.2")
+    assert main(command_line(raw_dir)) == 1
+    assert capsys.readouterr().out == "2 processed, 0 skipped, 1 failed\n"
+
+
+def test_command_line_ends_with_status_1_for_a_wrong_setting(raw_dir, caplog):
+    assert main([*command_line(raw_dir), "--hu_min", "900"]) == 1
+    assert caplog.messages == ["hu_min must be below hu_max, not 900.0 and 400.0"]
+
+
+def test_command_line_has_an_option_for_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert [field.name for field in fields(Preprocessing) if f"--{field.name} " not in text] == []
+
+
+# --------------------------------------------------------------------------------------------- real scans of LUNA16
+
+LUNA16 = Path(__file__).resolve().parents[2] / "shared" / "luna16"
+NODULE_UID = "1.3.6.1.4.1.14519.5.2.1.6279.6001.179049373636438705059720603192"
+FREE_UID = "1.3.6.1.4.1.14519.5.2.1.6279.6001.619372068417051974713149104919"
+needs_luna16 = pytest.mark.skipif(not LUNA16.is_dir(), reason="the two real LUNA16 scans are not on this machine")
+
+
+@pytest.fixture(scope="module")
+def real_lungs() -> dict[str, sitk.Image]:
+    """Threshold lungs of both real scans by UID."""
+    return {path.stem: segment_lungs(read_scan(path)) for path in (LUNA16 / "real" / "raw").glob("subset*/*.mhd")}
+
+
+@pytest.fixture(scope="module")
+def real_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both real scans, prepared with the default settings."""
+    folder = tmp_path_factory.mktemp("real")
+    LUNA16Preprocessor(
+        LUNA16 / "real" / "raw", LUNA16 / "reference" / "annotations.csv", folder / "no-lungs", folder
+    ).process_all()
+    return folder
+
+
+def real_nodule() -> tuple[np.ndarray, float]:
+    """Centre (x, y, z) and diameter in mm of the annotated nodule."""
+    table = pd.read_csv(LUNA16 / "reference" / "annotations.csv", dtype={"seriesuid": str})
+    (row,) = table[table["seriesuid"] == NODULE_UID].to_numpy().tolist()
+    return np.array(row[1:4]), row[4]
+
+
+@needs_luna16
+@pytest.mark.parametrize("uid", [NODULE_UID, FREE_UID], ids=["nodule", "free"])
+def test_threshold_lungs_of_real_scans_have_two_to_seven_litres(real_lungs, uid):
+    lungs = real_lungs[uid]
+    litres = sitk.GetArrayViewFromImage(lungs).sum() * np.prod(lungs.GetSpacing()) / 1e6
+    assert 2 < litres < 7
+
+
+@needs_luna16
+def test_widened_lungs_of_a_real_scan_hold_the_whole_nodule(real_lungs):
+    center, diameter = real_nodule()
+    rays = np.random.default_rng(0).normal(size=(500, 3))
+    surface = center + diameter / 2 * rays / np.linalg.norm(rays, axis=1, keepdims=True)
+    distance = widen(real_lungs[NODULE_UID], closing_mm=10, margin_mm=8)
+    assert max(distance[distance.TransformPhysicalPointToIndex(point.tolist())] for point in surface) <= 0
+
+
+@needs_luna16
+def test_real_scans_are_prepared_at_the_default_size(real_dir):
+    assert (real_dir / "processed_files.txt").read_text().splitlines() == [NODULE_UID, FREE_UID]
+    assert {np.load(path, mmap_mode="r").shape for path in real_dir.glob("images/*.npy")} == {(64, 256, 256)}
+
+
+@needs_luna16
+def test_real_nodule_is_brighter_than_what_surrounds_it(real_dir):
+    image = processed_image(real_dir, NODULE_UID, "images")
+    mask = sitk.Cast(processed_image(real_dir, NODULE_UID, "masks"), sitk.sitkUInt8)
+    around = sitk.And(sitk.BinaryDilate(mask, (8, 8, 2)), sitk.Not(mask))
+    values, inside, shell = (sitk.GetArrayFromImage(i) for i in (image, mask, around))
+    assert inside.sum() > 0
+    assert values[inside > 0].mean() > values[shell > 0].mean() + 0.1
+
+
+@needs_luna16
+def test_real_nodules_mask_lies_at_its_annotation(real_dir):
+    mask = processed_image(real_dir, NODULE_UID, "masks")
+    voxels = np.argwhere(sitk.GetArrayFromImage(mask))
+    centroid = mask.TransformContinuousIndexToPhysicalPoint(voxels.mean(axis=0)[::-1].tolist())
+    assert (np.abs(centroid - real_nodule()[0]) <= np.array(mask.GetSpacing()) / 2).all()
+
+
+@needs_luna16
+def test_real_nodule_is_not_cut(real_dir):
+    assert [nodule["cut_by_lungs"] for nodule in read_metadata(real_dir, NODULE_UID)["nodules"]] == [False]
+
+
+@needs_luna16
+def test_real_scan_without_nodule_has_an_empty_mask(real_dir):
+    assert not np.load(real_dir / "masks" / f"{FREE_UID}.npy").any()

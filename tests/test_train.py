@@ -1,0 +1,268 @@
+"""The Trainer: what it writes, how it resumes, what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import TINY
+
+import train
+from model import load_checkpoint
+from train import Trainer
+from utils import read_processed_list, read_split
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = {**TINY, "device": "cpu", "mixed_precision": False}
+PATCHES = {"patch_size": (16, 16, 16), "patches_per_scan": 2}
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
+    """Lets a training die, as by a power cut, once it has done some epochs."""
+    run_epoch = Trainer._run_epoch
+
+    def run(self: Trainer) -> None:
+        if self.epoch == epochs:
+            raise Stopped
+        run_epoch(self)
+
+    monkeypatch.setattr(Trainer, "_run_epoch", run)
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder / "checkpoints" / name)["weights"]
+
+
+def test_writes_checkpoints_split_log_and_tensorboard(run_dir):
+    names = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert names == {"best_model.pth", "checkpoint_epoch_2.pth", "split.json"}
+    assert pd.read_csv(run_dir / "log.csv")["epoch"].tolist() == [1, 2]
+    assert list(run_dir.glob("logs_*/events*"))
+
+
+def test_split_covers_all_scans_once(run_dir, processed_dir):
+    split = read_split(run_dir / "checkpoints" / "split.json")
+    assert sorted(split["train"] + split["validation"]) == read_processed_list(processed_dir)
+
+
+def test_checkpoint_carries_network_and_preprocessing(run_dir):
+    checkpoint = load_checkpoint(run_dir / "checkpoints" / "best_model.pth")
+    assert checkpoint["network"]["channels"] == [4, 8]
+    assert checkpoint["preprocessing"]["target_size"] == [32, 48, 48]
+
+
+def test_checkpoints_come_every_interval_and_at_the_end(processed_dir, tmp_path):
+    Trainer(processed_dir, tmp_path, num_epochs=3, checkpoint_interval=2, **CPU).train()
+    numbered = sorted(path.name for path in tmp_path.glob("checkpoints/checkpoint_epoch_*"))
+    assert numbered == ["checkpoint_epoch_2.pth", "checkpoint_epoch_3.pth"]
+
+
+def test_learning_rate_falls_along_a_cosine(run_dir):
+    assert pd.read_csv(run_dir / "log.csv")["learning_rate"].tolist() == pytest.approx([1e-4, 0.5e-4])
+
+
+@pytest.mark.parametrize("options", [{}, PATCHES], ids=["scans", "patches"])
+def test_resumed_run_equals_one_that_was_never_stopped(processed_dir, tmp_path, monkeypatch, options):
+    options = {**CPU, **options, "dropout": 0.3, "num_epochs": 3, "checkpoint_interval": 1, "learning_rate": 1e-2}
+    Trainer(processed_dir, tmp_path / "whole", **options).train()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stopped):
+            Trainer(processed_dir, tmp_path / "stopped", **options).train()
+    torch.manual_seed(99)  # a new process has other random states
+    Trainer(processed_dir, tmp_path / "stopped", resume=True, **options).train()
+    expected, found = (weights(tmp_path / name, "checkpoint_epoch_3.pth") for name in ("whole", "stopped"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    logs = [pd.read_csv(tmp_path / name / "log.csv").drop(columns="seconds") for name in ("whole", "stopped")]
+    pd.testing.assert_frame_equal(*logs)
+
+
+def test_resume_passes_over_a_damaged_checkpoint(processed_dir, tmp_path, run_dir, caplog):
+    shutil.copytree(run_dir, tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "checkpoint_epoch_2.pth"
+    last.write_bytes(last.read_bytes()[:-1000])
+    trainer = Trainer(processed_dir, tmp_path / "run", num_epochs=2, resume=True, **CPU)
+    trainer.train()
+    assert trainer.epoch == 2
+    assert "checkpoint_epoch_2.pth is damaged" in caplog.text
+
+
+def test_resume_with_other_settings_is_refused(processed_dir, tmp_path, run_dir):
+    shutil.copytree(run_dir, tmp_path / "run")
+    trainer = Trainer(processed_dir, tmp_path / "run", num_epochs=2, learning_rate=1.0, resume=True, **CPU)
+    with pytest.raises(ValueError, match=r"learning_rate was 0.0001, not 1.0"):
+        trainer.train()
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(processed_dir, tmp_path):
+    trainer = Trainer(processed_dir, tmp_path, num_epochs=1, resume=True, **CPU)
+    assert len(trainer.train()) == 1
+
+
+def test_used_output_dir_is_refused_by_name_of_both_remedies(processed_dir, run_dir):
+    with pytest.raises(FileExistsError, match=r"resume=True.*overwrite=True"):
+        Trainer(processed_dir, run_dir, **CPU)
+
+
+def test_overwrite_replaces_the_earlier_run(processed_dir, tmp_path, run_dir):
+    shutil.copytree(run_dir, tmp_path / "run")
+    Trainer(processed_dir, tmp_path / "run", num_epochs=1, overwrite=True, **CPU).train()
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").glob("*.pth")}
+    assert names == {"best_model.pth", "checkpoint_epoch_1.pth"}
+
+
+def test_validation_does_not_change_the_training(processed_dir, tmp_path):
+    options = {**CPU, "num_epochs": 2, "dropout": 0.3}
+    Trainer(processed_dir, tmp_path / "often", validation_interval=1, **options).train()
+    Trainer(processed_dir, tmp_path / "seldom", validation_interval=2, **options).train()
+    often, seldom = (weights(tmp_path / name, "checkpoint_epoch_2.pth") for name in ("often", "seldom"))
+    assert all(torch.equal(often[name], seldom[name]) for name in often)
+
+
+def spoil(processed_dir: Path, folder: Path, uids: list[str]) -> Path:
+    """Copy of the processed data with one voxel of some scans not a number."""
+    shutil.copytree(processed_dir, folder)
+    for uid in uids:
+        path = folder / "images" / f"{uid}.npy"
+        image = np.load(path)
+        image[16, 24, 24] = np.nan
+        np.save(path, image)
+    return folder
+
+
+def test_loss_that_is_not_finite_is_reported_by_scan_and_leaves_no_trace(processed_dir, tmp_path, run_dir, caplog):
+    bad = read_split(run_dir / "checkpoints" / "split.json")["train"][0]
+    data = spoil(processed_dir, tmp_path / "data", [bad])
+    Trainer(data, tmp_path / "run", num_epochs=1, batch_size=1, augment=False, **CPU).train()
+    assert any("loss nan" in line and bad in line for line in caplog.messages)
+    state = weights(tmp_path / "run", "checkpoint_epoch_1.pth")
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_training_on_nothing_finite_ends_with_advice(processed_dir, tmp_path):
+    data = spoil(processed_dir, tmp_path / "data", read_processed_list(processed_dir))
+    with pytest.raises(RuntimeError, match="lower learning_rate"):
+        Trainer(data, tmp_path / "run", num_epochs=1, augment=False, **CPU).train()
+
+
+def test_out_of_memory_names_the_remedies(processed_dir, tmp_path, monkeypatch):
+    def step(self: Trainer, batch: dict) -> torch.Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    with pytest.raises(RuntimeError, match=r"batch_size \(now 2\).*channels.*target_size"):
+        Trainer(processed_dir, tmp_path, **CPU).train()
+
+
+def test_best_model_is_the_epoch_of_highest_dice_and_then_of_lowest_loss(processed_dir, tmp_path, monkeypatch):
+    scores = iter([(0.2, 0.9), (0.4, 0.9), (0.4, 0.8), (float("nan"), 0.1)])
+
+    class Result:
+        def __init__(self) -> None:
+            self.dice, self.loss = next(scores)
+            one = {"mean": self.dice}
+            self.summary = {"sensitivity": one, "precision": one}
+            self.summary |= {"dice_of_scans_with_nodules": self.dice, "false_positive_nodules": 0}
+
+    monkeypatch.setattr(train.Validator, "run_validation", lambda self: Result())
+    Trainer(processed_dir, tmp_path, num_epochs=4, **CPU).train()
+    assert load_checkpoint(tmp_path / "checkpoints" / "best_model.pth")["epoch"] == 3
+
+
+def test_undefined_dice_leaves_the_choice_to_the_loss(processed_dir, tmp_path, monkeypatch):
+    losses = iter([0.9, 0.7, 0.8])
+
+    class Result:
+        def __init__(self) -> None:
+            self.dice, self.loss = float("nan"), next(losses)
+            one = {"mean": self.dice}
+            self.summary = {"sensitivity": one, "precision": one}
+            self.summary |= {"dice_of_scans_with_nodules": self.dice, "false_positive_nodules": 0}
+
+    monkeypatch.setattr(train.Validator, "run_validation", lambda self: Result())
+    Trainer(processed_dir, tmp_path, num_epochs=3, **CPU).train()
+    assert load_checkpoint(tmp_path / "checkpoints" / "best_model.pth")["epoch"] == 2
+
+
+def test_training_learns_to_mark_what_is_bright(processed_dir, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(processed_dir, data)
+    for uid in read_processed_list(data):
+        np.save(data / "masks" / f"{uid}.npy", (np.load(data / "images" / f"{uid}.npy") > 0.5).astype(np.uint8))
+    log = Trainer(data, tmp_path / "run", num_epochs=15, learning_rate=0.05, augment=False, **CPU).train()
+    assert log["validation_dice"].iloc[-1] > 0.5
+
+
+def test_size_that_the_strides_do_not_divide_is_refused_before_training(processed_dir, tmp_path):
+    options = {**CPU, "channels": (2, 2, 2, 2, 2, 2), "strides": (2, 2, 2, 2, 2)}
+    with pytest.raises(ValueError, match=r"multiple of 32.*nearest that fits is"):
+        Trainer(processed_dir, tmp_path, **options)
+
+
+def test_patch_size_that_the_strides_do_not_divide_is_refused(processed_dir, tmp_path):
+    with pytest.raises(ValueError, match="multiple of 2"):
+        Trainer(processed_dir, tmp_path, patch_size=(15, 16, 16), **CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_epochs", 0),
+        ("batch_size", 0),
+        ("checkpoint_interval", 0),
+        ("validation_interval", 0),
+        ("learning_rate", 0.0),
+        ("weight_decay", -1.0),
+        ("num_workers", -1),
+        ("validation_fraction", 1.0),
+        ("threshold", 1.5),
+    ],
+)
+def test_value_out_of_range_is_refused_by_name(processed_dir, tmp_path, name, value):
+    with pytest.raises(ValueError, match=name):
+        Trainer(processed_dir, tmp_path, **{**CPU, name: value})
+
+
+def test_missing_data_tells_to_preprocess(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"run python preprocess.py first"):
+        Trainer(tmp_path, tmp_path / "run", **CPU)
+
+
+def test_custom_script_without_a_main_guard_trains(processed_dir, tmp_path):
+    script = tmp_path / "custom_train.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from train import Trainer
+
+trainer = Trainer(
+    data_dir={str(processed_dir)!r},
+    output_dir={str(tmp_path / "run")!r},
+    num_epochs=1,
+    batch_size=4,
+    learning_rate=5e-5,
+    device='cuda',
+    mixed_precision=True,
+    channels=(4, 8),
+    strides=(2,),
+)
+
+trainer.train()
+""")
+    subprocess.run([sys.executable, str(script)], check=True, capture_output=True, timeout=120)
+    assert (tmp_path / "run" / "checkpoints" / "best_model.pth").is_file()
+
+
+def test_main_returns_1_and_one_line_for_missing_data(tmp_path, caplog):
+    assert train.main(["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "run"), "--device", "cpu"]) == 1
+    assert "run python preprocess.py first" in caplog.text

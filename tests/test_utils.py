@@ -1,0 +1,976 @@
+"""Geometry against SimpleITK's own transforms, reading of scans, files, devices and the command line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+import torch
+
+import utils
+from utils import (
+    ANNOTATION_COLUMNS,
+    Geometry,
+    atomic_path,
+    autocast_dtype,
+    check,
+    find_scans,
+    parse_command_line,
+    read_metadata,
+    read_processed,
+    read_processed_list,
+    read_scan,
+    read_split,
+    read_table,
+    resample,
+    run_main,
+    scan_name,
+    seed_everything,
+    select_device,
+    write_array,
+    write_csv,
+    write_image,
+    write_json,
+    write_objects,
+    write_text,
+)
+
+FLIPPED = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
+TURNED_Z = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # index x runs along world y
+OBLIQUE = sitk.Euler3DTransform((0, 0, 0), 0.3, -0.5, 0.2).GetMatrix()
+DIRECTIONS = {"identity": utils.IDENTITY, "flipped": FLIPPED, "turned": TURNED_Z, "oblique": OBLIQUE}
+
+# ---------------------------------------------------------------------------------------------------------- geometry
+
+
+@pytest.fixture(params=DIRECTIONS)
+def pair(request: pytest.FixtureRequest) -> tuple[Geometry, sitk.Image]:
+    """A geometry, and a SimpleITK image that was given the same numbers."""
+    origin, spacing = (-166.1, 20.3, -340.7), (0.7, 0.8, 2.5)
+    image = sitk.Image([40, 30, 20], sitk.sitkInt16)
+    image.SetOrigin(origin)
+    image.SetSpacing(spacing)
+    image.SetDirection(DIRECTIONS[request.param])
+    return Geometry((20, 30, 40), origin, spacing, DIRECTIONS[request.param]), image
+
+
+def some_indices() -> np.ndarray:
+    """(50, 3) float indices (z, y, x) in and around a 20 x 30 x 40 array."""
+    return np.random.default_rng(0).uniform(-5, 45, (50, 3))
+
+
+def test_world_agrees_with_simpleitk(pair):
+    geometry, image = pair
+    expected = [image.TransformContinuousIndexToPhysicalPoint(index[::-1].tolist()) for index in some_indices()]
+    np.testing.assert_allclose(geometry.world(some_indices()), expected, rtol=0, atol=1e-9)
+
+
+def test_index_agrees_with_simpleitk(pair):
+    geometry, image = pair
+    points = np.random.default_rng(1).uniform(-300, 100, (50, 3))
+    expected = [image.TransformPhysicalPointToContinuousIndex(point.tolist())[::-1] for point in points]
+    np.testing.assert_allclose(geometry.index(points), expected, rtol=0, atol=1e-9)
+
+
+def test_index_xyz_has_simpleitks_order(pair):
+    geometry, image = pair
+    point = (-150.0, 30.0, -320.0)
+    expected = image.TransformPhysicalPointToContinuousIndex(point)
+    np.testing.assert_allclose(geometry.index_xyz(point), expected, rtol=0, atol=1e-9)
+
+
+def test_index_inverts_world(pair):
+    geometry, _ = pair
+    np.testing.assert_allclose(geometry.index(geometry.world(some_indices())), some_indices(), rtol=0, atol=1e-9)
+
+
+def test_from_image_reads_all_four_fields(pair):
+    geometry, image = pair
+    assert Geometry.from_image(image) == geometry
+
+
+def test_dict_survives_json(pair):
+    geometry, _ = pair
+    assert Geometry.from_dict(json.loads(json.dumps(geometry.to_dict()))) == geometry
+
+
+def test_world_of_one_index_on_a_flipped_scan_is_hand_countable():
+    geometry = Geometry((5, 5, 5), (100.0, 200.0, 300.0), (1.0, 2.0, 5.0), FLIPPED)
+    assert geometry.world((1, 2, 3)).tolist() == [97.0, 196.0, 305.0]
+
+
+def test_bounds_reach_from_voxel_edge_to_voxel_edge():
+    lower, upper = Geometry((2, 3, 4), (10.0, 20.0, 30.0), (1.0, 2.0, 5.0)).bounds()
+    assert (lower.tolist(), upper.tolist()) == ([9.5, 19.0, 27.5], [13.5, 25.0, 37.5])
+
+
+def test_bounds_of_a_flipped_scan_lie_on_the_other_side_of_its_origin():
+    lower, upper = Geometry((2, 3, 4), (10.0, 20.0, 30.0), (1.0, 2.0, 5.0), FLIPPED).bounds()
+    assert (lower.tolist(), upper.tolist()) == ([6.5, 15.0, 27.5], [10.5, 21.0, 37.5])
+
+
+def test_bounds_agree_with_simpleitks_corners(pair):
+    geometry, image = pair
+    corners = [(x, y, z) for x in (-0.5, 39.5) for y in (-0.5, 29.5) for z in (-0.5, 19.5)]
+    world = np.array([image.TransformContinuousIndexToPhysicalPoint(corner) for corner in corners])
+    np.testing.assert_allclose(geometry.bounds(), [world.min(axis=0), world.max(axis=0)], rtol=0, atol=1e-9)
+
+
+def test_covering_with_a_shape_stretches_the_voxels_over_the_box():
+    grid = Geometry.covering((0, 0, 0), (8, 9, 10), shape_zyx=(5, 3, 4))
+    assert grid == Geometry((5, 3, 4), (1.0, 1.5, 1.0), (2.0, 3.0, 2.0))
+
+
+def test_covering_with_a_shape_ends_at_the_edges_of_the_box():
+    lower, upper = Geometry.covering((-3, 2, 7), (8, 9, 10), shape_zyx=(7, 3, 11)).bounds()
+    np.testing.assert_allclose([lower, upper], [[-3, 2, 7], [8, 9, 10]], rtol=0, atol=1e-9)
+
+
+def test_covering_with_a_spacing_grows_the_box_to_whole_voxels():
+    grid = Geometry.covering((0, 0, 0), (8, 9, 10), spacing=(2.0, 2.0, 3.0))
+    assert grid == Geometry((4, 5, 4), (1.0, 1.0, 1.5), (2.0, 2.0, 3.0))
+
+
+def test_covering_adds_no_voxel_for_a_rounding_error():
+    assert Geometry.covering((0, 0, 0), (3 + 1e-7,) * 3, spacing=(1.0, 1.0, 1.0)).shape_zyx == (3, 3, 3)
+
+
+def test_covering_a_thin_box_keeps_one_voxel():
+    assert Geometry.covering((0, 0, 0), (1e-6, 1, 1), spacing=(1.0, 1.0, 1.0)).shape_zyx == (1, 1, 1)
+
+
+def test_cropped_starts_at_the_world_position_of_its_first_voxel(pair):
+    geometry, image = pair
+    cropped = geometry.cropped(((3, 4, 5), (6, 8, 10)))
+    assert cropped.shape_zyx == (3, 4, 5)
+    np.testing.assert_allclose(cropped.origin, image.TransformIndexToPhysicalPoint((5, 4, 3)), rtol=0, atol=1e-9)
+
+
+def test_contains_includes_the_outer_edge_of_the_outer_voxels():
+    geometry = Geometry((2, 3, 4), (10.0, 20.0, 30.0), (1.0, 2.0, 5.0))
+    points = [(9.5, 19.0, 27.5), (13.5, 25.0, 37.5), (9.4, 20, 30), (10, 25.1, 30), (10, 20, 37.6)]
+    assert geometry.contains(points).tolist() == [True, True, False, False, False]
+
+
+def test_contains_follows_a_flip():
+    geometry = Geometry((2, 3, 4), (10.0, 20.0, 30.0), (1.0, 2.0, 5.0), FLIPPED)
+    assert geometry.contains([(7, 16, 30), (13, 24, 30)]).tolist() == [True, False]
+
+
+def test_image_carries_the_geometry(pair):
+    geometry, _ = pair
+    image = geometry.image(np.zeros((20, 30, 40), np.uint8))
+    assert (image.GetOrigin(), image.GetSpacing(), image.GetDirection()) == (
+        geometry.origin,
+        geometry.spacing,
+        geometry.direction,
+    )
+
+
+def test_image_puts_each_voxel_at_its_world_position(pair):
+    geometry, _ = pair
+    array = np.zeros((20, 30, 40), np.uint8)
+    array[3, 4, 5] = 7
+    image = geometry.image(array)
+    assert image[image.TransformPhysicalPointToIndex(geometry.world((3, 4, 5)).tolist())] == 7
+
+
+def test_voxel_volume_and_spacing_in_array_order():
+    geometry = Geometry((2, 3, 4), (0.0, 0.0, 0.0), (1.0, 2.0, 5.0))
+    assert (geometry.voxel_volume_mm3, geometry.spacing_zyx) == (10.0, (5.0, 2.0, 1.0))
+
+
+def test_spacing_along_world_axes_follows_a_quarter_turn():
+    geometry = Geometry((2, 3, 4), (0.0, 0.0, 0.0), (1.0, 2.0, 5.0), TURNED_Z)
+    assert geometry.spacing_along_axes().tolist() == [2.0, 1.0, 5.0]
+
+
+def test_resample_interpolates_linearly():
+    image = Geometry((2, 2, 2), (0.0, 0.0, 0.0), (2.0, 2.0, 2.0)).image(np.arange(8, dtype=np.int16).reshape(2, 2, 2))
+    middle = resample(image, Geometry((1, 1, 1), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)))
+    assert middle[0, 0, 0] == 3.5
+
+
+def test_resample_without_interpolation_takes_the_nearest_voxel():
+    image = Geometry((2, 2, 2), (0.0, 0.0, 0.0), (2.0, 2.0, 2.0)).image(np.arange(8, dtype=np.int16).reshape(2, 2, 2))
+    near_last = Geometry((1, 1, 1), (1.2, 1.2, 1.2), (1.0, 1.0, 1.0))
+    assert resample(image, near_last, linear=False)[0, 0, 0] == 7
+
+
+def test_resample_fills_outside_the_image():
+    image = Geometry((2, 2, 2), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)).image(np.zeros((2, 2, 2), np.int16))
+    assert resample(image, Geometry((1, 1, 1), (9.0, 9.0, 9.0), (1.0, 1.0, 1.0)), fill=-5)[0, 0, 0] == -5
+
+
+# --------------------------------------------------------------------------------------------------------- raw scans
+
+HEADER = {
+    "ObjectType": "Image",
+    "NDims": "3",
+    "BinaryData": "True",
+    "BinaryDataByteOrderMSB": "False",
+    "CompressedData": "False",
+    "TransformMatrix": "1 0 0 0 1 0 0 0 1",
+    "Offset": "-10 20 -30",
+    "ElementSpacing": "0.5 0.75 2.5",
+    "DimSize": "4 3 2",
+    "ElementType": "MET_SHORT",
+    "ElementDataFile": "scan.raw",
+}
+
+
+def write_header(folder: Path, array: np.ndarray | None = None, **changes: str | None) -> Path:
+    """scan.mhd and scan.raw of 4 x 3 x 2 voxels (x, y, z); a field that is changed to None is left out."""
+    folder.mkdir(exist_ok=True)
+    values = np.arange(24, dtype=np.int16) if array is None else array
+    (folder / "scan.raw").write_bytes(values.tobytes())
+    lines = [f"{name} = {value}" for name, value in (HEADER | changes).items() if value is not None]
+    (folder / "scan.mhd").write_text("\n".join(lines) + "\n")
+    return folder / "scan.mhd"
+
+
+def flipped_scan() -> sitk.Image:
+    """An anisotropic, flipped scan of 10 x 8 x 6 voxels (x, y, z)."""
+    values = np.random.default_rng(0).integers(-1000, 400, (6, 8, 10)).astype(np.int16)
+    return Geometry(values.shape, (10.0, -20.0, 30.0), (0.5, 0.75, 2.5), FLIPPED).image(values)
+
+
+def saved(path: Path, compress: bool = False, image: sitk.Image | None = None) -> Path:
+    sitk.WriteImage(flipped_scan() if image is None else image, str(path), useCompression=compress)
+    return path
+
+
+GOOD_FILES = [
+    ("scan.mhd", False),
+    ("scan.mhd", True),
+    ("scan.mha", False),
+    ("scan.mha", True),
+    ("scan.nii", False),
+    ("scan.nii.gz", True),
+    ("scan.nrrd", False),
+    ("scan.nrrd", True),
+]
+
+
+@pytest.mark.parametrize(("name", "compress"), GOOD_FILES)
+def test_every_format_gives_the_same_voxels(tmp_path, name, compress):
+    image = read_scan(saved(tmp_path / name, compress))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(flipped_scan()))
+
+
+@pytest.mark.parametrize(("name", "compress"), GOOD_FILES)
+def test_every_format_gives_the_same_positions(tmp_path, name, compress):
+    image = read_scan(saved(tmp_path / name, compress))
+    for index in ((0, 0, 0), (9, 7, 5)):
+        expected = flipped_scan().TransformIndexToPhysicalPoint(index)
+        np.testing.assert_allclose(image.TransformIndexToPhysicalPoint(index), expected, rtol=0, atol=1e-4)
+
+
+def test_compressed_mhd_lies_in_a_zraw_file(tmp_path):
+    saved(tmp_path / "scan.mhd", compress=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scan.mhd", "scan.zraw"]
+
+
+def test_hand_written_header_is_read(tmp_path):
+    image = read_scan(write_header(tmp_path))
+    assert (image.GetSize(), image.GetOrigin(), image.GetSpacing()) == ((4, 3, 2), (-10, 20, -30), (0.5, 0.75, 2.5))
+
+
+def test_absent_scan_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_scan(tmp_path / "scan.mhd")
+
+
+def test_unsupported_suffix_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must be one of \.mhd.* not 'scan\.png'"):
+        read_scan(tmp_path / "scan.png")
+
+
+def test_file_that_is_no_header_is_refused(tmp_path):
+    (tmp_path / "scan.mhd").write_bytes(bytes(range(256)))
+    with pytest.raises(ValueError, match="no MetaImage header"):
+        read_scan(tmp_path / "scan.mhd")
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz", "scan.nrrd"])
+def test_text_file_with_an_image_suffix_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("this is no image\n")
+    with pytest.raises(ValueError, match="no readable header"):
+        read_scan(tmp_path / name)
+
+
+@pytest.mark.parametrize("field", ["Offset", "ElementSpacing"])
+def test_missing_field_is_refused(tmp_path, field):
+    with pytest.raises(ValueError, match=f"has no {field}"):
+        read_scan(write_header(tmp_path, **{field: None}))
+
+
+@pytest.mark.parametrize("field", ["Offset", "ElementSpacing", "TransformMatrix"])
+def test_field_with_nan_is_refused(tmp_path, field):
+    values = HEADER[field].split()
+    with pytest.raises(ValueError, match=f"{field} must be 3 finite|direction must be a rotation"):
+        read_scan(write_header(tmp_path, **{field: " ".join(["nan", *values[1:]])}))
+
+
+def test_field_with_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Offset must be 3 finite numbers, not 'left top front'"):
+        read_scan(write_header(tmp_path, Offset="left top front"))
+
+
+@pytest.mark.parametrize("offset", ["", "-10 20"])
+def test_offset_of_fewer_than_three_numbers_is_refused(tmp_path, offset):
+    with pytest.raises(ValueError, match="Offset"):
+        read_scan(write_header(tmp_path, Offset=offset))
+
+
+@pytest.mark.parametrize("spacing", ["0 0.75 2.5", "-0.5 0.75 2.5"])
+def test_spacing_that_is_not_positive_is_refused(tmp_path, spacing):
+    with pytest.raises(ValueError, match="spacing must be positive"):
+        read_scan(write_header(tmp_path, ElementSpacing=spacing))
+
+
+def test_absolute_data_file_is_refused(tmp_path):
+    path = write_header(tmp_path, ElementDataFile=str(tmp_path / "scan.raw"))
+    with pytest.raises(ValueError, match="ElementDataFile must be one file beside the header"):
+        read_scan(path)
+
+
+def test_data_file_in_a_parent_folder_is_refused(tmp_path):
+    write_header(tmp_path)
+    with pytest.raises(ValueError, match="ElementDataFile must be one file beside the header"):
+        read_scan(write_header(tmp_path / "below", ElementDataFile="../scan.raw"))
+
+
+def test_list_of_data_files_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="ElementDataFile must be one file"):
+        read_scan(write_header(tmp_path, ElementDataFile="slice%02d.raw 0 1 1"))
+
+
+def test_mha_that_names_another_file_is_refused(tmp_path):
+    path = write_header(tmp_path, ElementDataFile=str(tmp_path / "scan.raw")).rename(tmp_path / "scan.mha")
+    with pytest.raises(ValueError, match="ElementDataFile"):
+        read_scan(path)
+
+
+def test_missing_data_file_is_named(tmp_path):
+    path = write_header(tmp_path)
+    (tmp_path / "scan.raw").unlink()
+    with pytest.raises(FileNotFoundError, match=r"scan\.raw, which does not exist"):
+        read_scan(path)
+
+
+@pytest.mark.parametrize("voxels", [20, 30])
+def test_raw_file_of_another_size_than_dimsize_is_refused(tmp_path, voxels):
+    with pytest.raises(ValueError, match=f"needs 48 bytes of voxels but scan.raw holds {2 * voxels}"):
+        read_scan(write_header(tmp_path, np.arange(voxels, dtype=np.int16)))
+
+
+def test_dimsize_of_16_terabytes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="claims 16,000,000,000,000 bytes"):
+        read_scan(write_header(tmp_path, DimSize="20000 20000 20000"))
+
+
+def test_unknown_element_type_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must hold real numbers|no readable header"):
+        read_scan(write_header(tmp_path, ElementType="MET_STRING"))
+
+
+def test_zraw_with_a_flipped_byte_is_refused(tmp_path):
+    path = saved(tmp_path / "scan.mhd", compress=True)
+    data = bytearray((tmp_path / "scan.zraw").read_bytes())
+    data[len(data) // 2] ^= 0x10
+    (tmp_path / "scan.zraw").write_bytes(data)
+    with pytest.raises(ValueError, match="damaged"):
+        read_scan(path)
+
+
+def test_zraw_with_fewer_voxels_than_dimsize_is_refused(tmp_path):
+    path = saved(tmp_path / "scan.mhd", compress=True)
+    path.write_text(path.read_text().replace("DimSize = 10 8 6", "DimSize = 10 8 7"))
+    with pytest.raises(ValueError, match="scan.zraw (holds 960|is cut off)"):
+        read_scan(path)
+
+
+def test_zraw_with_more_voxels_than_dimsize_is_refused(tmp_path):
+    path = saved(tmp_path / "scan.mhd", compress=True)
+    path.write_text(path.read_text().replace("DimSize = 10 8 6", "DimSize = 10 8 5"))
+    with pytest.raises(ValueError, match="scan.zraw (holds 960|is cut off)"):
+        read_scan(path)
+
+
+def test_zraw_that_is_cut_off_is_refused(tmp_path):
+    path = saved(tmp_path / "scan.mhd", compress=True)
+    (tmp_path / "scan.zraw").write_bytes((tmp_path / "scan.zraw").read_bytes()[:-20])
+    with pytest.raises(ValueError, match="download it again"):
+        read_scan(path)
+
+
+def test_zraw_that_claims_16_terabytes_is_refused(tmp_path):
+    path = saved(tmp_path / "scan.mhd", compress=True)
+    path.write_text(path.read_text().replace("DimSize = 10 8 6", "DimSize = 20000 20000 20000"))
+    with pytest.raises(ValueError, match="claims 16,000,000,000,000 bytes"):
+        read_scan(path)
+
+
+def test_mha_with_a_flipped_byte_is_refused(tmp_path):
+    path = saved(tmp_path / "scan.mha", compress=True)
+    data = bytearray(path.read_bytes())
+    data[-200] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"scan\.mha"):
+        read_scan(path)
+
+
+@pytest.mark.parametrize("name", ["scan.mha", "scan.nii", "scan.nii.gz", "scan.nrrd"])
+def test_file_that_is_cut_off_is_refused(tmp_path, name):
+    path = saved(tmp_path / name, compress=name.endswith("gz"))
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="again"):
+        read_scan(path)
+
+
+@pytest.mark.parametrize("matrix", ["1 0.3 0 0 1 0 0 0 1", "2 0 0 0 1 0 0 0 1", "0 0 0 0 0 0 0 0 0"])
+def test_direction_that_is_no_rotation_is_refused(tmp_path, matrix):
+    with pytest.raises(ValueError, match="direction must be a rotation or flip"):
+        read_scan(write_header(tmp_path, TransformMatrix=matrix))
+
+
+def test_two_dimensional_image_is_refused(tmp_path):
+    path = saved(tmp_path / "scan.mha", image=sitk.GetImageFromArray(np.arange(12, dtype=np.int16).reshape(3, 4)))
+    with pytest.raises(ValueError, match="must be a 3-D scan"):
+        read_scan(path)
+
+
+def test_single_slice_is_refused(tmp_path):
+    path = saved(tmp_path / "scan.mha", image=sitk.GetImageFromArray(np.arange(12, dtype=np.int16).reshape(1, 3, 4)))
+    with pytest.raises(ValueError, match="must be a 3-D scan"):
+        read_scan(path)
+
+
+def test_four_dimensional_image_is_refused(tmp_path):
+    values = np.arange(16, dtype=np.int16).reshape(2, 2, 2, 2)
+    path = saved(tmp_path / "scan.mha", image=sitk.GetImageFromArray(values, isVector=False))
+    with pytest.raises(ValueError, match="must be a 3-D scan"):
+        read_scan(path)
+
+
+def test_image_of_several_channels_is_refused(tmp_path):
+    values = np.arange(24, dtype=np.int16).reshape(2, 2, 2, 3)
+    path = saved(tmp_path / "scan.mha", image=sitk.GetImageFromArray(values, isVector=True))
+    with pytest.raises(ValueError, match=r"one value a voxel, not size \(2, 2, 2\) with 3 component"):
+        read_scan(path)
+
+
+def test_complex_numbers_are_refused(tmp_path):
+    values = np.arange(8, dtype=np.complex64).reshape(2, 2, 2)
+    path = saved(tmp_path / "scan.nrrd", image=sitk.Cast(sitk.GetImageFromArray(values), sitk.sitkComplexFloat32))
+    with pytest.raises(ValueError, match=r"must (hold real numbers|be a 3-D scan with one value a voxel)"):
+        read_scan(path)
+
+
+@pytest.mark.parametrize("bad", [1, 8])
+def test_voxels_that_are_nan_are_refused_and_counted(tmp_path, bad):
+    values = np.arange(8, dtype=np.float32)
+    values[:bad] = np.nan
+    path = saved(tmp_path / "scan.mha", image=sitk.GetImageFromArray(values.reshape(2, 2, 2)))
+    with pytest.raises(ValueError, match=f"{bad} voxels that are not finite"):
+        read_scan(path)
+
+
+def test_constant_image_is_refused(tmp_path):
+    path = saved(tmp_path / "scan.mha", image=sitk.GetImageFromArray(np.full((2, 2, 2), 7, np.int16)))
+    with pytest.raises(ValueError, match="holds one value, 7, everywhere"):
+        read_scan(path)
+
+
+@pytest.mark.parametrize("field", ["data file", "datafile"])
+def test_nrrd_with_its_voxels_elsewhere_is_refused(tmp_path, field):
+    path = saved(tmp_path / "scan.nrrd")
+    header = path.read_bytes().split(b"\n\n")[0]
+    path.write_bytes(header + f"\n{field}: scan.raw\n\n".encode())
+    with pytest.raises(ValueError, match="in another file"):
+        read_scan(path)
+
+
+def test_nrrd_that_claims_16_terabytes_is_refused(tmp_path):
+    path = saved(tmp_path / "scan.nrrd", compress=True)
+    path.write_bytes(path.read_bytes().replace(b"sizes: 10 8 6", b"sizes: 20000 20000 20000"))
+    with pytest.raises(ValueError, match="claims 16,000,000,000,000 bytes"):
+        read_scan(path)
+
+
+@pytest.mark.parametrize("name", ["1.2.3.mhd", "1.2.3.MHA", "1.2.3.nii", "1.2.3.nii.gz", "1.2.3.nrrd"])
+def test_scan_name_keeps_the_dots_of_the_uid(name):
+    assert scan_name(Path("folder") / name) == "1.2.3"
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+
+
+def test_find_scans_in_a_flat_folder(tmp_path):
+    touch(tmp_path, "1.2.mhd", "1.2.raw", "1.1.mhd")
+    assert find_scans(tmp_path) == {"1.1": tmp_path / "1.1.mhd", "1.2": tmp_path / "1.2.mhd"}
+
+
+def test_find_scans_in_subsets(tmp_path):
+    touch(tmp_path, "subset0/1.2.mhd", "subset9/1.1.mhd", "other/1.3.mhd")
+    assert find_scans(tmp_path) == {"1.1": tmp_path / "subset9/1.1.mhd", "1.2": tmp_path / "subset0/1.2.mhd"}
+
+
+def test_find_scans_sorts_flat_and_subset_scans_together(tmp_path):
+    touch(tmp_path, "1.2.mhd", "subset0/1.1.mhd", "subset1/1.3.mhd")
+    assert list(find_scans(tmp_path)) == ["1.1", "1.2", "1.3"]
+
+
+def test_find_scans_refuses_a_scan_in_two_places(tmp_path):
+    touch(tmp_path, "subset0/1.1.mhd", "subset1/1.1.mhd")
+    with pytest.raises(ValueError, match=r"1\.1 lies in two places"):
+        find_scans(tmp_path)
+
+
+def test_find_scans_refuses_a_folder_without_scans(tmp_path):
+    touch(tmp_path, "1.1.raw")
+    with pytest.raises(FileNotFoundError, match="no scan in"):
+        find_scans(tmp_path)
+
+
+def test_find_scans_refuses_a_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        find_scans(tmp_path / "absent")
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def write_and_fail(path: Path) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text("half of the n")
+        raise KeyboardInterrupt
+
+
+def test_atomic_path_writes_the_file_and_nothing_else(tmp_path):
+    with atomic_path(tmp_path / "new" / "a.txt") as temporary:
+        temporary.write_text("done")
+    assert [path.read_text() for path in (tmp_path / "new").iterdir()] == ["done"]
+
+
+def test_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        write_and_fail(tmp_path / "a.txt")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "old"}
+
+
+def test_failed_first_write_leaves_no_file(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write_and_fail(tmp_path / "a.txt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_old_file_stands_until_the_new_one_is_whole(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with atomic_path(tmp_path / "a.txt") as temporary:
+        temporary.write_text("new")
+        assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_temporary_keeps_the_suffix(tmp_path):
+    with atomic_path(tmp_path / "a.nii.gz") as temporary:
+        temporary.touch()
+        assert temporary.name.endswith(".nii.gz")
+
+
+def test_written_text_is_utf8(tmp_path):
+    write_text(tmp_path / "a.txt", "Größe: 3 mm²\n")
+    assert (tmp_path / "a.txt").read_bytes() == "Größe: 3 mm²\n".encode()
+
+
+def test_written_json_reads_back(tmp_path):
+    write_json(tmp_path / "a.json", {"origin": [1.5, 2.0]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"origin": [1.5, 2.0]}
+
+
+def test_written_json_keeps_lists_of_numbers_on_one_line(tmp_path):
+    write_json(tmp_path / "a.json", {"points": [[1, 2.5], [-3, 4e-7]], "name": "x"})
+    lines = [line.strip() for line in (tmp_path / "a.json").read_text().splitlines()]
+    assert lines == ["{", '"points": [', "[ 1, 2.5 ],", "[ -3, 4e-07 ]", "],", '"name": "x"', "}"]
+
+
+def test_written_csv_has_no_index_column(tmp_path):
+    write_csv(tmp_path / "a.csv", pd.DataFrame({"seriesuid": ["1.2"], "x": [0.5]}))
+    assert (tmp_path / "a.csv").read_text() == "seriesuid,x\n1.2,0.5\n"
+
+
+def test_written_array_keeps_values_and_type(tmp_path):
+    write_array(tmp_path / "a.npy", np.array([[0, 0.5]], np.float16))
+    array = np.load(tmp_path / "a.npy")
+    assert (array.dtype, array.tolist()) == (np.float16, [[0.0, 0.5]])
+
+
+def test_array_of_objects_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="allow_pickle"):
+        write_array(tmp_path / "a.npy", np.array([{}], dtype=object))
+
+
+OBJECTS = {"origin": [1.0, 2.0, 3.0], "nodules": [{"diameter_mm": 6.5, "inside": True}], "source": None}
+
+
+def test_written_objects_load_with_numpys_item(tmp_path):
+    write_objects(tmp_path / "1.2_metadata.npy", OBJECTS)
+    assert np.load(tmp_path / "1.2_metadata.npy", allow_pickle=True).item() == OBJECTS
+
+
+def test_written_objects_have_an_equal_json_twin(tmp_path):
+    write_objects(tmp_path / "1.2_metadata.npy", OBJECTS)
+    assert json.loads((tmp_path / "1.2_metadata.json").read_text()) == OBJECTS
+
+
+def test_written_list_loads_as_a_list(tmp_path):
+    write_objects(tmp_path / "nodules.npy", [{"x": 1}, {"x": 2}])
+    assert np.load(tmp_path / "nodules.npy", allow_pickle=True).item() == [{"x": 1}, {"x": 2}]
+
+
+def test_written_image_reads_back(tmp_path):
+    write_image(tmp_path / "mask.nii.gz", flipped_scan())
+    image = sitk.ReadImage(str(tmp_path / "mask.nii.gz"))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(flipped_scan()))
+
+
+@pytest.mark.parametrize("kept_bytes", [400, 0])
+def test_image_that_the_disk_cuts_off_is_an_error(tmp_path, monkeypatch, kept_bytes):
+    write = sitk.WriteImage
+
+    def write_half(image: sitk.Image, name: str, **options: bool) -> None:
+        write(image, name, **options)
+        Path(name).write_bytes(Path(name).read_bytes()[:kept_bytes])
+
+    monkeypatch.setattr(sitk, "WriteImage", write_half)
+    with pytest.raises(OSError, match="disk full"):
+        write_image(tmp_path / "mask.nii.gz", flipped_scan())
+
+
+def test_image_that_could_not_be_written_is_not_there(tmp_path, monkeypatch):
+    write = sitk.WriteImage
+    monkeypatch.setattr(sitk, "WriteImage", lambda image, name, **options: write(image * 0, name, **options))
+    with pytest.raises(OSError, match="could not be written"):
+        write_image(tmp_path / "mask.nii.gz", flipped_scan())
+    assert list(tmp_path.iterdir()) == []
+
+
+def annotation_file(folder: Path, *rows: str, columns: str = ",".join(ANNOTATION_COLUMNS)) -> Path:
+    path = folder / "annotations.csv"
+    path.write_text("\n".join([columns, *rows]) + "\n")
+    return path
+
+
+def test_table_keeps_uids_as_text_and_numbers_as_floats(tmp_path):
+    table = read_table(annotation_file(tmp_path, "1.10,1,-2,3.5,6"), ANNOTATION_COLUMNS)
+    assert table.iloc[0].tolist() == ["1.10", 1.0, -2.0, 3.5, 6.0]
+
+
+def test_compressed_table_is_read(tmp_path):
+    pd.DataFrame({"seriesuid": ["1.10"], "x": [1]}).to_csv(tmp_path / "a.csv.gz", index=False)
+    assert read_table(tmp_path / "a.csv.gz", ["seriesuid", "x"])["seriesuid"].tolist() == ["1.10"]
+
+
+def test_table_without_rows_is_read(tmp_path):
+    assert len(read_table(annotation_file(tmp_path), ANNOTATION_COLUMNS)) == 0
+
+
+def test_missing_table_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"annotations\.csv does not exist"):
+        read_table(tmp_path / "annotations.csv", ANNOTATION_COLUMNS)
+
+
+def test_empty_file_is_no_table(tmp_path):
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(ValueError, match="is no CSV table"):
+        read_table(tmp_path / "a.csv", ANNOTATION_COLUMNS)
+
+
+def test_table_names_its_missing_columns(tmp_path):
+    with pytest.raises(ValueError, match="missing: coordZ, diameter_mm"):
+        read_table(annotation_file(tmp_path, columns="seriesuid,coordX,coordY"), ANNOTATION_COLUMNS)
+
+
+@pytest.mark.parametrize("value", ["", "left", "inf", "nan"])
+def test_table_names_the_line_and_column_of_a_bad_number(tmp_path, value):
+    path = annotation_file(tmp_path, "1.1,1,2,3,4", f"1.2,1,{value},3,4")
+    with pytest.raises(ValueError, match="row 2: coordY is empty or no number"):
+        read_table(path, ANNOTATION_COLUMNS)
+
+
+def test_table_without_a_uid_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="row 1: seriesuid is empty"):
+        read_table(annotation_file(tmp_path, ",1,2,3,4"), ANNOTATION_COLUMNS)
+
+
+# ------------------------------------------------------------------------------------------- processed scans, splits
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    """A processed data set of one scan of 2 x 3 x 4 voxels."""
+    write_array(tmp_path / "images" / "1.1.npy", np.full((2, 3, 4), 0.5, np.float16))
+    write_array(tmp_path / "masks" / "1.1.npy", np.ones((2, 3, 4), np.uint8))
+    write_objects(tmp_path / "1.1_metadata.npy", {"origin": [1.0, 2.0, 3.0], "spacing": [0.5, 1.0, 2.0]})
+    write_text(tmp_path / "processed_files.txt", "1.1\n")
+    return tmp_path
+
+
+def test_processed_scan_has_image_mask_and_metadata(data_dir):
+    scan = read_processed(data_dir, "1.1")
+    assert (scan.image.dtype, scan.mask.dtype, scan.image.mean(), scan.mask.sum()) == (np.float16, np.uint8, 0.5, 24)
+    assert scan.metadata["origin"] == [1.0, 2.0, 3.0]
+
+
+def test_processed_scan_is_not_loaded_into_memory(data_dir):
+    scan = read_processed(data_dir, "1.1")
+    assert isinstance(scan.image, np.memmap)
+    assert isinstance(scan.mask, np.memmap)
+
+
+def test_processed_scan_has_the_geometry_of_its_metadata(data_dir):
+    assert read_processed(data_dir, "1.1").geometry == Geometry((2, 3, 4), (1.0, 2.0, 3.0), (0.5, 1.0, 2.0))
+
+
+def test_metadata_come_from_the_json_twin(data_dir):
+    (data_dir / "1.1_metadata.npy").unlink()
+    assert read_metadata(data_dir, "1.1")["spacing"] == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("missing", ["images/1.1.npy", "masks/1.1.npy", "1.1_metadata.json"])
+def test_processed_scan_with_a_missing_file_says_what_to_run(data_dir, missing):
+    (data_dir / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=r"does not exist; run python preprocess\.py first"):
+        read_processed(data_dir, "1.1")
+
+
+def test_processed_scan_with_a_mask_of_another_shape_is_refused(data_dir):
+    write_array(data_dir / "masks" / "1.1.npy", np.ones((2, 3, 5), np.uint8))
+    with pytest.raises(ValueError, match=r"image \(2, 3, 4\) and mask \(2, 3, 5\) of 1\.1 differ"):
+        read_processed(data_dir, "1.1")
+
+
+def test_processed_list_is_read(data_dir):
+    write_text(data_dir / "processed_files.txt", "1.1\n1.2\n")
+    assert read_processed_list(data_dir) == ["1.1", "1.2"]
+
+
+def test_missing_processed_list_says_what_to_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"run python preprocess\.py first"):
+        read_processed_list(tmp_path)
+
+
+def test_empty_processed_list_is_refused(data_dir):
+    write_text(data_dir / "processed_files.txt", "\n")
+    with pytest.raises(ValueError, match="lists no scan"):
+        read_processed_list(data_dir)
+
+
+def test_split_is_read(tmp_path):
+    write_json(tmp_path / "split.json", {"train": ["1.1"], "validation": ["1.2"]})
+    assert read_split(tmp_path / "split.json") == {"train": ["1.1"], "validation": ["1.2"]}
+
+
+def test_missing_split_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"keep split\.json"):
+        read_split(tmp_path / "split.json")
+
+
+@pytest.mark.parametrize("text", ['{"train": []}', '{"train": [], "validation": "1.2"}', "[]"])
+def test_split_without_its_two_lists_is_refused(tmp_path, text):
+    (tmp_path / "split.json").write_text(text)
+    with pytest.raises(ValueError, match="must hold the lists 'train' and 'validation'"):
+        read_split(tmp_path / "split.json")
+
+
+# ------------------------------------------------------------------------------------------------- seeds and devices
+
+
+def draws() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002 - the seeded global states
+
+
+def test_seed_repeats_the_draws_of_python_numpy_and_torch():
+    seed_everything(7)
+    first = draws()
+    seed_everything(7)
+    assert draws() == first
+
+
+def test_other_seed_gives_other_draws():
+    seed_everything(7)
+    first = draws()
+    seed_everything(8)
+    assert all(a != b for a, b in zip(draws(), first, strict=True))
+
+
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(utils, "_warned_devices", set())
+
+
+def test_cuda_becomes_the_cpu_where_there_is_none(no_cuda):
+    assert select_device("cuda") == torch.device("cpu")
+
+
+def test_missing_cuda_is_warned_of_once(no_cuda, caplog):
+    select_device("cuda")
+    select_device("cuda")
+    assert [record.getMessage() for record in caplog.records] == [
+        "no CUDA device found: running on the CPU, which is much slower"
+    ]
+
+
+def test_cpu_is_chosen_without_a_warning(no_cuda, caplog):
+    assert select_device("cpu") == torch.device("cpu")
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta"])
+def test_other_kinds_of_device_are_refused(device):
+    with pytest.raises(ValueError, match=f"device must be 'cuda', 'cuda:<n>' or 'cpu', not '{device}'"):
+        select_device(device)
+
+
+def test_no_half_precision_unless_asked_for():
+    assert autocast_dtype(torch.device("cpu"), mixed_precision=False) is None
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, None)])
+def test_half_precision_on_the_cpu_needs_the_hardware(monkeypatch, has_bf16, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert autocast_dtype(torch.device("cpu"), mixed_precision=True) is expected
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_half_precision_on_cuda_is_fp16_without_native_bf16(monkeypatch, has_bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert autocast_dtype(torch.device("cuda"), mixed_precision=True) is expected
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+class Machine:
+    """Makes things.
+
+    Args:
+        size: Three numbers (z, y, x).
+        name: What it is called.
+        model: Not for the command line.
+    """
+
+    def __init__(self, size: tuple[int, int, int] | None = (1, 2, 3), name: str = "m", model: object = None) -> None:
+        self.size = size
+
+    def run(self, steps: int = 5) -> None:
+        """Runs it.
+
+        Args:
+            steps: How often.
+        """
+
+
+def parse(*argv: str) -> tuple[dict, dict]:
+    return parse_command_line(Machine, "run", list(argv), skip=["model"])
+
+
+def test_options_are_split_between_constructor_and_method():
+    assert parse("--name", "a", "--steps", "9") == ({"size": (1, 2, 3), "name": "a"}, {"steps": 9})
+
+
+def test_options_default_to_the_signatures():
+    assert parse() == ({"size": (1, 2, 3), "name": "m"}, {"steps": 5})
+
+
+def test_list_option_is_written_in_brackets():
+    assert parse("--size", "[96,96,96]")[0]["size"] == (96, 96, 96)
+
+
+def test_null_option_is_none():
+    assert parse("--size", "null")[0]["size"] is None
+
+
+def test_config_file_gives_options(tmp_path):
+    (tmp_path / "a.yaml").write_text("size: [4, 5, 6]\nsteps: 2\n")
+    assert parse("--config", str(tmp_path / "a.yaml")) == ({"size": (4, 5, 6), "name": "m"}, {"steps": 2})
+
+
+def test_option_after_the_config_file_wins(tmp_path):
+    (tmp_path / "a.yaml").write_text("steps: 2\n")
+    assert parse("--config", str(tmp_path / "a.yaml"), "--steps", "3")[1] == {"steps": 3}
+
+
+def test_printed_config_starts_a_config_file(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse("--steps", "7", "--print_config")
+    (tmp_path / "a.yaml").write_text(capsys.readouterr().out)
+    assert parse("--config", str(tmp_path / "a.yaml"))[1] == {"steps": 7}
+
+
+def test_help_tells_what_the_docstrings_tell(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    assert all(words in text for words in ("Makes things.", "Three numbers (z, y, x).", "How often.", "'[64,256,256]'"))
+
+
+@pytest.mark.parametrize("argv", [["--nmae", "a"], ["--steps", "many"], ["--size", "[1,2]"], ["--model", "a"]])
+def test_wrong_option_ends_with_exit_status_2(argv):
+    with pytest.raises(SystemExit) as exit_info:
+        parse(*argv)
+    assert exit_info.value.code == 2
+
+
+def test_check_passes_what_holds():
+    assert check(True, "never seen") is None
+
+
+def test_check_raises_what_does_not_hold():
+    with pytest.raises(ValueError, match="must be positive"):
+        check(False, "it must be positive")
+
+
+@pytest.fixture
+def logging_untouched() -> None:
+    """Undoes what run_main sets up."""
+    yield
+    logging.captureWarnings(False)
+
+
+def raise_(error: BaseException) -> int:
+    raise error
+
+
+@pytest.mark.usefixtures("logging_untouched")
+class TestRunMain:
+    @pytest.mark.parametrize("status", [0, 1])
+    def test_returns_the_status_of_the_work(self, status):
+        assert run_main(lambda: status) == status
+
+    @pytest.mark.parametrize("error", [ValueError, FileNotFoundError, OSError, ImportError])
+    def test_mistake_of_the_user_gives_status_1_and_one_line(self, error, caplog):
+        assert run_main(lambda: raise_(error("lungs must be given"))) == 1
+        assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+            ("ERROR", "lungs must be given")
+        ]
+
+    def test_interruption_gives_status_130(self):
+        assert run_main(lambda: raise_(KeyboardInterrupt())) == 130
+
+    def test_mistake_of_ours_keeps_its_traceback(self):
+        with pytest.raises(ZeroDivisionError):
+            run_main(lambda: 1 // 0)
