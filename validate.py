@@ -169,6 +169,10 @@ class Validator:
             parts = dict.fromkeys(self.seriesuids, "validation")
         else:
             parts = choose_scans(self.data_dir, self.inferencer.checkpoint_path, subset)
+        if all(part == "train" for part in parts.values()):
+            raise ValueError(
+                f"{self.data_dir} holds no validation scan of this checkpoint; name the training's data_dir"
+            )
         rows, losses = [], []
         for uid, part in tqdm(parts.items(), desc="validation", unit="scan", disable=None, leave=self.writes_files):
             if part == "train":

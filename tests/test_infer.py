@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 import infer
-from infer import NoduleInferencer, choose_scans, extract_nodules
-from model import LungNodule3DUNet, load_checkpoint
+from infer import NoduleInferencer, choose_scans
+from model import LungNodule3DUNet, load_checkpoint, save_checkpoint
 from preprocess import LUNA16Preprocessor
-from utils import Geometry, find_scans, read_metadata, read_processed, read_processed_list
+from utils import find_scans, read_processed, read_processed_list
 
 SMALL = {"channels": (4, 8), "strides": (2,), "num_res_units": 0, "dropout": 0.1}
 
@@ -713,18 +713,21 @@ def test_snippet_of_the_brief_works_word_for_word(run_dir, processed_dir, tmp_pa
     (tmp_path / "data/LUNA16/processed/images").mkdir(parents=True)
     shutil.copy(processed_dir / "images" / f"{uid}.npy", tmp_path / "data/LUNA16/processed/images/sample.npy")
     shutil.copy(processed_dir / f"{uid}_metadata.npy", tmp_path / "data/LUNA16/processed/sample_metadata.npy")
-    shutil.copytree(run_dir / "checkpoints", tmp_path / "experiments/luna16_unet/checkpoints")
+    checkpoint = load_checkpoint(run_dir / "checkpoints" / "best_model.pth")
+    *_, bias = (tensor for name, tensor in checkpoint["weights"].items() if name.endswith("bias"))
+    bias += 1000  # every voxel is nodule
+    (tmp_path / "experiments/luna16_unet/checkpoints").mkdir(parents=True)
+    save_checkpoint(tmp_path / "experiments/luna16_unet/checkpoints/best_model.pth", checkpoint)
     (tmp_path / "single_inference.py").write_text(SNIPPET, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(NoduleInferencer, "predict_probability", lambda self, image: np.asarray(image, np.float32))
     runpy.run_path("single_inference.py")
-    expected = extract_nodules(
-        np.load("data/LUNA16/processed/images/sample.npy") >= 0.5, read_processed(processed_dir, uid).geometry
-    )
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"Detected {len(expected)} nodules"
-    assert lines[1].startswith(f"Nodule 1: center={expected[0]['center_world']}, diameter=")
-    assert len(lines) == len(expected) + 1 > 1
+    grid = read_processed(processed_dir, uid).geometry
+    diameter = (6 / math.pi * 32 * 48 * 48 * grid.voxel_volume_mm3) ** (1 / 3)
+    first, second = capsys.readouterr().out.splitlines()
+    center = json.loads(second.partition("center=")[2].partition(", diameter")[0])
+    assert first == "Detected 1 nodules"
+    assert center == pytest.approx(grid.world([15.5, 23.5, 23.5]), abs=0.01)
+    assert second.endswith(f", diameter={diameter:.1f}mm")
 
 
 def test_network_of_the_checkpoint_predicts(run_dir, processed_dir, trained):
@@ -766,10 +769,3 @@ def test_command_line_infers_one_raw_scan(run_dir, tmp_path, capsys):
 def test_command_line_without_a_checkpoint_ends_with_status_1(tmp_path, caplog):
     assert infer.main([f"--checkpoint_path={tmp_path / 'none.pth'}", "--device=cpu"]) == 1
     assert "run python train.py first" in caplog.text
-
-
-def test_geometry_of_candidates_is_that_of_the_metadata(processed_dir):
-    uid = read_processed_list(processed_dir)[0]
-    metadata = read_metadata(processed_dir, uid)
-    expected = Geometry((32, 48, 48), tuple(metadata["origin"]), tuple(metadata["spacing"]))
-    assert read_processed(processed_dir, uid).geometry == expected

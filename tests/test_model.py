@@ -204,8 +204,9 @@ def test_batch_without_nodules_costs_less_for_a_better_prediction():
     assert losses[0] > losses[1] > losses[2]
 
 
-def test_batch_without_nodules_costs_something_even_when_dice_alone_is_asked_for():
-    assert DiceBCELoss(dice_weight=1, bce_weight=0)(volume(2, 2), volume(0, 0)) > 0.5
+def test_cross_entropy_of_a_batch_without_nodules_takes_the_weight_of_both_terms():
+    loss = DiceBCELoss(dice_weight=0.7, bce_weight=0.2)(logit(0.6, 0.1), volume(0, 0))
+    assert loss.item() == pytest.approx(-0.9 * (math.log(0.4) + math.log(0.9)) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize(
