@@ -34,7 +34,7 @@ def main() -> int:
     raw, processed, experiment = folder / "phantom", folder / "processed", folder / "experiment"
     checkpoint = experiment / "checkpoints" / "best_model.pth"
     try:
-        run("data/phantom.py", output_dir=raw, num_scans=14, size_xyz="[160,160,64]", min_diameter_mm=10)
+        run("data/phantom.py", output_dir=raw, num_scans=18, size_xyz="[160,160,64]", min_diameter_mm=10)
         run(
             "preprocess.py",
             raw_data_dir=raw / "raw",
@@ -52,11 +52,12 @@ def main() -> int:
             channels=NETWORK,
             strides="[2,2,2]",
             patch_size="[48,48,48]",
-            patches_per_scan=16,
-            batch_size=8,
-            num_epochs=20,
-            learning_rate=0.01,
-            validation_interval=5,
+            patches_per_scan=12,
+            batch_size=4,
+            num_epochs=24,
+            learning_rate=0.02,
+            dropout=0,
+            validation_interval=4,
         )
         common = {"data_dir": processed, "checkpoint_path": checkpoint}
         run("validate.py", **common, output_dir=experiment / "validation")
