@@ -585,7 +585,7 @@ def _point_at(axes: Axes, x: float, y: float, diameter: float, label: str) -> No
     axes.annotate(
         label.split(":")[0].split(",")[0],
         (x + side * diameter / 2, y),
-        (x + side * (diameter / 2 + 25), y),
+        (x + side * (diameter / 2 + 45), y),
         color="yellow",
         fontsize=11,
         va="center",

@@ -54,6 +54,8 @@ logger = logging.getLogger(__name__)
 # Raised whenever the same settings begin to give other arrays, so that a second run redoes what an older version left.
 PROCESSING_VERSION = 1
 LUNG_LABELS = (3, 4)  # of seg-lungs-LUNA16; 5 is the trachea
+CENTER = ANNOTATION_COLUMNS[:4]  # seriesuid and centre
+MAX_NAMED = 10  # annotations named in the log for each problem
 LUNG_POINTS = 1000  # voxels a scan that patches are drawn around
 SLAB_VOXELS = 32_000_000  # the resampler's working memory: float32, 128 MB
 
@@ -557,7 +559,7 @@ class LUNA16Preprocessor:
         for uid, rows in self.annotations.groupby("seriesuid"):
             if uid not in self.scans:
                 problems += [
-                    (uid, *row, "has no scan") for row in rows[list(ANNOTATION_COLUMNS[1:])].to_numpy().tolist()
+                    (uid, *row, "without a scan") for row in rows[list(ANNOTATION_COLUMNS[1:])].to_numpy().tolist()
                 ]
         for uid in usable:
             metadata = read_metadata(self.output_dir, uid)
@@ -567,8 +569,12 @@ class LUNA16Preprocessor:
                     problems.append((uid, *nodule["center_world"], nodule["diameter_mm"], reason))
         table = pd.DataFrame(problems, columns=[*ANNOTATION_COLUMNS, "problem"])
         write_csv(self.output_dir / "annotation_problems.csv", table)
-        for row in table.itertuples():
-            logger.warning("%s: the annotation at (%.1f, %.1f, %.1f) %s", row.seriesuid, *row[2:5], row.problem)
+        for problem, rows in table.groupby("problem"):
+            named = [
+                f"{uid} at ({x:.1f}, {y:.1f}, {z:.1f})" for uid, x, y, z in rows[list(CENTER)].to_numpy()[:MAX_NAMED]
+            ]
+            rest = f" and {len(rows) - MAX_NAMED} more (annotation_problems.csv)" if len(rows) > MAX_NAMED else ""
+            logger.warning("%d annotation(s) %s: %s%s", len(rows), problem, ", ".join(named), rest)
         logger.info("lungs: %s", ", ".join(f"{count} by {source}" for source, count in sources.items()))
         if sources["none"] and self.settings.mask_lungs:
             logger.warning("%d scan(s) without lungs were left unmasked", sources["none"])
@@ -592,10 +598,10 @@ def peak_bytes(scan_bytes: int) -> int:
 
 def _problem_of(nodule: dict[str, Any]) -> str | None:
     if not nodule["inside_scan"]:
-        return "lies outside its scan"
+        return "outside their scan"
     if not nodule["voxels"]:
-        return "lies outside the lungs' box"
-    return "is cut by the lung mask" if nodule["cut_by_lungs"] else None
+        return "outside the lungs' box"
+    return "cut by the lung mask" if nodule["cut_by_lungs"] else None
 
 
 def _run_tasks(tasks: list[ScanTask], processes: int) -> dict[str, str]:

@@ -256,7 +256,8 @@ def format_summary(summary: dict[str, Any]) -> str:
     lines = [f"{'per scan':<14}{'mean ± std':>16}   scans where it is defined"]
     for name in METRICS:
         value = summary[name]
-        lines.append(f"{name:<14}{value['mean']:>8.3f} ± {value['std']:.3f}   {value['scans']} of {summary['scans']}")
+        figures = f"{value['mean']:.3f} ± {value['std']:.3f}" if value["scans"] else "undefined"
+        lines.append(f"{name:<14}{figures:>16}   {value['scans']} of {summary['scans']}")
     lines += [
         f"Dice of the scans with nodules alone: {summary['dice_of_scans_with_nodules']:.3f}",
         f"nodules found: {summary['nodules_found']} of {summary['nodules']}, "
@@ -296,7 +297,7 @@ def draw_distribution(table: pd.DataFrame) -> Figure:
         right.scatter(position + jitter.uniform(-0.12, 0.12, len(values)), values, s=18, alpha=0.6)
     right.set_xticks(range(2), [f"{name}\nn = {int(chosen.sum())}" for name, chosen in groups.items()])
     right.set_xlim(-0.6, 1.6)
-    right.set_ylim(bottom=-0.3)
+    right.yaxis.get_major_locator().set_params(integer=True)
     right.grid(axis="y", alpha=0.3)
     right.set_title("false-positive nodules of each scan", fontsize=11)
     return figure

@@ -786,15 +786,15 @@ def test_killed_process_leaves_the_other_scans_done(raw_dir, num_processes):
 def test_annotation_without_its_scan_is_named(raw_dir, caplog):
     write_annotations(raw_dir, "1.1,5,5,4,3", "9.9,1,2,3,4")
     small(raw_dir).process_all()
-    assert problems_of(raw_dir) == [["9.9", 1, 2, 3, 4, "has no scan"]]
-    assert "9.9: the annotation at (1.0, 2.0, 3.0) has no scan" in caplog.messages
+    assert problems_of(raw_dir) == [["9.9", 1, 2, 3, 4, "without a scan"]]
+    assert "1 annotation(s) without a scan: 9.9 at (1.0, 2.0, 3.0)" in caplog.messages
 
 
 def test_annotation_outside_its_scan_is_named(raw_dir, caplog):
     write_annotations(raw_dir, "1.1,5,5,40,3", "1.2,5,5,4,3")
     small(raw_dir).process_all()
-    assert problems_of(raw_dir) == [["1.1", 5, 5, 40, 3, "lies outside its scan"]]
-    assert "1.1: the annotation at (5.0, 5.0, 40.0) lies outside its scan" in caplog.messages
+    assert problems_of(raw_dir) == [["1.1", 5, 5, 40, 3, "outside their scan"]]
+    assert "1 annotation(s) outside their scan: 1.1 at (5.0, 5.0, 40.0)" in caplog.messages
 
 
 def test_no_problem_leaves_an_empty_table(raw_dir):
@@ -824,7 +824,7 @@ def test_nodule_that_the_lung_mask_cuts_is_named(raw_dir):
     lung_block(raw_dir)
     write_annotations(raw_dir, "1.1,10,20,20,4", "1.1,32,20,20,4")
     masked(raw_dir).process_all()
-    assert problems_of(raw_dir) == [["1.1", 32, 20, 20, 4, "is cut by the lung mask"]]
+    assert problems_of(raw_dir) == [["1.1", 32, 20, 20, 4, "cut by the lung mask"]]
     cut = [nodule["cut_by_lungs"] for nodule in read_metadata(raw_dir.parent / "processed", "1.1")["nodules"]]
     assert cut == [False, True]
 
@@ -833,7 +833,7 @@ def test_nodule_outside_the_cropped_box_is_named(raw_dir):
     lung_block(raw_dir)
     write_annotations(raw_dir, "1.1,36,20,20,4")
     masked(raw_dir, crop_to_lungs=True).process_all()
-    assert problems_of(raw_dir) == [["1.1", 36, 20, 20, 4, "lies outside the lungs' box"]]
+    assert problems_of(raw_dir) == [["1.1", 36, 20, 20, 4, "outside the lungs' box"]]
 
 
 def test_scan_without_lungs_is_warned_of(raw_dir, caplog):
