@@ -590,6 +590,7 @@ def _point_at(axes: Axes, x: float, y: float, diameter: float, label: str) -> No
         fontsize=11,
         va="center",
         ha="center",
+        bbox={"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 1.5},
         arrowprops={"arrowstyle": "->", "color": "yellow"},
     )
 
