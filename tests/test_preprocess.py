@@ -23,7 +23,7 @@ import preprocess
 from preprocess import (
     LUNA16Preprocessor,
     Preprocessing,
-    draw_spheres,
+    draw_sphere,
     main,
     resample_mean,
     segment_lungs,
@@ -407,7 +407,7 @@ UNIT = Geometry((9, 9, 9), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def sphere(grid: Geometry, center_xyz: tuple[float, float, float], diameter_mm: float) -> list[list[int]]:
-    return draw_spheres(grid, np.array([center_xyz]), np.array([diameter_mm]))[0].tolist()
+    return draw_sphere(grid, center_xyz, diameter_mm).tolist()
 
 
 def test_sphere_of_two_voxels_diameter_is_a_cross_of_seven():
@@ -431,16 +431,12 @@ def test_sphere_across_the_edge_keeps_what_lies_inside():
     assert sorted(sphere(UNIT, (0, 4, 4), 2.0)) == [[3, 4, 0], [4, 3, 0], [4, 4, 0], [4, 4, 1], [4, 5, 0], [5, 4, 0]]
 
 
-def test_no_sphere_gives_no_voxels():
-    assert draw_spheres(UNIT, np.empty((0, 3)), np.empty(0)) == []
-
-
 @pytest.mark.parametrize("direction", [None, FLIPPED])
 def test_spheres_agree_with_brute_force_on_an_anisotropic_grid(direction):
     image = image_of(np.zeros((12, 30, 25), np.uint8), (0.7, 0.9, 2.5), (-10.0, 20.0, -30.0), direction)
     centers = [image.TransformContinuousIndexToPhysicalPoint(i) for i in ((12.3, 14.1, 5.7), (1.2, 27.9, 10.6))]
-    spheres = draw_spheres(Geometry.from_image(image), np.array(centers), np.array([11.0, 6.5]))
-    for center, diameter, found in zip(centers, (11.0, 6.5), spheres, strict=True):
+    for center, diameter in zip(centers, (11.0, 6.5), strict=True):
+        found = draw_sphere(Geometry.from_image(image), center, diameter)
         expected = [
             list(index)
             for index in np.ndindex(12, 30, 25)

@@ -885,7 +885,7 @@ class Machine:
 
 
 def parse(*argv: str) -> tuple[dict, dict]:
-    return parse_command_line(Machine, "run", list(argv), skip=["model"])
+    return parse_command_line(Machine, "run", argv=list(argv), skip=["model"])
 
 
 def test_options_are_split_between_constructor_and_method():
