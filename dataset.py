@@ -515,6 +515,7 @@ def make_split(
 
 def find_folds(metadata: dict[str, dict[str, Any]], patients: dict[str, str]) -> dict[str, int]:
     """{series UID: fold}: LUNA16's subset folders, or a hash of the patient (or scan) where the scans lay flat."""
+    check(all("subset" in fields for fields in metadata.values()), "the data is of an older version; run preprocess.py")
     if all(fields["subset"] is not None for fields in metadata.values()):
         return {uid: fields["subset"] for uid, fields in metadata.items()}
     logger.warning("the scans do not lie in LUNA16's subset folders: these are unofficial folds, made by a hash")

@@ -49,6 +49,7 @@ from utils import (
     run_main,
     scan_name,
     select_device,
+    signed_distance,
     write_array,
     write_csv,
     write_image,
@@ -462,15 +463,15 @@ def find_candidates(probability: np.ndarray, geometry: Geometry, threshold: floa
         threshold: Probability from which a voxel belongs to the mask.
 
     Returns:
-        Dicts as ``extract_nodules`` gives them, and ``in_mask``: whether it is a nodule of the mask. At most
-        MAX_CANDIDATES, those of the mask first and then the likeliest.
+        Dicts as ``extract_nodules`` gives them, and ``in_mask``: whether it is a nodule of the mask. All of the mask
+        come first, then the likeliest faint spots, up to MAX_CANDIDATES together.
     """
     nodules = extract_nodules(probability >= threshold, geometry, probability)
     spots = _components(probability >= min(CANDIDATE_THRESHOLD, threshold), geometry)
     spots[np.isin(spots, np.unique(spots[probability >= threshold]))] = 0
     faint = _describe(spots, geometry, probability)
-    marked = [n | {"in_mask": True} for n in nodules] + [n | {"in_mask": False} for n in faint]
-    return marked[:MAX_CANDIDATES]
+    faint = faint[: max(0, MAX_CANDIDATES - len(nodules))]
+    return [n | {"in_mask": True} for n in nodules] + [n | {"in_mask": False} for n in faint]
 
 
 def _components(mask: np.ndarray, geometry: Geometry) -> np.ndarray:
@@ -499,9 +500,9 @@ def _split_at_necks(part: np.ndarray, geometry: Geometry) -> np.ndarray:
     image = Geometry(tuple(n + 2 for n in part.shape), geometry.origin, geometry.spacing).image(
         np.pad(part, 1).astype(np.uint8)
     )
-    depth = sitk.SignedMaurerDistanceMap(image, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
-    neck_mm = max(NECK_MM, max(geometry.spacing) / 2)
-    basins = sitk.MorphologicalWatershed(depth, level=neck_mm, markWatershedLine=False, fullyConnected=True)
+    basins = sitk.MorphologicalWatershed(
+        signed_distance(image), level=NECK_MM, markWatershedLine=False, fullyConnected=True
+    )
     inside = sitk.GetArrayFromImage(basins)[1:-1, 1:-1, 1:-1] * part
     return np.unique(inside, return_inverse=True)[1].reshape(part.shape)
 

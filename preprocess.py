@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -46,6 +47,7 @@ from utils import (
     read_table,
     resample,
     run_main,
+    signed_distance,
     write_array,
     write_csv,
     write_objects,
@@ -61,6 +63,7 @@ LUNG_LABELS = (3, 4)  # of seg-lungs-LUNA16; 5 is the trachea
 CENTER = ANNOTATION_COLUMNS[:4]  # seriesuid and centre
 SAME_NODULE_MM = 3.0  # an annotation this near to a nodule is of that nodule, however small it is
 MAX_NAMED = 10  # annotations named in the log for each problem
+SECONDS_PER_MEGAVOXEL = 0.05  # of scan and grid together, on one core; measured, for the estimate only
 LUNG_POINTS = 1000  # voxels a scan that patches are drawn around
 SLAB_VOXELS = 32_000_000  # the resampler's working memory: float32, 128 MB
 
@@ -292,14 +295,8 @@ def widen(lungs: sitk.Image, closing_mm: float, margin_mm: float) -> sitk.Image:
         can be sampled linearly on any grid.
     """
     padding = [int(np.ceil((closing_mm + margin_mm) / spacing)) + 1 for spacing in lungs.GetSpacing()]
-    outside = _signed_distance(sitk.ConstantPad(lungs, padding, padding, 0))
-    closed = _signed_distance(outside > closing_mm) > closing_mm
-    # Each map counts from the centres of the voxels at the border; their mean counts from the border itself.
-    return (_signed_distance(closed) - _signed_distance(sitk.Not(closed))) / 2 - margin_mm
-
-
-def _signed_distance(mask: sitk.Image) -> sitk.Image:
-    return sitk.SignedMaurerDistanceMap(mask, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
+    far = signed_distance(sitk.ConstantPad(lungs, padding, padding, 0)) > closing_mm
+    return signed_distance(signed_distance(far) > closing_mm) - margin_mm
 
 
 def _mask_bounds(mask: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
@@ -405,8 +402,8 @@ def draw_contours(
             near.append((contours, points))
     if not near:
         return None
-    lower = np.maximum(np.min([points.min(axis=0) for _, points in near], axis=0) - 1, 0)
-    upper = np.minimum(np.max([points.max(axis=0) for _, points in near], axis=0) + 2, geometry.shape_zyx)
+    lower = np.min([points.min(axis=0) for _, points in near], axis=0) - 1  # may lie off the scan
+    upper = np.max([points.max(axis=0) for _, points in near], axis=0) + 2
     votes = np.sum([_fill_contours(contours, lower, upper) for contours, _ in near], axis=0)
     agreed = votes >= (readers or len(near) // 2 + 1)
     if not agreed.any():
@@ -653,7 +650,9 @@ class LUNA16Preprocessor:
         tasks = [self._task(uid) for uid in self.scans]
         todo = [task for task in tasks if not task.is_done()]
         skipped = sorted({task.seriesuid for task in tasks} - {task.seriesuid for task in todo})
-        processes = self._count_processes(todo)
+        needs = [estimate_needs(task.scan_path, self.settings) for task in todo]
+        processes = self._count_processes(needs)
+        self._tell_needs(needs, processes)
         logger.info(
             "%d scans: %d done before, %d to do in %d processes", len(tasks), len(skipped), len(todo), processes
         )
@@ -685,13 +684,27 @@ class LUNA16Preprocessor:
             self.lidc_readers,
         )
 
-    def _count_processes(self, todo: list[ScanTask]) -> int:
+    def _count_processes(self, needs: list[Needs]) -> int:
         """Cores, or fewer where the largest scan would not fit into memory that often."""
         if self.num_processes is not None:
             return self.num_processes
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-        largest = max((_voxel_bytes(task.scan_path) for task in todo), default=0)
-        return max(1, min(cores, len(todo), int(psutil.virtual_memory().available / peak_bytes(largest))))
+        largest = max((need.scan_bytes for need in needs), default=0)
+        return max(1, min(cores, len(needs), int(psutil.virtual_memory().available / peak_bytes(largest))))
+
+    def _tell_needs(self, needs: list[Needs], processes: int) -> None:
+        """Tells disk and time in advance, and warns of a disk that is too small."""
+        if not needs:
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        gigabytes, free = sum(n.disk_bytes for n in needs) / 1e9, shutil.disk_usage(self.output_dir).free / 1e9
+        minutes = sum(n.seconds for n in needs) / processes / 60
+        most = "up to " if self.settings.crop_to_lungs else ""
+        logger.info(
+            "this takes %s%.1f GB of disk (%.1f GB are free) and about %.0f min", most, gigabytes, free, minutes
+        )
+        if gigabytes > free:
+            logger.warning("%s may be too small; name an output_dir on another disk", self.output_dir)
 
     def _report(self, usable: list[str]) -> None:
         """Names every annotation that is not in a mask as it should be, and counts the lung sources."""
@@ -723,15 +736,32 @@ class LUNA16Preprocessor:
             logger.warning("%d scan(s) without lungs were left unmasked", sources["none"])
 
 
-def _voxel_bytes(path: Path) -> int:
-    """Size of a scan in memory by its header; 0 where that is unreadable, which its own process reports."""
+@dataclass(frozen=True)
+class Needs:
+    """What preparing one scan takes, by its header; nothing where that is unreadable, which its process reports."""
+
+    scan_bytes: int = 0
+    disk_bytes: int = 0
+    seconds: float = 0.0
+
+
+def estimate_needs(path: Path, settings: Preprocessing) -> Needs:
+    """Memory, disk and time that a scan will take; disk is an upper bound where it is cropped to the lungs."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError:
-        return 0
-    return math.prod(reader.GetSize()) * VOXEL_BYTES.get(reader.GetPixelID(), 2)
+        return Needs()
+    if reader.GetDimension() != 3 or reader.GetPixelID() not in VOXEL_BYTES:
+        return Needs()
+    geometry = Geometry(reader.GetSize()[::-1], reader.GetOrigin(), reader.GetSpacing(), reader.GetDirection())
+    grid = Geometry.covering(*geometry.bounds(), shape_zyx=settings.target_size, spacing=settings.target_spacing)
+    voxels, scan_voxels = math.prod(grid.shape_zyx), math.prod(geometry.shape_zyx)
+    disk = voxels * (np.dtype(np.float16).itemsize + np.dtype(np.uint8).itemsize)
+    return Needs(
+        scan_voxels * VOXEL_BYTES[reader.GetPixelID()], disk, SECONDS_PER_MEGAVOXEL * (voxels + scan_voxels) / 1e6
+    )
 
 
 def peak_bytes(scan_bytes: int) -> int:

@@ -199,9 +199,11 @@ class Trainer:
 
     def _split(self, uids: list[str], validation_fraction: float, seed: int, fold: int | None) -> dict[str, Any]:
         path = self.checkpoint_dir / "split.json"
-        if self.resume and path.is_file():
-            return read_split(path)
         split = make_split(self.data_dir, uids, validation_fraction, seed, fold)
+        if self.resume and path.is_file():
+            old = read_split(path)
+            check(old == split, f"{path} is not the split of these scans and settings; start anew with overwrite=True")
+            return old
         write_json(path, split)
         sizes = ", ".join(f"{len(split[part])} {part}" for part in ("train", "validation", "test"))
         logger.info("scans: %s", sizes)

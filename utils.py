@@ -183,6 +183,19 @@ def resample(
     return resampler.Execute(image)
 
 
+def signed_distance(mask: sitk.Image) -> sitk.Image:
+    """Float distance in mm to the border of a binary mask, negative inside.
+
+    ITK's map counts from the centres of the voxels at the border; the mean of the maps from either side counts from the
+    border itself.
+    """
+    inside, outside = (
+        sitk.SignedMaurerDistanceMap(side, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
+        for side in (mask, sitk.Not(mask))
+    )
+    return (inside - outside) / 2
+
+
 # --------------------------------------------------------------------------------------------------------- raw scans
 
 

@@ -508,9 +508,9 @@ def froc(
     if unlisted := len(predictions) - len(marks):
         logger.warning("ignored %d of %d marks: their scans are not in seriesuids", unlisted, len(predictions))
     kept = _most_probable(marks, max_marks)
-    nodules["probability"], is_fp, counts = _match(kept, nodules, findings)
+    nodules["probability"], is_fp, counts = _match_marks(kept, nodules, findings)
     counts |= {"scans": len(scans), "unlisted": unlisted, "over_limit": len(marks) - len(kept)}
-    return _score(nodules, kept[is_fp], counts, num_bootstraps, seed)
+    return _build_curve(nodules, kept[is_fp], counts, num_bootstraps, seed)
 
 
 def draw_froc(result: FROC) -> Figure:
@@ -589,7 +589,9 @@ def _pair_hits(findings: pd.DataFrame, marks: pd.DataFrame) -> tuple[np.ndarray,
     return finding[hit], mark[hit]
 
 
-def _match(marks: pd.DataFrame, nodules: pd.DataFrame, excluded: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, dict]:
+def _match_marks(
+    marks: pd.DataFrame, nodules: pd.DataFrame, excluded: pd.DataFrame
+) -> tuple[np.ndarray, np.ndarray, dict]:
     """Each nodule's best hit (nodules,), NaN if missed; which marks are false positives (marks,); the counts."""
     nodule, mark = _pair_hits(nodules, marks)
     best = np.full(len(nodules), np.nan)
@@ -602,7 +604,9 @@ def _match(marks: pd.DataFrame, nodules: pd.DataFrame, excluded: pd.DataFrame) -
     return best, is_fp, counts | {"repeated": len(mark) - tp, "on_excluded": int((on_excluded & ~on_nodule).sum())}
 
 
-def _score(nodules: pd.DataFrame, false_positives: pd.DataFrame, counts: dict[str, int], draws: int, seed: int) -> FROC:
+def _build_curve(
+    nodules: pd.DataFrame, false_positives: pd.DataFrame, counts: dict[str, int], draws: int, seed: int
+) -> FROC:
     marks = pd.concat([nodules.dropna(), false_positives])[["scan", "probability"]]
     marks["is_nodule"] = np.arange(len(marks)) < counts["tp"]
     marks = marks.sort_values("probability", ascending=False)
@@ -613,8 +617,8 @@ def _score(nodules: pd.DataFrame, false_positives: pd.DataFrame, counts: dict[st
     for _ in range(draws):
         scan_weights = np.bincount(rng.integers(scans, size=scans), minlength=scans)
         if total := int(scan_weights @ nodules_per_scan):  # without a nodule there is no sensitivity
-            curves.append(_read_curve(*_count(events, scan_weights), scans, total))
-    fps, tps = _count(events, np.ones(scans, int))
+            curves.append(_read_curve(*_cumulate(events, scan_weights), scans, total))
+    fps, tps = _cumulate(events, np.ones(scans, int))
     curve = _read_curve(fps, tps, scans, len(nodules))
     samples = np.sort(curves or [np.full_like(curve, np.nan)], axis=0)
     lower, upper = samples[len(samples) // 40], samples[len(samples) * 39 // 40]  # the official script's ranks for 95 %
@@ -626,7 +630,7 @@ def _score(nodules: pd.DataFrame, false_positives: pd.DataFrame, counts: dict[st
     return FROC(at_points, cpm, intervals, band, thresholds, fps, tps, nodules.drop(columns="scan"), counts)
 
 
-def _count(events: tuple[np.ndarray, ...], scan_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _cumulate(events: tuple[np.ndarray, ...], scan_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(fps, tps) from each threshold on if scan i occurs ``scan_weights[i]`` times; events are sorted once for all."""
     scan, is_nodule, last = events
     weights = scan_weights[scan]
@@ -680,14 +684,14 @@ def score_predictions(
         FileNotFoundError: There is no such file.
         ValueError: A table is unusable, or two files have marks in the same scan.
     """
-    paths = [Path(name) for name in sorted(glob.glob(str(predictions)))]  # noqa: PTH207 - a pattern may be absolute
+    given = Path(str(predictions))
+    paths = [given] if given.is_file() else [Path(name) for name in sorted(glob.glob(str(predictions)))]  # noqa: PTH207 - a pattern may be absolute
     if not paths:
         raise FileNotFoundError(f"no file matches {predictions}")
     tables = [read_table(path, CANDIDATE_COLUMNS) for path in paths]
     if seriesuids_path is not None:
-        scans = [
-            line.strip() for line in Path(seriesuids_path).read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
+        names = Path(seriesuids_path).read_text(encoding="utf-8").split()
+        scans = [name for name in names if name != "seriesuid"]  # a heading
     else:
         scans = [uid for path in paths for uid in _scans_beside(path)]
     marked = [uid for table in tables for uid in table["seriesuid"].unique()]
@@ -710,6 +714,7 @@ def _scans_beside(predictions: Path) -> list[str]:
             "for all of them; scans without a mark count, too"
         )
     table = read_table(path, ["seriesuid"])
+    check("part" in table, f"{path} must have the column part, which validate.py writes; name seriesuids_path instead")
     return table.loc[table["part"] != "train", "seriesuid"].tolist()
 
 

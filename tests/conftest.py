@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same path on every machine
@@ -13,6 +14,7 @@ import torch
 from data.phantom import write_phantoms
 from preprocess import LUNA16Preprocessor
 from train import Trainer
+from utils import read_processed_list
 
 torch.set_num_threads(1)  # two busy threads on a shared core are slower than one
 
@@ -47,4 +49,16 @@ def run_dir(processed_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A training of two epochs with a tiny network; its checkpoints are read by several tests."""
     folder = tmp_path_factory.mktemp("run")
     Trainer(processed_dir, folder, num_epochs=2, device="cpu", mixed_precision=False, **TINY).train()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fold_run(processed_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training of one epoch with fold 2 held out: the third scan, whose arrays were not there to be trained on."""
+    folder = tmp_path_factory.mktemp("fold")
+    data = folder / "data"
+    shutil.copytree(processed_dir, data)
+    for kind in ("images", "masks"):
+        (data / kind / f"{read_processed_list(data)[2]}.npy").unlink()
+    Trainer(data, folder, num_epochs=1, fold=2, device="cpu", mixed_precision=False, **TINY).train()
     return folder

