@@ -364,6 +364,8 @@ class PatchSampler(Sampler):
         nodule_share: Share of the patches that hold a nodule; each nodule is equally likely, however small.
         hard_share: Share of the other patches that are drawn again from those in which the background reached
             HARD_ERROR, as far as there are any.
+        warmup_epochs: In the first epoch all patches hold a nodule, and from there the share falls evenly to
+            nodule_share over so many epochs: a network that sees mostly background first learns to see nothing else.
         seed: Seed of the draws.
 
     Raises:
@@ -377,16 +379,19 @@ class PatchSampler(Sampler):
         patches_per_scan: int,
         nodule_share: float,
         hard_share: float,
+        warmup_epochs: int,
         seed: int,
     ) -> None:
         check(0 <= nodule_share <= 1, f"nodule_share must be between 0 and 1, not {nodule_share}")
         check(0 <= hard_share <= 1, f"hard_share must be between 0 and 1, not {hard_share}")
         check(patches_per_scan >= 1, f"patches_per_scan must be at least 1, not {patches_per_scan}")
+        check(warmup_epochs >= 0, f"warmup_epochs must not be negative, not {warmup_epochs}")
         self.lung_points = [np.asarray(m["lung_points_zyx"]) for m in metadata]
         self.nodules = [(scan, point) for scan, m in enumerate(metadata) for point in nodule_points(m)]
         self.reach = JITTER * np.asarray(patch_size_zyx)
         self.size = patches_per_scan * len(metadata)
         self.nodule_share, self.hard_share, self.seed = nodule_share, hard_share, seed
+        self.warmup_epochs = warmup_epochs
         self.epoch = 0
         self.hard: dict[tuple[int, Shape], float] = {}  # (scan, centre) -> highest probability of its background
 
@@ -395,12 +400,14 @@ class PatchSampler(Sampler):
 
     def __iter__(self) -> Iterator[SampleKey]:
         rng = np.random.default_rng([self.seed, self.epoch])
+        early = 1 - self.epoch / self.warmup_epochs if self.epoch < self.warmup_epochs else 0.0
+        nodule_share = early + (1 - early) * self.nodule_share
         places = list(self.hard)
         weights = np.asarray(list(self.hard.values()))
         keys = []
         for index in range(self.size):
             kind = rng.random(2)
-            if self.nodules and kind[0] < self.nodule_share:
+            if self.nodules and kind[0] < nodule_share:
                 scan, point = self.nodules[rng.integers(len(self.nodules))]
                 center = np.rint(point + rng.uniform(-self.reach, self.reach)).astype(int)
             elif places and kind[1] < self.hard_share:

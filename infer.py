@@ -70,7 +70,8 @@ OUTSIDE_LOGIT = -20.0  # where no network looked: a probability of 2e-9
 RESULT_FILES = ("predicted_masks/*", "visualizations/*", "*_nodules.*", "inference_summary.*", "candidates.csv")
 CANDIDATE_THRESHOLD = 0.1  # a spot that reaches it is a candidate
 MAX_CANDIDATES = 100  # a scan, LUNA16's limit
-SCORE_SIGMA_MM = 1.5
+SURROUNDINGS_MM = 3.0  # that a candidate is scored with
+SURELY_BACKGROUND = 0.02  # probabilities up to this say nothing of how a candidate fades out
 NECK_MM = 1.0  # a component is split where it is thinner by this than on both sides
 SMALLEST_SPLIT = 30  # voxels
 LARGEST_NODULE_MM3 = 113_000  # a sphere of 60 mm; nothing larger is a nodule, and splitting it would take long
@@ -442,7 +443,7 @@ def extract_nodules(
     Returns:
         One dict a nodule: ``center_world`` [x, y, z] in LPS mm, ``center_voxel`` [x, y, z] as floats, ``diameter_mm``
         of the sphere of equal volume, ``volume_voxels``, ``volume_mm3``, half-open ``bbox`` (z_min, z_max, y_min,
-        y_max, x_min, x_max), and ``probability``, its score (see ``_scores``), NaN without a map.
+        y_max, x_min, x_max), and ``probability``, its score (see ``_score``), NaN without a map.
 
     Raises:
         ValueError: Mask and probability differ in shape.
@@ -509,36 +510,47 @@ def _split_at_necks(part: np.ndarray, geometry: Geometry) -> np.ndarray:
 
 def _describe(labels: np.ndarray, geometry: Geometry, probability: np.ndarray | None) -> list[dict[str, Any]]:
     """Dicts of labelled nodules, the likeliest and then the largest first."""
-    scores = np.zeros(labels.shape, np.float32) if probability is None else _scores(probability, geometry)
-    statistics = sitk.LabelIntensityStatisticsImageFilter()
-    statistics.Execute(geometry.image(labels), geometry.image(scores))
     nodules = []
-    for label in statistics.GetLabels():
-        box = np.asarray(statistics.GetBoundingBox(label))
-        lower, upper = box[:3][::-1].tolist(), (box[:3] + box[3:])[::-1].tolist()
-        center = statistics.GetCentroid(label)
-        count = int(statistics.GetNumberOfPixels(label))
+    for label, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is None:
+            continue
+        voxels = np.argwhere(labels[box] == label) + [side.start for side in box]
+        center = geometry.world(voxels.mean(axis=0))
         nodules.append(
             {
-                "center_world": list(center),
+                "center_world": center.tolist(),
                 "center_voxel": geometry.index_xyz(center).tolist(),
-                "diameter_mm": sphere_diameter(count * geometry.voxel_volume_mm3),
-                "volume_voxels": count,
-                "volume_mm3": count * geometry.voxel_volume_mm3,
-                "bbox": tuple(edge for pair in zip(lower, upper, strict=True) for edge in pair),
-                "probability": math.nan if probability is None else float(statistics.GetMaximum(label)),
+                "diameter_mm": sphere_diameter(len(voxels) * geometry.voxel_volume_mm3),
+                "volume_voxels": len(voxels),
+                "volume_mm3": len(voxels) * geometry.voxel_volume_mm3,
+                "bbox": tuple(int(edge) for side in box for edge in (side.start, side.stop)),
+                "probability": math.nan if probability is None else _score(voxels, box, geometry, probability),
             }
         )
     return sorted(nodules, key=lambda n: (0 if probability is None else -n["probability"], -n["volume_mm3"]))
 
 
-def _scores(probability: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Map whose highest value in a nodule is its score: the probability averaged over a few millimetres.
+def _score(voxels: np.ndarray, box: tuple[slice, ...], geometry: Geometry, probability: np.ndarray) -> float:
+    """How likely a candidate is a nodule, in [0, 1]: mean probability in and around it, times its roundness.
 
-    A speck of high probability is more often wrong than a body of it.
+    Where the network hesitates, it is often at a vessel: the probability fades out slowly around it, and the candidate
+    is longer than thick. The highest probability tells neither.
+
+    Args:
+        voxels: (m, 3) indices (z, y, x) of the candidate.
+        box: Half-open box around them.
+        geometry: Where the voxels lie.
+        probability: Float (z, y, x).
     """
-    sigma = SCORE_SIGMA_MM / np.asarray(geometry.spacing_zyx)
-    return ndimage.gaussian_filter(np.asarray(probability, np.float32), sigma, mode="constant", truncate=2.5)
+    margins = np.ceil(SURROUNDINGS_MM / np.asarray(geometry.spacing_zyx)).astype(int)
+    around = tuple(slice(max(0, b.start - n), b.stop + n) for b, n in zip(box, margins, strict=True))
+    values = probability[around].astype(np.float32)
+    values = values[values > SURELY_BACKGROUND]
+    certainty = float(values.mean()) if len(values) else 0.0
+    # What is thinner than a voxel is taken as one voxel thick, so that thick slices make no nodule look flat.
+    spread = np.cov((voxels * geometry.spacing_zyx).T, bias=True) + np.eye(3) * max(geometry.spacing) ** 2 / 12
+    shortest, _, longest = np.linalg.eigvalsh(spread)
+    return certainty * math.sqrt(shortest / longest)
 
 
 def sphere_diameter(volume: float) -> float:

@@ -80,6 +80,7 @@ class Trainer:
         patch_size: Train on patches of this shape (z, y, x), e.g. '[96,96,96]'; null trains on whole scans.
         patches_per_scan: Patches an epoch, for each scan on average.
         nodule_share: Share of the patches that hold a nodule; each nodule is equally likely.
+        warmup_epochs: Epochs over which the share of patches with a nodule falls from all to nodule_share.
         hard_share: Share of the other patches that are drawn again where the network erred.
         augment: Change the training scans at random.
         seed: Of weights, split, order and augmentation.
@@ -120,6 +121,7 @@ class Trainer:
         patches_per_scan: int = 8,
         nodule_share: float = 0.5,
         hard_share: float = 0.25,
+        warmup_epochs: int = 10,
         augment: bool = True,
         seed: int = 0,
         deterministic: bool = False,
@@ -164,7 +166,7 @@ class Trainer:
         self.sampler: ScanSampler | PatchSampler = ScanSampler(len(dataset), seed)
         if self.patch_size is not None:
             self.sampler = PatchSampler(
-                dataset.metadata, self.patch_size, patches_per_scan, nodule_share, hard_share, seed
+                dataset.metadata, self.patch_size, patches_per_scan, nodule_share, hard_share, warmup_epochs, seed
             )
         self.loader = make_loader(dataset, self.sampler, batch_size, num_workers, self.device)
         self.validator = Validator(

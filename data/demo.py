@@ -60,7 +60,8 @@ def main() -> int:
             validation_interval=4,
         )
         common = {"data_dir": processed, "checkpoint_path": checkpoint}
-        run("validate.py", **common, output_dir=experiment / "validation")
+        excluded = raw / "annotations_excluded.csv"
+        run("validate.py", **common, output_dir=experiment / "validation", excluded_path=excluded)
         run("infer.py", **common, output_dir=experiment / "inference")
     except subprocess.CalledProcessError as error:
         print(f"{error.cmd[1]} failed with exit status {error.returncode}", file=sys.stderr)
