@@ -438,8 +438,22 @@ TWO_SCANS = [
 ]
 
 
-def patch_sampler(patches_per_scan=1000, nodule_share=0.5, hard_share=0.25, seed=0):
-    return PatchSampler(TWO_SCANS, (8, 8, 8), patches_per_scan, nodule_share, hard_share, seed)
+def patch_sampler(patches_per_scan=1000, nodule_share=0.5, hard_share=0.25, warmup_epochs=0, seed=0):
+    return PatchSampler(TWO_SCANS, (8, 8, 8), patches_per_scan, nodule_share, hard_share, warmup_epochs, seed)
+
+
+@pytest.mark.parametrize(("epoch", "share"), [(0, 1.0), (2, 0.75), (4, 0.5), (9, 0.5)])
+def test_share_of_nodule_patches_falls_over_the_warmup(epoch, share):
+    sampler = patch_sampler(warmup_epochs=4)
+    sampler.epoch = epoch
+    lungs = [(5, 5, 5), (6, 6, 6), (30, 30, 30)]
+    around_nodules = sum(key.center_zyx not in lungs for key in sampler)
+    assert around_nodules / 2000 == pytest.approx(share, abs=4 * np.sqrt(0.25 / 2000))
+
+
+def test_negative_warmup_is_refused():
+    with pytest.raises(ValueError, match="warmup_epochs must not be negative"):
+        patch_sampler(warmup_epochs=-1)
 
 
 def near(key, point):
@@ -508,7 +522,7 @@ def test_patch_around_a_nodule_holds_its_centre():
 
 
 def test_data_set_without_nodules_gives_patches_of_the_lungs():
-    sampler = PatchSampler(TWO_SCANS[1:], (8, 8, 8), 5, nodule_share=1.0, hard_share=0.5, seed=0)
+    sampler = PatchSampler(TWO_SCANS[1:], (8, 8, 8), 5, nodule_share=1.0, hard_share=0.5, warmup_epochs=0, seed=0)
     assert {key.center_zyx for key in sampler} == {(30, 30, 30)}
 
 
@@ -529,7 +543,7 @@ def test_sampler_opens_no_array(processed_dir, uids, monkeypatch):
 
     monkeypatch.setattr(np, "load", refuse)
     dataset = LUNA16Dataset(processed_dir, uids, Augmentation(), patch_size_zyx=(16, 16, 16))
-    sampler = PatchSampler(dataset.metadata, (16, 16, 16), 10, 0.5, 0.5, seed=0)
+    sampler = PatchSampler(dataset.metadata, (16, 16, 16), 10, 0.5, 0.5, warmup_epochs=0, seed=0)
     sampler.record(list(sampler), [0.9] * 40)
     assert len(list(sampler)) == 40
     with pytest.raises(AssertionError, match="an array was opened"):  # the trap works

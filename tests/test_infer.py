@@ -327,13 +327,25 @@ def test_surer_of_two_equal_nodules_has_the_higher_probability(extract):
     assert first["probability"] > second["probability"]
 
 
-def test_speck_has_a_lower_probability_than_a_ball(extract):
+def test_vessel_has_a_lower_probability_than_a_ball(extract):
     probability = np.zeros((24, 24, 60), np.float32)
     probability[ball_mask(UNIT, [(12.0, 12.0, 12.0)], 10.0, probability.shape)] = 1
-    probability[12, 12, 45] = 1
-    ball, speck = extract(probability, (0, 0, 0), UNIT, probability)
-    assert (ball["volume_voxels"] > 500, speck["volume_voxels"]) == (True, 1)
-    assert ball["probability"] > speck["probability"]
+    probability[12:14, 12:14, 30:50] = 1
+    ball, vessel = extract(probability, (0, 0, 0), UNIT, probability)
+    assert (ball["volume_voxels"] > 500, vessel["volume_voxels"]) == (True, 80)
+    assert ball["probability"] > 3 * vessel["probability"]
+
+
+def test_spot_that_fades_out_has_a_lower_probability_than_a_sharp_one(extract):
+    probability = np.zeros((12, 12, 40), np.float32)
+    probability[5:7, 5:7, 5:7] = probability[5:7, 5:7, 30:32] = 0.9
+    faint = probability == 0
+    faint[:, :, :20] = False
+    probability[faint] = 0.1
+    sharp, fading = extract(probability >= 0.5, (0, 0, 0), UNIT, probability)
+    assert (sharp["center_voxel"][0], fading["center_voxel"][0]) == (5.5, 30.5)
+    assert sharp["probability"] == pytest.approx(0.9)
+    assert fading["probability"] < 0.3
 
 
 def test_probability_without_a_map_is_nan(extract):
@@ -366,7 +378,7 @@ def test_nodules_come_most_probable_first(extract):
 
 def test_equally_probable_nodules_come_largest_first(extract):
     mask = np.array([[[1, 0, 1, 1, 1, 0, 1, 1]]], np.uint8)
-    assert [n["volume_voxels"] for n in extract(mask, ORIGIN, SPACING, np.zeros(mask.shape))] == [3, 2, 1]
+    assert [n["volume_voxels"] for n in extract(mask, ORIGIN, SPACING, np.zeros(mask.shape))] == [3, 2, 1]  # all 0
 
 
 def test_nodules_without_a_map_come_largest_first(extract):
