@@ -345,6 +345,7 @@ class ScanSampler(Sampler):
         """Whole scans come once an epoch each, however hard they are."""
 
     def state_dict(self) -> dict[str, Any]:
+        """Nothing: the order follows from seed and epoch."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -438,6 +439,7 @@ class PatchSampler(Sampler):
         return {"hard": [[scan, list(center), error] for (scan, center), error in self.hard.items()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what ``state_dict`` gave."""
         self.hard = {(scan, tuple(center)): error for scan, center, error in state["hard"]}
 
 

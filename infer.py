@@ -693,18 +693,18 @@ def _point_at(axes: Axes, x: float, y: float, diameter: float, label: str) -> No
     )
 
 
+def _command(argv: list[str] | None) -> int:
+    options, run_options = parse_command_line(NoduleInferencer, "run", argv=argv, skip=["model", "window"])
+    inferencer = NoduleInferencer(**options)
+    found = inferencer.run(**run_options)
+    print("no nodule found" if found.empty else found.to_string(index=False))
+    print(f"files and pictures: {inferencer.output_dir}")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; the options are NoduleInferencer's arguments. Returns the exit status."""
-
-    def work() -> int:
-        options, run_options = parse_command_line(NoduleInferencer, "run", argv=argv, skip=["model", "window"])
-        inferencer = NoduleInferencer(**options)
-        found = inferencer.run(**run_options)
-        print("no nodule found" if found.empty else found.to_string(index=False))
-        print(f"files and pictures: {inferencer.output_dir}")
-        return 0
-
-    return run_main(work)
+    return run_main(_command, argv)
 
 
 if __name__ == "__main__":

@@ -153,6 +153,7 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+        """Takes back what ``to_dict`` gave."""
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**arguments)
 
@@ -462,6 +463,7 @@ class ScanTask:
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def is_done(self) -> bool:
+        """Whether the output folder holds this very result already."""
         arrays = [self.output_dir / kind / f"{self.seriesuid}.npy" for kind in ("images", "masks")]
         if not all(path.is_file() for path in [*arrays, metadata_path(self.output_dir, self.seriesuid)]):
             return False
@@ -816,16 +818,16 @@ def _start_worker() -> None:
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # one process a scan is faster than threads
 
 
+def _command(argv: list[str] | None) -> int:
+    [options] = parse_command_line(LUNA16Preprocessor, argv=argv)
+    summary = LUNA16Preprocessor(**options).process_all()
+    print(f"{len(summary.processed)} processed, {len(summary.skipped)} skipped, {len(summary.failed)} failed")
+    return 1 if summary.failed else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; the options are LUNA16Preprocessor's arguments. Returns the exit status."""
-
-    def work() -> int:
-        [options] = parse_command_line(LUNA16Preprocessor, argv=argv)
-        summary = LUNA16Preprocessor(**options).process_all()
-        print(f"{len(summary.processed)} processed, {len(summary.skipped)} skipped, {len(summary.failed)} failed")
-        return 1 if summary.failed else 0
-
-    return run_main(work)
+    return run_main(_command, argv)
 
 
 if __name__ == "__main__":

@@ -130,60 +130,70 @@ class Trainer:
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "resume", "overwrite")}
         self.settings = {name: _built_in(value) for name, value in given.items()}
-        for name in ("num_epochs", "batch_size", "checkpoint_interval", "validation_interval"):
-            check(self.settings[name] >= 1, f"{name} must be at least 1, not {self.settings[name]}")
-        check(learning_rate > 0, f"learning_rate must be positive, not {learning_rate}")
-        check(weight_decay >= 0, f"weight_decay must not be negative, not {weight_decay}")
-        check(num_workers >= 0, f"num_workers must not be negative, not {num_workers}")
+        self._check_settings()
         self.data_dir, self.output_dir = Path(data_dir), Path(output_dir)
         self.checkpoint_dir = self.output_dir / "checkpoints"
         self.num_epochs, self.batch_size = num_epochs, batch_size
         self.checkpoint_interval, self.validation_interval = checkpoint_interval, validation_interval
+        self.patch_size: Shape | None = tuple(patch_size) if patch_size is not None else None  # type: ignore[assignment]
         self.device = select_device(device)
         self.autocast_dtype = autocast_dtype(self.device, mixed_precision)
         self.resume = resume
+        self.epoch = 0  # epochs done
+        self.best: tuple[float, float] = (-math.inf, -math.inf)  # Dice, negative loss
+        self.log: list[dict[str, float]] = []
 
         seed_everything(seed)
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
-        self.network = LungNodule3DUNet(
-            channels=channels, strides=strides, num_res_units=num_res_units, dropout=dropout
-        ).to(self.device)
-        self.loss = DiceBCELoss(dice_weight, bce_weight, smooth)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True
-        )
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=num_epochs)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
-
-        self.patch_size: Shape | None = tuple(patch_size) if patch_size is not None else None  # type: ignore[assignment]
+        self._build_network()
         uids = read_processed_list(self.data_dir)
         self._claim_output(overwrite)
-        self.split = self._split(uids, validation_fraction, seed, fold)
+        self.split = self._split(uids)
         self.preprocessing = self._check_data()
-        dataset = LUNA16Dataset(
-            self.data_dir, self.split["train"], Augmentation() if augment else None, seed, self.patch_size
+        self._build_data()
+
+    # ---- before training
+
+    def _check_settings(self) -> None:
+        for name in ("num_epochs", "batch_size", "checkpoint_interval", "validation_interval"):
+            check(self.settings[name] >= 1, f"{name} must be at least 1, not {self.settings[name]}")
+        for name in ("weight_decay", "num_workers"):
+            check(self.settings[name] >= 0, f"{name} must not be negative, not {self.settings[name]}")
+        rate = self.settings["learning_rate"]
+        check(rate > 0, f"learning_rate must be positive, not {rate}")
+
+    def _build_network(self) -> None:
+        """Network, loss, optimiser, schedule and gradient scaler."""
+        given = self.settings
+        architecture = {name: given[name] for name in ("channels", "strides", "num_res_units", "dropout")}
+        self.network = LungNodule3DUNet(**architecture).to(self.device)
+        self.loss = DiceBCELoss(given["dice_weight"], given["bce_weight"], given["smooth"])
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=given["learning_rate"], weight_decay=given["weight_decay"], fused=True
         )
-        self.sampler: ScanSampler | PatchSampler = ScanSampler(len(dataset), seed)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=self.num_epochs)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
+
+    def _build_data(self) -> None:
+        """Sampler and loader of the training scans, and the validator of the others."""
+        given = self.settings
+        augmentation = Augmentation() if given["augment"] else None
+        dataset = LUNA16Dataset(self.data_dir, self.split["train"], augmentation, given["seed"], self.patch_size)
+        self.sampler: ScanSampler | PatchSampler = ScanSampler(len(dataset), given["seed"])
         if self.patch_size is not None:
-            self.sampler = PatchSampler(
-                dataset.metadata, self.patch_size, patches_per_scan, nodule_share, hard_share, warmup_epochs, seed
-            )
-        self.loader = make_loader(dataset, self.sampler, batch_size, num_workers, self.device)
+            names = ("patches_per_scan", "nodule_share", "hard_share", "warmup_epochs", "seed")
+            self.sampler = PatchSampler(dataset.metadata, self.patch_size, **{name: given[name] for name in names})
+        self.loader = make_loader(dataset, self.sampler, self.batch_size, given["num_workers"], self.device)
         self.validator = Validator(
             self.data_dir,
-            device=device,
-            threshold=threshold,
-            mixed_precision=mixed_precision,
+            device=str(self.device),
+            threshold=given["threshold"],
+            mixed_precision=given["mixed_precision"],
             model=self.network,
             window=self.patch_size,
             seriesuids=self.split["validation"],
             loss=self.loss,
         )
-        self.epoch = 0  # epochs done
-        self.best: tuple[float, float] = (-math.inf, -math.inf)  # Dice, negative loss
-        self.log: list[dict[str, float]] = []
-
-    # ---- before training
 
     def _claim_output(self, overwrite: bool) -> None:
         """Refuses a folder that holds a run, or clears it of one."""
@@ -199,9 +209,11 @@ class Trainer:
         for path in old:
             path.unlink()
 
-    def _split(self, uids: list[str], validation_fraction: float, seed: int, fold: int | None) -> dict[str, Any]:
+    def _split(self, uids: list[str]) -> dict[str, Any]:
+        """The split beside the checkpoints, made if need be."""
         path = self.checkpoint_dir / "split.json"
-        split = make_split(self.data_dir, uids, validation_fraction, seed, fold)
+        names = ("validation_fraction", "seed", "fold")
+        split = make_split(self.data_dir, uids, **{name: self.settings[name] for name in names})
         if self.resume and path.is_file():
             old = read_split(path)
             check(old == split, f"{path} is not the split of these scans and settings; start anew with overwrite=True")
@@ -466,17 +478,17 @@ def _render(figure: Any) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
+def _command(argv: list[str] | None) -> int:
+    [options] = parse_command_line(Trainer, argv=argv)
+    trainer = Trainer(**options)
+    trainer.train()
+    print(f"best validation Dice {trainer.best[0]:.3f}; checkpoints: {trainer.checkpoint_dir}")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; the options are Trainer's arguments. Returns the exit status."""
-
-    def work() -> int:
-        [options] = parse_command_line(Trainer, argv=argv)
-        trainer = Trainer(**options)
-        trainer.train()
-        print(f"best validation Dice {trainer.best[0]:.3f}; checkpoints: {trainer.checkpoint_dir}")
-        return 0
-
-    return run_main(work)
+    return run_main(_command, argv)
 
 
 if __name__ == "__main__":

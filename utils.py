@@ -72,10 +72,12 @@ class Geometry:
 
     @classmethod
     def from_image(cls, image: sitk.Image) -> Geometry:
+        """Geometry of a SimpleITK image."""
         return cls(image.GetSize()[::-1], image.GetOrigin(), image.GetSpacing(), image.GetDirection())
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Geometry:
+        """Takes back what ``to_dict`` gave."""
         return cls(**{name: tuple(value) for name, value in values.items()})
 
     @classmethod
@@ -106,6 +108,7 @@ class Geometry:
         return cls(shape, tuple((lower + step / 2).tolist()), tuple(step.tolist()))  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
+        """Built-in types only, for JSON."""
         return {name: list(value) for name, value in asdict(self).items()}
 
     def _matrix(self) -> np.ndarray:
@@ -151,6 +154,7 @@ class Geometry:
 
     @property
     def voxel_volume_mm3(self) -> float:
+        """Volume of one voxel."""
         return float(np.prod(self.spacing))
 
     @property
@@ -426,6 +430,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """Writes UTF-8 text, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -437,11 +442,13 @@ def write_json(path: str | Path, values: Any) -> None:
 
 
 def write_csv(path: str | Path, table: pd.DataFrame) -> None:
+    """Writes a table without its index, whole or not at all."""
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False)
 
 
 def write_array(path: str | Path, array: np.ndarray) -> None:
+    """Writes a .npy file, whole or not at all."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.save(file, array, allow_pickle=False)
 
@@ -531,6 +538,7 @@ class ProcessedScan:
 
     @property
     def geometry(self) -> Geometry:
+        """Where the voxels lie; identity direction."""
         return Geometry(self.image.shape, tuple(self.metadata["origin"]), tuple(self.metadata["spacing"]))
 
 
@@ -540,6 +548,7 @@ def metadata_path(data_dir: str | Path, seriesuid: str) -> Path:
 
 
 def read_metadata(data_dir: str | Path, seriesuid: str) -> dict[str, Any]:
+    """Reads what preprocess.py noted of a scan; FileNotFoundError where it has not run."""
     path = metadata_path(data_dir, seriesuid)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run python preprocess.py first")
@@ -709,12 +718,12 @@ def parse_command_line(
     return [{name: values[name] for name in wanted} for wanted in names]
 
 
-def run_main(work: Callable[[], int]) -> int:
+def run_main(work: Callable[[list[str] | None], int], argv: list[str] | None) -> int:
     """Runs a script's work; a user's mistake ends in one clear line and exit status 1, not in a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")  # to stderr
     logging.captureWarnings(True)
     try:
-        return work()
+        return work(argv)
     except (ValueError, OSError, ImportError) as error:
         logger.error("%s", error)
         logger.debug("traceback", exc_info=True)

@@ -724,27 +724,27 @@ def format_froc(curve: FROC) -> str:
     return f"{curve.table().round(6).to_string(index=False)}\n{counts}"
 
 
+def _command(argv: list[str] | None) -> int:
+    options, run_options, score_options = parse_command_line(
+        Validator,
+        "run_validation",
+        score_predictions,
+        argv=argv,
+        skip=["model", "window", "seriesuids", "loss"],
+    )
+    if score_options["predictions"] is not None:
+        print(format_froc(score_predictions(**score_options)))
+        print(f"table and picture: {score_options['output_dir']}")
+        return 0
+    validator = Validator(**options)
+    print(format_summary(validator.run_validation(**run_options).summary))
+    print(f"tables and pictures: {validator.output_dir}")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; the options are Validator's arguments. Returns the exit status."""
-
-    def work() -> int:
-        options, run_options, score_options = parse_command_line(
-            Validator,
-            "run_validation",
-            score_predictions,
-            argv=argv,
-            skip=["model", "window", "seriesuids", "loss"],
-        )
-        if score_options["predictions"] is not None:
-            print(format_froc(score_predictions(**score_options)))
-            print(f"table and picture: {score_options['output_dir']}")
-            return 0
-        validator = Validator(**options)
-        print(format_summary(validator.run_validation(**run_options).summary))
-        print(f"tables and pictures: {validator.output_dir}")
-        return 0
-
-    return run_main(work)
+    return run_main(_command, argv)
 
 
 if __name__ == "__main__":

@@ -1028,18 +1028,18 @@ def raise_(error: BaseException) -> int:
 class TestRunMain:
     @pytest.mark.parametrize("status", [0, 1])
     def test_returns_the_status_of_the_work(self, status):
-        assert run_main(lambda: status) == status
+        assert run_main(lambda argv: status, None) == status
 
     @pytest.mark.parametrize("error", [ValueError, FileNotFoundError, OSError, ImportError])
     def test_mistake_of_the_user_gives_status_1_and_one_line(self, error, caplog):
-        assert run_main(lambda: raise_(error("lungs must be given"))) == 1
+        assert run_main(lambda argv: raise_(error("lungs must be given")), None) == 1
         assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
             ("ERROR", "lungs must be given")
         ]
 
     def test_interruption_gives_status_130(self):
-        assert run_main(lambda: raise_(KeyboardInterrupt())) == 130
+        assert run_main(lambda argv: raise_(KeyboardInterrupt()), None) == 130
 
     def test_mistake_of_ours_keeps_its_traceback(self):
         with pytest.raises(ZeroDivisionError):
-            run_main(lambda: 1 // 0)
+            run_main(lambda argv: 1 // 0, None)
