@@ -53,6 +53,7 @@ def main() -> int:
             strides="[2,2,2]",
             patch_size="[48,48,48]",
             patches_per_scan=12,
+            warmup_epochs=0,
             batch_size=4,
             num_epochs=24,
             learning_rate=0.02,
@@ -76,6 +77,7 @@ def report(experiment: Path, seconds: float) -> None:
     nodules = pd.concat(pd.read_csv(path) for path in sorted((experiment / "inference").glob("*_nodules.csv")))
     print(f"\nThe demo took {seconds / 60:.1f} minutes.")
     print(f"Whole-scan Dice on the {summary['scans']} validation scans: {summary['dice']['mean']:.3f}")
+    print(f"Scans with nodules alone: {summary['dice_of_scans_with_nodules']:.3f}")
     print(f"Nodules found: {summary['nodules_found']} of {summary['nodules']}")
     print(
         nodules[["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm", "probability"]]
