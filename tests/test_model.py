@@ -10,7 +10,16 @@ from monai.losses import DiceLoss
 from torch import nn
 from torch.nn import functional
 
-from model import DiceBCELoss, LungNodule3DUNet, build_network, load_checkpoint, save_checkpoint
+from model import (
+    NETWORKS,
+    DiceBCELoss,
+    LungNodule3DUNet,
+    SubpixelUNet,
+    build_network,
+    load_checkpoint,
+    place,
+    save_checkpoint,
+)
 
 SMALL = {"channels": (4, 8), "strides": (2,), "num_res_units": 1, "dropout": 0.0}
 
@@ -56,6 +65,16 @@ def test_output_is_logits():
     torch.testing.assert_close(after, before + 30)
 
 
+@pytest.mark.parametrize("name", list(NETWORKS))
+@pytest.mark.parametrize("num_res_units", [0, 2])
+def test_network_starts_from_few_nodules(name, num_res_units):
+    torch.manual_seed(0)
+    network = NETWORKS[name](channels=(4, 8, 8), strides=(2, 1), num_res_units=num_res_units, dropout=0.0).eval()
+    with torch.no_grad():
+        probability = torch.sigmoid(network(torch.rand(1, 1, 16, 16, 16)))
+    assert 0.01 < probability.mean() < 0.15
+
+
 @pytest.mark.parametrize("num_res_units", [0, 1, 2])
 def test_untrained_network_takes_nearly_all_voxels_for_background(num_res_units):
     with torch.no_grad():
@@ -82,6 +101,51 @@ def test_arguments_are_built_in_types_that_build_the_same_network():
 
 def test_divisor_is_the_product_of_the_strides():
     assert LungNodule3DUNet(channels=(2, 2, 2), strides=(2, 3)).divisor == 6
+
+
+def test_divisor_of_the_subpixel_network_counts_its_first_convolution():
+    assert SubpixelUNet(channels=(2, 2, 2), strides=(2, 1)).divisor == 4
+
+
+@pytest.mark.parametrize("size", [(8, 8, 8), (4, 12, 8)])
+def test_subpixel_network_gives_logits_of_the_size_of_the_input(size):
+    network = SubpixelUNet(2, 3, channels=(4, 8, 8), strides=(2, 1), dropout=0.0).eval()
+    assert network(torch.rand(2, 2, *size)).shape == (2, 3, *size)
+
+
+def test_subpixel_logits_lie_where_their_voxels_lie():
+    torch.manual_seed(0)
+    network = SubpixelUNet(channels=(4, 8, 8), strides=(2, 1), dropout=0.0).eval()
+    image = torch.zeros(1, 1, 32, 32, 32)
+    with torch.no_grad():
+        empty = network(image)
+        image[..., 16, 16, 16] = 5
+        changed = torch.nonzero((network(image) - empty).abs()[0, 0] > 1e-6).float()
+    middle = (changed.min(dim=0).values + changed.max(dim=0).values) / 2
+    assert len(changed) and (middle - 16).abs().max() <= 2
+
+
+@pytest.mark.parametrize("num_res_units", [1, 3])
+def test_subpixel_network_refuses_blocks_that_it_does_not_have(num_res_units):
+    with pytest.raises(ValueError, match="must be 0 or 2"):
+        SubpixelUNet(channels=(4, 8, 8), strides=(2, 2), num_res_units=num_res_units)
+
+
+@pytest.mark.parametrize("levels", [{"channels": (4, 8), "strides": (2,)}, {"channels": (4, 8, 8), "strides": (2, 3)}])
+def test_subpixel_network_refuses_levels_that_it_cannot_have(levels):
+    with pytest.raises(ValueError, match="three or more channels and strides of 1 or 2"):
+        SubpixelUNet(**levels)
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+@pytest.mark.parametrize("num_res_units", [0, 2])
+def test_placed_network_computes_the_same(name, num_res_units):
+    torch.manual_seed(0)
+    network = NETWORKS[name](channels=(4, 8, 8), strides=(2, 1), num_res_units=num_res_units, dropout=0.0).eval()
+    image = torch.rand(1, 1, 8, 8, 8)
+    with torch.no_grad():
+        before = network(image)
+        torch.testing.assert_close(place(network, torch.device("cpu"))(image), before)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +193,12 @@ def logit(*probabilities):
 
 def test_loss_has_the_arguments_and_defaults_of_the_brief():
     defaults = {name: p.default for name, p in inspect.signature(DiceBCELoss).parameters.items()}
-    assert defaults == {"dice_weight": 0.5, "bce_weight": 0.5, "smooth": 1e-6}
+    assert {name: defaults[name] for name in ("dice_weight", "bce_weight", "smooth")} == {
+        "dice_weight": 0.5,
+        "bce_weight": 0.5,
+        "smooth": 1e-6,
+    }
+    assert (defaults["per_sample"], defaults["hardest_share"]) == (False, 1.0)  # nothing beyond the brief
 
 
 def test_loss_equals_the_formula_by_hand():
@@ -153,6 +222,44 @@ def test_false_positives_of_a_scan_without_nodules_raise_the_dice_term_of_its_ba
     loss = DiceBCELoss(dice_weight=1, bce_weight=0)
     clean = loss(torch.cat([logit(0.9, 0.1), logit(0.1, 0.1)]), target)
     assert loss(torch.cat([logit(0.9, 0.1), logit(0.9, 0.9)]), target) > clean
+
+
+def test_dice_per_sample_by_hand():
+    # Dice 0.8 of the first, 0.4 of the second; the third shows no nodule and has none.
+    target = torch.cat([volume(1, 0), volume(1, 0), volume(0, 0)])
+    logits = torch.cat([logit(2 / 3, 1e-9), logit(0.25, 1e-9), logit(0.5, 0.5)])
+    loss = DiceBCELoss(dice_weight=1, bce_weight=0, per_sample=True)(logits, target)
+    assert loss.item() == pytest.approx(1 - (0.8 + 0.4) / 2, abs=1e-5)
+
+
+def test_small_nodule_counts_like_a_large_one_per_sample():
+    target = torch.cat([volume(1, 0, 0, 0, 0, 0), volume(1, 1, 1, 1, 1, 1)])
+    large_missed = torch.cat([volume(20, -20, -20, -20, -20, -20), volume(*[-20] * 6)])
+    small_missed = torch.cat([volume(*[-20] * 6), volume(*[20] * 6)])
+    loss = DiceBCELoss(dice_weight=1, bce_weight=0, per_sample=True)
+    assert loss(small_missed, target).item() == pytest.approx(loss(large_missed, target).item(), abs=1e-5)
+    of_batch = DiceBCELoss(dice_weight=1, bce_weight=0)
+    assert of_batch(small_missed, target) < of_batch(large_missed, target) - 0.5
+
+
+def test_cross_entropy_of_the_hardest_share_by_hand():
+    # Of four voxels each, the worst two: p = 0.5 and 0.2 for nodule, then p = 0.5 and 0.1 for background.
+    logits, target = torch.cat([logit(0.9, 0.2, 0.5, 0.1), logit(0.1, 0.5, 0.01, 0.02)]), volume(1, 1, 1, 0)
+    target = torch.cat([target, volume(0, 0, 0, 0)])
+    expected = -(math.log(0.2) + math.log(0.5) + math.log(0.5) + math.log(0.9)) / 4
+    loss = DiceBCELoss(dice_weight=0, bce_weight=1, hardest_share=0.5)(logits, target)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_hardest_share_takes_at_least_one_voxel():
+    loss = DiceBCELoss(dice_weight=0, bce_weight=1, hardest_share=0.01)(logit(0.9, 0.2), volume(1, 1))
+    assert loss.item() == pytest.approx(-math.log(0.2), rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.1, math.nan])
+def test_impossible_hardest_share_is_refused(share):
+    with pytest.raises(ValueError, match="hardest_share must be above 0 and at most 1"):
+        DiceBCELoss(hardest_share=share)
 
 
 def test_perfect_prediction_costs_nearly_nothing():
@@ -246,7 +353,9 @@ def test_checkpoint_comes_back_as_it_was_saved(checkpoint_path):
 
 def test_network_comes_back_from_its_checkpoint(tmp_path):
     network = small_network()
-    save_checkpoint(tmp_path / "n.pth", {"network": network.arguments, "weights": network.state_dict()})
+    training = {"network": "unet"}
+    checkpoint = {"training": training, "network": network.arguments, "weights": network.state_dict()}
+    save_checkpoint(tmp_path / "n.pth", checkpoint)
     restored = build_network(load_checkpoint(tmp_path / "n.pth"))
     image = torch.rand(1, 1, 4, 4, 4)
     assert torch.equal(restored(image), network(image))
@@ -254,7 +363,8 @@ def test_network_comes_back_from_its_checkpoint(tmp_path):
 
 def test_network_of_a_checkpoint_is_in_evaluation_mode():
     network = small_network().train()
-    assert not build_network({"network": network.arguments, "weights": network.state_dict()}).training
+    checkpoint = {"network": network.arguments, "weights": network.state_dict()}
+    assert not build_network(checkpoint | {"training": {"network": "unet"}}).training
 
 
 def test_checkpoint_of_training_opens(run_dir):
