@@ -12,23 +12,26 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils import Shape, Vector, check, query_lidc, read_metadata, read_processed
+from utils import ProcessedScan, Shape, Vector, check, query_lidc, read_metadata, read_processed
 
 logger = logging.getLogger(__name__)
 
 NUM_FOLDS = 10
+MEMORY_SHARE = 0.5  # of the free memory that training scans may take
 JITTER = 0.375  # of the patch: how far a nodule may lie from the middle of its patch
+LUNG_LEVEL = 0.1  # of aerated lung, -860 HU in the usual window
 HARD_ERROR = 0.5  # a patch whose background reaches this probability is a hard one
 
 
@@ -63,6 +66,7 @@ class AugmentationParameters:
         noise_seed: Seed of the noise.
         scale: Factor of the intensity.
         shift: Offset of the intensity.
+        fade: Share by which the nodules fade into the lung.
         points: (n, 3) voxel (z, y, x) of each nodule after turns and flips, or None.
     """
 
@@ -73,6 +77,7 @@ class AugmentationParameters:
     noise_seed: int = 0
     scale: float = 1.0
     shift: float = 0.0
+    fade: float = 0.0
     points: np.ndarray | None = None
 
 
@@ -92,6 +97,11 @@ class Augmentation:
         scale_factor: Largest relative change of it.
         shift_prob: Probability that the intensity is shifted.
         shift_offset: Largest shift.
+        fade_prob: Probability that the nodules of a sample fade into the lung, as if they were ground glass.
+        fade_share: Largest share by which they fade.
+
+    Raises:
+        ValueError: A probability lies outside [0, 1], or a range is negative or too wide.
     """
 
     rotate90_prob: float = 0.5
@@ -105,6 +115,15 @@ class Augmentation:
     scale_factor: float = 0.1
     shift_prob: float = 0.3
     shift_offset: float = 0.1
+    fade_prob: float = 0.0
+    fade_share: float = 0.7
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            check(value >= 0, f"{name} must not be negative, not {value}")
+            check(not name.endswith("_prob") or value <= 1, f"{name} must be at most 1, not {value}")
+        for name in ("zoom", "scale_factor", "fade_share"):
+            check(getattr(self, name) < 1, f"{name} must be below 1, not {getattr(self, name)}")
 
     def draw(
         self, rng: np.random.Generator, shape_zyx: Shape, spacing_zyx: Vector, points: np.ndarray
@@ -128,6 +147,7 @@ class Augmentation:
             [0, -self.scale_factor, -self.shift_offset], [self.noise_std, self.scale_factor, self.shift_offset]
         )
         noise_seed = int(rng.integers(2**62))
+        fade_chance, fade = rng.random(2)
         points = _turn_points(points, shape_zyx, turns, flips)
         affine = None
         if chance[4] < self.affine_prob:
@@ -144,6 +164,7 @@ class Augmentation:
             noise_seed,
             1 + scale if chance[6] < self.scale_prob else 1.0,
             shift if chance[7] < self.shift_prob else 0.0,
+            fade * self.fade_share if fade_chance < self.fade_prob else 0.0,
             points,
         )
 
@@ -201,6 +222,8 @@ def _augment(image: Tensor, mask: Tensor, drawn: AugmentationParameters) -> tupl
     image, mask = (torch.flip(torch.rot90(array, drawn.quarter_turns, (2, 3)), axes) for array in (image, mask))
     if drawn.affine is not None:
         image, mask = _apply_affine(image, mask, drawn.affine, drawn.points)
+    if drawn.fade:
+        image = _fade_nodules(image, mask, drawn.fade)
     if drawn.noise_std:
         generator = torch.Generator(image.device).manual_seed(drawn.noise_seed)
         noise = torch.randn(image.shape, generator=generator, device=image.device, dtype=image.dtype)
@@ -225,6 +248,13 @@ def _apply_affine(image: Tensor, mask: Tensor, affine: np.ndarray, points: np.nd
     return image, moved
 
 
+def _fade_nodules(image: Tensor, mask: Tensor, share: float) -> Tensor:
+    """Takes nodules that much of the way down to aerated lung, with a soft edge a little outside of their mask."""
+    wide = functional.max_pool3d(mask.to(image), 3, stride=1, padding=1)
+    soft = functional.avg_pool3d(wide, 3, stride=1, padding=1)
+    return image + share * soft * (LUNG_LEVEL - image).clamp(max=0)
+
+
 # --------------------------------------------------------------------------------------------------------- data set
 
 
@@ -240,6 +270,8 @@ class LUNA16Dataset(Dataset):
         augmentation: What to draw from; None for validation.
         seed: Seed of the draws.
         patch_size_zyx: Shape of the patches; None serves whole scans.
+        in_memory: Read all scans into memory now, where forked workers share them, instead of mapping their files when
+            they are asked for; None does so where they take no more than MEMORY_SHARE of the free memory.
 
     Raises:
         FileNotFoundError: A scan is not there.
@@ -252,6 +284,7 @@ class LUNA16Dataset(Dataset):
         augmentation: Augmentation | None = None,
         seed: int = 0,
         patch_size_zyx: Shape | None = None,
+        in_memory: bool | None = False,
     ) -> None:
         self.data_dir = Path(data_dir)
         self.seriesuids = list(seriesuids)
@@ -259,6 +292,25 @@ class LUNA16Dataset(Dataset):
         self.seed = seed
         self.patch_size_zyx = patch_size_zyx
         self.metadata = [read_metadata(self.data_dir, uid) for uid in self.seriesuids]
+        self._scans: dict[int, ProcessedScan] = {}  # opened once, not once a sample
+        self.in_memory = self._fits_in_memory() if in_memory is None else in_memory
+        if self.in_memory:
+            for index in range(len(self)):
+                scan = read_processed(self.data_dir, self.seriesuids[index])
+                self._scans[index] = replace(scan, image=np.array(scan.image), mask=np.array(scan.mask))
+
+    def _fits_in_memory(self) -> bool:
+        voxels = sum(math.prod(fields["shape_zyx"]) for fields in self.metadata)
+        needed, free = 3 * voxels, psutil.virtual_memory().available  # float16 image, uint8 mask
+        fits = needed <= MEMORY_SHARE * free
+        where = "kept in memory" if fits else "read from their files as they are needed"
+        logger.info("training scans take %.1f GB of %.1f GB free memory: %s", needed / 1e9, free / 1e9, where)
+        return fits
+
+    def _scan(self, index: int) -> ProcessedScan:
+        if index not in self._scans:
+            self._scans[index] = read_processed(self.data_dir, self.seriesuids[index])
+        return self._scans[index]
 
     def __len__(self) -> int:
         return len(self.seriesuids)
@@ -267,7 +319,7 @@ class LUNA16Dataset(Dataset):
         """Sample of a key; a plain index is that scan, whole, in epoch 0."""
         if not isinstance(key, SampleKey):
             key = SampleKey(0, key, key)
-        scan = read_processed(self.data_dir, self.seriesuids[key.scan])
+        scan = self._scan(key.scan)
         image, mask, points = scan.image, scan.mask, nodule_points(scan.metadata)
         if key.center_zyx is not None and self.patch_size_zyx is not None:
             start = patch_start(key.center_zyx, image.shape, self.patch_size_zyx)

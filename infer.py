@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from model import LungNodule3DUNet, build_network, load_checkpoint
+from model import SegmentationNetwork, build_network, load_checkpoint, place
 from preprocess import Preprocessing
 from utils import (
     CANDIDATE_COLUMNS,
@@ -36,6 +36,7 @@ from utils import (
     Geometry,
     ProcessedScan,
     Shape,
+    Vector,
     atomic_path,
     autocast_dtype,
     check,
@@ -74,6 +75,7 @@ SURROUNDINGS_MM = 3.0  # that a candidate is scored with
 SURELY_BACKGROUND = 0.02  # probabilities up to this say nothing of how a candidate fades out
 NECK_MM = 1.0  # a component is split where it is thinner by this than on both sides
 SMALLEST_SPLIT = 30  # voxels
+SMALLEST_NODULE_MM3 = 14.1  # a sphere of 3 mm; LUNA16 has no smaller nodule
 LARGEST_NODULE_MM3 = 113_000  # a sphere of 60 mm; nothing larger is a nodule, and splitting it would take long
 MAX_PICTURED = 6  # findings drawn for a scan
 TRUTH_COLOR, PREDICTION_COLOR = "#35d0ff", "#ff9f1c"
@@ -109,8 +111,10 @@ class NoduleInferencer:
         output_dir: Where files and pictures go.
         device: 'cuda', 'cuda:<n>' or 'cpu'.
         threshold: Probability from which a voxel counts as nodule.
+        min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the one that the training chose on
+            its validation scans, and 0 (all stay) for a live network.
         mixed_precision: Compute in half precision where the hardware gains by it.
-        overwrite: Replace the results of another checkpoint or threshold in output_dir.
+        overwrite: Replace the results of another checkpoint or other thresholds in output_dir.
         model: A live network instead of a checkpoint.
         window: Shape (z, y, x) of the sliding window of a live network; None takes each scan whole. A checkpoint knows
             its own.
@@ -126,12 +130,14 @@ class NoduleInferencer:
         output_dir: str | Path = "experiments/luna16_unet/inference",
         device: str = "cuda",
         threshold: float = 0.5,
+        min_score: float | None = None,
         mixed_precision: bool = True,
         overwrite: bool = False,
         model: nn.Module | None = None,
         window: Shape | None = None,
     ) -> None:
         check(0 < threshold < 1, f"threshold must be between 0 and 1, not {threshold}")
+        check(min_score is None or 0 <= min_score <= 1, f"min_score must be 0 to 1 or null, not {min_score}")
         self.checkpoint_path = Path(checkpoint_path)
         self.output_dir = Path(output_dir)
         self.device = select_device(device)
@@ -141,10 +147,12 @@ class NoduleInferencer:
         self.preprocessing: Preprocessing | None = None
         if model is None:
             checkpoint = load_checkpoint(self.checkpoint_path)
-            model = build_network(checkpoint).to(self.device)
+            model = place(build_network(checkpoint), self.device)
             self.preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])
             patch_size = checkpoint["training"]["patch_size"]
             window = tuple(patch_size) if patch_size else None
+            min_score = checkpoint["min_score"] if min_score is None else min_score
+        self.min_score = min_score or 0.0
         self.model = model
         self.window = window
 
@@ -177,7 +185,7 @@ class NoduleInferencer:
 
     def _forward(self, image: Tensor) -> Tensor:
         """Logits of one batch, padded with air to a size that the network takes and cropped again."""
-        divisor = self.model.divisor if isinstance(self.model, LungNodule3DUNet) else 1
+        divisor = self.model.divisor if isinstance(self.model, SegmentationNetwork) else 1
         shape = image.shape[2:]
         padding = [n for size in reversed(shape) for n in (0, -size % divisor)]
         with self._autocast():
@@ -215,13 +223,21 @@ class NoduleInferencer:
         """
         return torch.sigmoid(self.logits(self.to_tensor(image), box))[0, 0].cpu().numpy()
 
-    def predict(self, image: npt.ArrayLike) -> np.ndarray:
-        """Nodule mask, uint8 (z, y, x), of a processed array (z, y, x) of any float type."""
-        return self.mask_of(self.predict_probability(image))
+    def predict(self, image: npt.ArrayLike, spacing: Vector | None = None) -> np.ndarray:
+        """Nodule mask, uint8 (z, y, x), of a processed array (z, y, x) of any float type.
 
-    def mask_of(self, probability: np.ndarray) -> np.ndarray:
-        """uint8 mask of the voxels that reach the threshold."""
-        return (probability >= self.threshold).astype(np.uint8)
+        Args:
+            image: Array in [0, 1].
+            spacing: Voxel size (x, y, z) in mm, by which nodules are scored; None takes the training's target_spacing.
+        """
+        image = np.asarray(image)
+        spacing = spacing or (self.preprocessing or Preprocessing()).target_spacing
+        geometry = Geometry(image.shape, (0.0, 0.0, 0.0), tuple(map(float, spacing)))  # type: ignore[arg-type]
+        return self.segment(self.predict_probability(image), geometry).mask
+
+    def segment(self, probability: np.ndarray, geometry: Geometry) -> Segmentation:
+        """Mask, nodules and candidates of a probability map, float (z, y, x)."""
+        return find_candidates(probability, geometry, self.threshold).keep(self.min_score)
 
     def extract_nodule_candidates(
         self,
@@ -334,18 +350,19 @@ class NoduleInferencer:
         """Notes in output_dir whose results it holds, so that those of two checkpoints never mix."""
         path = self.output_dir / "inference.json"
         digest = hashlib.sha256(self.checkpoint_path.read_bytes()).hexdigest()
-        mine = {"checkpoint": str(self.checkpoint_path), "checkpoint_sha256": digest, "threshold": self.threshold}
-        other = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else mine
-        if (other["checkpoint_sha256"], other["threshold"]) != (digest, self.threshold):
+        decides = {"checkpoint_sha256": digest, "threshold": self.threshold, "min_score": self.min_score}
+        other = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else decides
+        if any(other.get(name) != value for name, value in decides.items()):
             if not self.overwrite:
                 raise FileExistsError(
-                    f"{self.output_dir} holds results of {other['checkpoint']} at threshold {other['threshold']}; "
-                    "name another output_dir, or replace them with overwrite=True (--overwrite true)"
+                    f"{self.output_dir} holds results of {other['checkpoint']} at threshold {other['threshold']} and "
+                    f"min_score {other.get('min_score')}; name another output_dir, or replace them with overwrite=True "
+                    "(--overwrite true)"
                 )
             for pattern in RESULT_FILES:
                 for old in self.output_dir.glob(pattern):
                     old.unlink()
-        write_json(path, mine)
+        write_json(path, {"checkpoint": str(self.checkpoint_path)} | decides)
 
     def _write_scan(
         self,
@@ -356,16 +373,15 @@ class NoduleInferencer:
         probability: np.ndarray,
         truth: np.ndarray | None,
     ) -> ScanResult:
-        mask = self.mask_of(probability)
-        candidates = find_candidates(probability, geometry, self.threshold)
-        nodules = [candidate for candidate in candidates if candidate["in_mask"]]
+        found = self.segment(probability, geometry)
+        mask, nodules = found.mask, found.nodules
         write_array(self.output_dir / "predicted_masks" / f"{uid}.npy", mask)
         write_objects(self.output_dir / f"{uid}_nodules.npy", nodules)
         write_csv(self.output_dir / f"{uid}_nodules.csv", nodule_table(uid, nodules))
         figure = draw_overlay(np.asarray(image, np.float32), geometry, mask, nodules, truth, title=uid)
         with atomic_path(self.output_dir / "visualizations" / f"{uid}.png") as temporary:
             figure.savefig(temporary)
-        return ScanResult(uid, part, mask, nodules, nodule_table(uid, candidates)[list(CANDIDATE_COLUMNS)])
+        return ScanResult(uid, part, mask, nodules, nodule_table(uid, found.candidates)[list(CANDIDATE_COLUMNS)])
 
     def _write_summary(self, results: Sequence[ScanResult], keep: bool = False) -> pd.DataFrame:
         """Writes the tables of all scans of a run; ``keep`` adds them to those of earlier runs in the folder."""
@@ -381,7 +397,12 @@ class NoduleInferencer:
             }
         write_objects(
             path.with_suffix(".npy"),
-            {"checkpoint": str(self.checkpoint_path), "threshold": self.threshold, "scans": scans},
+            {
+                "checkpoint": str(self.checkpoint_path),
+                "threshold": self.threshold,
+                "min_score": self.min_score,
+                "scans": scans,
+            },
         )
         rows = [{"seriesuid": uid} | scan | {"nodules": len(scan["nodules"])} for uid, scan in scans.items()]
         summary = pd.DataFrame(rows)
@@ -430,6 +451,46 @@ def choose_scans(data_dir: str | Path, checkpoint_path: Path, subset: Subset) ->
 # ---------------------------------------------------------------------------------------------------------- nodules
 
 
+@dataclass(frozen=True)
+class Segmentation:
+    """What was found in a probability map, before or after ``keep``.
+
+    Args:
+        labels: int32 (z, y, x); every nodule of the mask has a number from 1, 0 is background.
+        candidates: Nodule dicts, as ``extract_nodules`` gives them, of all that might be a nodule: those of the map's
+            voxels above the threshold, then the likeliest fainter spots, up to MAX_CANDIDATES together.
+        numbers: For each candidate its number in ``labels``, 0 for one that is not in the mask.
+    """
+
+    labels: np.ndarray
+    candidates: list[dict[str, Any]]
+    numbers: list[int]
+
+    @property
+    def scores(self) -> np.ndarray:
+        """(n + 1,) score of each number that a voxel can have, -1 for 0, the background."""
+        scores = np.full(max(self.numbers, default=0) + 1, -1.0)
+        scores[self.numbers] = [found["probability"] for found in self.candidates]
+        scores[0] = -1.0
+        return scores
+
+    def keep(self, min_score: float) -> Segmentation:
+        """The same with only those nodules in the mask whose score reaches ``min_score``."""
+        kept = self.scores >= min_score
+        numbers = [number if kept[number] else 0 for number in self.numbers]
+        return Segmentation(np.where(kept[self.labels], self.labels, 0), self.candidates, numbers)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """uint8 (z, y, x), 1 = nodule."""
+        return (self.labels > 0).astype(np.uint8)
+
+    @property
+    def nodules(self) -> list[dict[str, Any]]:
+        """The candidates in the mask, the likeliest first."""
+        return [found for found, number in zip(self.candidates, self.numbers, strict=True) if number]
+
+
 def extract_nodules(
     mask: np.ndarray, geometry: Geometry, probability: np.ndarray | None = None
 ) -> list[dict[str, Any]]:
@@ -452,27 +513,24 @@ def extract_nodules(
     check(mask.ndim == 3, f"mask must have three axes (z, y, x), not shape {mask.shape}")
     if probability is not None:
         check(np.shape(probability) == mask.shape, f"probability {np.shape(probability)} and mask {mask.shape} differ")
-    return _describe(_label_nodules(mask != 0, geometry), geometry, probability)
+    return [nodule for _, nodule in _describe(_label_nodules(mask != 0, geometry), geometry, probability)]
 
 
-def find_candidates(probability: np.ndarray, geometry: Geometry, threshold: float) -> list[dict[str, Any]]:
+def find_candidates(probability: np.ndarray, geometry: Geometry, threshold: float) -> Segmentation:
     """All that might be a nodule: those of the mask, and fainter spots that do not reach the threshold.
 
     Args:
         probability: Float (z, y, x).
         geometry: Where its voxels lie.
         threshold: Probability from which a voxel belongs to the mask.
-
-    Returns:
-        Dicts as ``extract_nodules`` gives them, and ``in_mask``: whether it is a nodule of the mask. All of the mask
-        come first, then the likeliest faint spots, up to MAX_CANDIDATES together.
     """
-    nodules = extract_nodules(probability >= threshold, geometry, probability)
+    labels = _label_nodules(probability >= threshold, geometry)
+    found = _describe(labels, geometry, probability)
     spots = _components(probability >= min(CANDIDATE_THRESHOLD, threshold), geometry)
-    spots[np.isin(spots, np.unique(spots[probability >= threshold]))] = 0
-    faint = _describe(spots, geometry, probability)
-    faint = faint[: max(0, MAX_CANDIDATES - len(nodules))]
-    return [n | {"in_mask": True} for n in nodules] + [n | {"in_mask": False} for n in faint]
+    spots[np.isin(spots, np.unique(spots[labels > 0]))] = 0
+    faint = _describe(spots, geometry, probability)[: max(0, MAX_CANDIDATES - len(found))]
+    numbers = [number for number, _ in found] + [0] * len(faint)
+    return Segmentation(labels, [nodule for _, nodule in found + faint], numbers)
 
 
 def _components(mask: np.ndarray, geometry: Geometry) -> np.ndarray:
@@ -508,33 +566,35 @@ def _split_at_necks(part: np.ndarray, geometry: Geometry) -> np.ndarray:
     return np.unique(inside, return_inverse=True)[1].reshape(part.shape)
 
 
-def _describe(labels: np.ndarray, geometry: Geometry, probability: np.ndarray | None) -> list[dict[str, Any]]:
-    """Dicts of labelled nodules, the likeliest and then the largest first."""
+def _describe(
+    labels: np.ndarray, geometry: Geometry, probability: np.ndarray | None
+) -> list[tuple[int, dict[str, Any]]]:
+    """(label, dict) of each labelled nodule, the likeliest and then the largest first."""
     nodules = []
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is None:
             continue
         voxels = np.argwhere(labels[box] == label) + [side.start for side in box]
         center = geometry.world(voxels.mean(axis=0))
-        nodules.append(
-            {
-                "center_world": center.tolist(),
-                "center_voxel": geometry.index_xyz(center).tolist(),
-                "diameter_mm": sphere_diameter(len(voxels) * geometry.voxel_volume_mm3),
-                "volume_voxels": len(voxels),
-                "volume_mm3": len(voxels) * geometry.voxel_volume_mm3,
-                "bbox": tuple(int(edge) for side in box for edge in (side.start, side.stop)),
-                "probability": math.nan if probability is None else _score(voxels, box, geometry, probability),
-            }
-        )
-    return sorted(nodules, key=lambda n: (0 if probability is None else -n["probability"], -n["volume_mm3"]))
+        nodule = {
+            "center_world": center.tolist(),
+            "center_voxel": geometry.index_xyz(center).tolist(),
+            "diameter_mm": sphere_diameter(len(voxels) * geometry.voxel_volume_mm3),
+            "volume_voxels": len(voxels),
+            "volume_mm3": len(voxels) * geometry.voxel_volume_mm3,
+            "bbox": tuple(int(edge) for side in box for edge in (side.start, side.stop)),
+            "probability": math.nan if probability is None else _score(voxels, box, geometry, probability),
+        }
+        nodules.append((label, nodule))
+    return sorted(nodules, key=lambda n: (0 if probability is None else -n[1]["probability"], -n[1]["volume_mm3"]))
 
 
 def _score(voxels: np.ndarray, box: tuple[slice, ...], geometry: Geometry, probability: np.ndarray) -> float:
-    """How likely a candidate is a nodule, in [0, 1]: mean probability in and around it, times its roundness.
+    """How likely a candidate is a nodule, in [0, 1]: mean probability in and around it, times roundness, times size.
 
     Where the network hesitates, it is often at a vessel: the probability fades out slowly around it, and the candidate
-    is longer than thick. The highest probability tells neither.
+    is longer than thick. The highest probability tells neither. What has less volume than the smallest nodule counts
+    only for its share of that.
 
     Args:
         voxels: (m, 3) indices (z, y, x) of the candidate.
@@ -550,7 +610,8 @@ def _score(voxels: np.ndarray, box: tuple[slice, ...], geometry: Geometry, proba
     # What is thinner than a voxel is taken as one voxel thick, so that thick slices make no nodule look flat.
     spread = np.cov((voxels * geometry.spacing_zyx).T, bias=True) + np.eye(3) * max(geometry.spacing) ** 2 / 12
     shortest, _, longest = np.linalg.eigvalsh(spread)
-    return certainty * math.sqrt(shortest / longest)
+    size = min(1.0, len(voxels) * geometry.voxel_volume_mm3 / SMALLEST_NODULE_MM3)
+    return certainty * math.sqrt(shortest / longest) * size
 
 
 def sphere_diameter(volume: float) -> float:

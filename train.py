@@ -12,8 +12,9 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dataset import Augmentation, LUNA16Dataset, PatchSampler, ScanSampler, augment_batch, make_loader, make_split
-from model import DiceBCELoss, LungNodule3DUNet, load_checkpoint, save_checkpoint
+from model import NETWORKS, DiceBCELoss, SegmentationNetwork, load_checkpoint, place, save_checkpoint
 from utils import (
     Shape,
     atomic_path,
@@ -43,9 +44,10 @@ from validate import ValidationResult, Validator
 
 logger = logging.getLogger(__name__)
 
+AUGMENTATION = Augmentation()
 REPORT_EVERY = 10  # steps between reads of what lies on the device; each read makes the host wait for it
 # Settings that may differ between a run and its continuation: they do not change the result.
-FREE_SETTINGS = ("num_workers", "device", "checkpoint_interval")
+FREE_SETTINGS = ("num_workers", "device", "checkpoint_interval", "in_memory")
 OUT_OF_MEMORY = (
     "CUDA is out of memory. Use a smaller batch_size (now {batch_size}), fewer channels, as "
     "channels=(16, 32, 64, 128, 256) (now {channels}), or preprocess to a smaller target_size, as (48, 192, 192)"
@@ -53,7 +55,7 @@ OUT_OF_MEMORY = (
 
 
 class Trainer:
-    """Trains ``LungNodule3DUNet`` on a processed data set; ``train()`` does all of it.
+    """Trains a network on a processed data set; ``train()`` does all of it.
 
     Args:
         data_dir: Folder that preprocess.py wrote.
@@ -66,6 +68,7 @@ class Trainer:
         device: 'cuda', 'cuda:<n>' or 'cpu'.
         mixed_precision: bf16 where the hardware has it, else fp16 with a gradient scaler on CUDA, else float32.
         checkpoint_interval: Epochs between checkpoint_epoch_<n>.pth.
+        network: 'unet' is LungNodule3DUNet; 'subpixel' is SubpixelUNet, which learns small nodules in fewer steps.
         channels: Features of each level, e.g. '[16,32,64,128,256]'.
         strides: Downsampling between the levels, e.g. '[2,2,2,2]'.
         num_res_units: Convolutions in each residual unit.
@@ -73,6 +76,9 @@ class Trainer:
         dice_weight: Weight of the Dice loss.
         bce_weight: Weight of the binary cross-entropy.
         smooth: Smoothing of the Dice loss.
+        dice_per_sample: Take the Dice loss of each sample, so that small nodules count like large ones, instead of one
+            of the whole batch.
+        hardest_share: Share of each sample's voxels, the worst ones, that the cross-entropy is averaged over.
         validation_fraction: Share of the scans kept for validation.
         fold: LUNA16's subset (0 to 9) to hold out for `validate.py --fold`; null holds out nothing.
         validation_interval: Epochs between validations; the last epoch is always validated.
@@ -82,7 +88,8 @@ class Trainer:
         nodule_share: Share of the patches that hold a nodule; each nodule is equally likely.
         warmup_epochs: Epochs over which the share of patches with a nodule falls from all to nodule_share.
         hard_share: Share of the other patches that are drawn again where the network erred.
-        augment: Change the training scans at random.
+        augmentation: How training scans are changed at random; null leaves them as they are.
+        in_memory: Keep the training scans in memory; null does so where they take no more than half of what is free.
         seed: Of weights, split, order and augmentation.
         deterministic: Make a CUDA run repeatable, at the cost of speed; a CPU run always is.
         resume: Go on from the newest good checkpoint of output_dir.
@@ -106,6 +113,7 @@ class Trainer:
         device: str = "cuda",
         mixed_precision: bool = True,
         checkpoint_interval: int = 5,
+        network: Literal["unet", "subpixel"] = "unet",
         channels: Sequence[int] = (32, 64, 128, 256, 512),
         strides: Sequence[int] = (2, 2, 2, 2),
         num_res_units: int = 2,
@@ -113,6 +121,8 @@ class Trainer:
         dice_weight: float = 0.5,
         bce_weight: float = 0.5,
         smooth: float = 1e-6,
+        dice_per_sample: bool = False,
+        hardest_share: float = 1.0,
         validation_fraction: float = 0.2,
         fold: int | None = None,
         validation_interval: int = 1,
@@ -122,7 +132,8 @@ class Trainer:
         nodule_share: float = 0.5,
         hard_share: float = 0.25,
         warmup_epochs: int = 10,
-        augment: bool = True,
+        augmentation: Augmentation | None = AUGMENTATION,
+        in_memory: bool | None = None,
         seed: int = 0,
         deterministic: bool = False,
         resume: bool = False,
@@ -138,9 +149,11 @@ class Trainer:
         self.patch_size: Shape | None = tuple(patch_size) if patch_size is not None else None  # type: ignore[assignment]
         self.device = select_device(device)
         self.autocast_dtype = autocast_dtype(self.device, mixed_precision)
+        self.augmentation = augmentation
         self.resume = resume
         self.epoch = 0  # epochs done
         self.best: tuple[float, float] = (-math.inf, -math.inf)  # Dice, negative loss
+        self.min_score = 0.0  # that the last validation chose
         self.log: list[dict[str, float]] = []
 
         seed_everything(seed)
@@ -159,6 +172,8 @@ class Trainer:
             check(self.settings[name] >= 1, f"{name} must be at least 1, not {self.settings[name]}")
         for name in ("weight_decay", "num_workers"):
             check(self.settings[name] >= 0, f"{name} must not be negative, not {self.settings[name]}")
+        network = self.settings["network"]
+        check(network in NETWORKS, f"network must be one of {', '.join(NETWORKS)}, not {network!r}")
         rate = self.settings["learning_rate"]
         check(rate > 0, f"learning_rate must be positive, not {rate}")
 
@@ -166,8 +181,10 @@ class Trainer:
         """Network, loss, optimiser, schedule and gradient scaler."""
         given = self.settings
         architecture = {name: given[name] for name in ("channels", "strides", "num_res_units", "dropout")}
-        self.network = LungNodule3DUNet(**architecture).to(self.device)
-        self.loss = DiceBCELoss(given["dice_weight"], given["bce_weight"], given["smooth"])
+        self.network: SegmentationNetwork = place(NETWORKS[given["network"]](**architecture), self.device)
+        self.loss = DiceBCELoss(
+            given["dice_weight"], given["bce_weight"], given["smooth"], given["dice_per_sample"], given["hardest_share"]
+        )
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=given["learning_rate"], weight_decay=given["weight_decay"], fused=True
         )
@@ -177,8 +194,9 @@ class Trainer:
     def _build_data(self) -> None:
         """Sampler and loader of the training scans, and the validator of the others."""
         given = self.settings
-        augmentation = Augmentation() if given["augment"] else None
-        dataset = LUNA16Dataset(self.data_dir, self.split["train"], augmentation, given["seed"], self.patch_size)
+        dataset = LUNA16Dataset(
+            self.data_dir, self.split["train"], self.augmentation, given["seed"], self.patch_size, given["in_memory"]
+        )
         self.sampler: ScanSampler | PatchSampler = ScanSampler(len(dataset), given["seed"])
         if self.patch_size is not None:
             names = ("patches_per_scan", "nodule_share", "hard_share", "warmup_epochs", "seed")
@@ -277,6 +295,7 @@ class Trainer:
         result = self.validator.run_validation() if last or self.epoch % self.validation_interval == 0 else None
         self._record(train_loss, result, rate, time.perf_counter() - start)
         if result is not None:
+            self.min_score = result.min_score
             score = (result.dice if math.isfinite(result.dice) else -1.0, -result.loss)
             if score > self.best or not math.isfinite(self.best[1]):
                 self.best = score
@@ -366,6 +385,7 @@ class Trainer:
                 "validation_loss": result.loss,
                 "validation_dice": result.dice,
                 "validation_dice_with_nodules": result.summary["dice_of_scans_with_nodules"],
+                "min_score": result.min_score,
                 "validation_sensitivity": result.summary["sensitivity"]["mean"],
                 "validation_precision": result.summary["precision"]["mean"],
                 "false_positive_nodules": result.summary["false_positive_nodules"],
@@ -392,6 +412,7 @@ class Trainer:
             "training": self.settings,
             "epoch": self.epoch,
             "best": self.best,
+            "min_score": self.min_score,
             "log": self.log,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -440,6 +461,7 @@ class Trainer:
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.sampler.load_state_dict(checkpoint["sampler"])
         self.epoch, self.best, self.log = checkpoint["epoch"], tuple(checkpoint["best"]), checkpoint["log"]
+        self.min_score = checkpoint["min_score"]
         states = checkpoint["random"]
         random.setstate(states["python"])
         name, keys, *rest = states["numpy"]
@@ -452,6 +474,8 @@ class Trainer:
 def _built_in(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, Augmentation):
+        return asdict(value)
     return [_built_in(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 

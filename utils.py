@@ -153,6 +153,11 @@ class Geometry:
         return 1.0 / voxels_per_mm.max(axis=1)
 
     @property
+    def is_axis_aligned(self) -> bool:
+        """Whether every array axis runs along its own world axis, in either sense."""
+        return bool(np.allclose(np.abs(np.reshape(self.direction, (3, 3))), np.eye(3), atol=1e-6))
+
+    @property
     def voxel_volume_mm3(self) -> float:
         """Volume of one voxel."""
         return float(np.prod(self.spacing))
@@ -714,7 +719,7 @@ def parse_command_line(
             added = parser.add_function_arguments(call, skip=taken)
             signature = inspect.signature(call)
         names.append(set(added) | (set(signature.parameters) & set.union(*names)))
-    values = vars(parser.parse_args(argv))
+    values = vars(parser.instantiate_classes(parser.parse_args(argv)))
     return [{name: values[name] for name in wanted} for wanted in names]
 
 

@@ -12,7 +12,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from infer import (
     NoduleInferencer,
+    Segmentation,
     Subset,
     choose_scans,
     draw_overlay,
-    extract_nodules,
     find_candidates,
     nodule_table,
 )
@@ -58,6 +58,7 @@ METRICS = ("dice", "sensitivity", "precision", "recall")
 NODULE_COLUMNS = (*ANNOTATION_COLUMNS, "dice")
 SIZES_MM = {"< 6 mm": (0.0, 6.0), "6-10 mm": (6.0, 10.0 + 1e-9), "> 10 mm": (10.0 + 1e-9, math.inf)}
 CROP_MARGIN_MM = 5.0  # around an annotated nodule, for its own Dice
+NEARLY_AS_GOOD = 0.005  # of mean Dice, when a score is chosen
 FP_PER_SCAN = 2.0 ** np.arange(-3, 4)  # 1/8 ... 8, where LUNA16 reads the curve
 _GRID = 2.0 ** (np.arange(-48, 49) / 16)  # the same range in finer steps, for the picture
 _POINTS = np.append(np.arange(0, 97, 16), 97)  # in what _read_curve returns: FP_PER_SCAN, then the CPM
@@ -82,19 +83,41 @@ def voxel_metrics(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]
         ValueError: The shapes differ.
     """
     check(prediction.shape == truth.shape, f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
-    predicted, true = prediction != 0, truth != 0
-    tp = int(np.count_nonzero(predicted & true))
-    fp, fn = int(np.count_nonzero(predicted)) - tp, int(np.count_nonzero(true)) - tp
-    sensitivity = _ratio(tp, tp + fn)
-    return {
-        "dice": _ratio(2 * tp, 2 * tp + fp + fn),
-        "sensitivity": sensitivity,
-        "precision": _ratio(tp, tp + fp),
-        "recall": sensitivity,
-        "tp_voxels": tp,
-        "fp_voxels": fp,
-        "fn_voxels": fn,
-    }
+    return Overlap.of((prediction != 0).astype(np.uint8), truth, 1).metrics(np.array([False, True]))
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How far labelled nodules cover a true mask; gives the metrics of any choice of them without another look.
+
+    Args:
+        voxels: (n + 1,) voxels of each label; the background, 0, comes first.
+        hits: (n + 1,) those of them that are nodule in truth.
+    """
+
+    voxels: np.ndarray
+    hits: np.ndarray
+
+    @classmethod
+    def of(cls, labels: np.ndarray, truth: np.ndarray, count: int) -> Overlap:
+        """Counts labels 0 to ``count`` (z, y, x) against a truth of the same shape, nodule where not 0."""
+        counts = (np.bincount(part, minlength=count + 1) for part in (labels.ravel(), labels[truth != 0]))
+        return cls(*counts)
+
+    def metrics(self, chosen: np.ndarray) -> dict[str, float]:
+        """Metrics, as ``voxel_metrics`` gives them, of the mask of the chosen labels, bool (n + 1,)."""
+        tp = int(self.hits[chosen].sum())
+        fp, fn = int(self.voxels[chosen].sum()) - tp, int(self.hits.sum()) - tp
+        sensitivity = _ratio(tp, tp + fn)
+        return {
+            "dice": _ratio(2 * tp, 2 * tp + fp + fn),
+            "sensitivity": sensitivity,
+            "precision": _ratio(tp, tp + fp),
+            "recall": sensitivity,
+            "tp_voxels": tp,
+            "fp_voxels": fp,
+            "fn_voxels": fn,
+        }
 
 
 def _ratio(numerator: float, denominator: float) -> float:
@@ -126,6 +149,7 @@ class ValidationResult:
         candidates: Scored marks in LUNA16's submission format.
         summary: The figures of ``validation_summary.json``.
         loss: Mean loss over the scans, NaN without a loss function.
+        min_score: Score from which nodules stayed in the masks.
     """
 
     table: pd.DataFrame
@@ -133,6 +157,7 @@ class ValidationResult:
     candidates: pd.DataFrame
     summary: dict[str, Any]
     loss: float
+    min_score: float
 
     @property
     def dice(self) -> float:
@@ -149,6 +174,8 @@ class Validator:
         output_dir: Where the tables and pictures go.
         device: 'cuda', 'cuda:<n>' or 'cpu'.
         threshold: Probability from which a voxel counts as nodule.
+        min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the one that the training chose; for
+            a live network it is chosen anew, for the best Dice.
         mixed_precision: Compute in half precision where the hardware gains by it.
         model: A live network instead of a checkpoint; then no files are written.
         window: Shape (z, y, x) of the sliding window of a live network; None takes each scan whole.
@@ -167,6 +194,7 @@ class Validator:
         output_dir: str | Path = "experiments/luna16_unet/validation",
         device: str = "cuda",
         threshold: float = 0.5,
+        min_score: float | None = None,
         mixed_precision: bool = True,
         model: nn.Module | None = None,
         window: Shape | None = None,
@@ -179,8 +207,9 @@ class Validator:
         self.writes_files = model is None
         self.loss = loss
         self.seriesuids = seriesuids
+        self.chooses_min_score = model is not None and min_score is None
         self.inferencer = NoduleInferencer(
-            checkpoint_path, output_dir, device, threshold, mixed_precision, model=model, window=window
+            checkpoint_path, output_dir, device, threshold, min_score, mixed_precision, model=model, window=window
         )
 
     def run_validation(
@@ -201,25 +230,30 @@ class Validator:
         Returns:
             Tables, summary and loss.
         """
-        rows, nodules, candidates, losses = [], [], [], []
-        for uid, part in tqdm(
-            self._choose(subset, fold).items(), desc="validation", unit="scan", disable=None, leave=self.writes_files
-        ):
-            if part == "train":
-                rows.append({"seriesuid": uid, "part": part})
-                continue
-            row, of_nodules, marks, loss = self._score(read_processed(self.data_dir, uid))
-            rows.append({"seriesuid": uid, "part": part} | row)
-            nodules += of_nodules
-            candidates.append(marks)
-            losses.append(loss)
-        table = pd.DataFrame(rows)
+        parts = self._choose(subset, fold)
+        examined = {
+            uid: self._examine(read_processed(self.data_dir, uid))
+            for uid, part in tqdm(parts.items(), desc="validation", unit="scan", disable=None, leave=self.writes_files)
+            if part != "train"
+        }
+        if self.chooses_min_score:
+            self.inferencer.min_score = choose_min_score(list(examined.values()))
+        min_score = self.inferencer.min_score
+        table = pd.DataFrame(
+            [
+                {"seriesuid": uid, "part": part} | (examined[uid].row(min_score) if uid in examined else {})
+                for uid, part in parts.items()
+            ]
+        )
+        nodules = [row for scan in examined.values() for row in scan.nodule_rows(min_score)]
+        marks = [nodule_table(uid, scan.found.candidates)[list(CANDIDATE_COLUMNS)] for uid, scan in examined.items()]
         result = ValidationResult(
             table,
             pd.DataFrame(nodules, columns=NODULE_COLUMNS),
-            pd.concat(candidates, ignore_index=True),
-            summarize(table),
-            float(np.mean(losses)),
+            pd.concat(marks, ignore_index=True),
+            summarize(table) | {"threshold": self.inferencer.threshold, "min_score": min_score},
+            float(np.mean([scan.loss for scan in examined.values()])),
+            min_score,
         )
         if self.writes_files:
             self._write(result, excluded_path)
@@ -240,8 +274,8 @@ class Validator:
             raise ValueError(f"{self.data_dir} holds training scans only; name a data_dir with others")
         return parts
 
-    def _score(self, scan: ProcessedScan) -> tuple[dict[str, Any], list[dict[str, Any]], pd.DataFrame, float]:
-        """Row of the scan, rows of its annotated nodules, its marks, and the loss."""
+    def _examine(self, scan: ProcessedScan) -> ExaminedScan:
+        """Runs the network over a scan and compares all that it found with the truth."""
         self.inferencer.check_prepared_alike(scan)
         logits = self.inferencer.logits(self.inferencer.to_tensor(scan.image), scan.lung_box)
         probability = torch.sigmoid(logits)[0, 0].cpu().numpy()
@@ -250,19 +284,8 @@ class Validator:
             target = torch.from_numpy(np.array(scan.mask)).to(logits.device)[None, None]
             with torch.inference_mode():
                 loss = float(self.loss(logits, target))
-        mask, truth = self.inferencer.mask_of(probability), np.asarray(scan.mask)
-        candidates = find_candidates(probability, scan.geometry, self.inferencer.threshold)
-        found = [candidate for candidate in candidates if candidate["in_mask"]]
-        annotated = scan.metadata["nodules"]
-        hit, false = match_nodules(found, annotated)
-        counts = {"nodules": len(annotated), "nodules_found": hit, "false_positive_nodules": false}
-        rows = [
-            dict(zip(NODULE_COLUMNS, (scan.seriesuid, *nodule["center_world"], nodule["diameter_mm"]), strict=False))
-            | {"dice": nodule_dice(mask, truth, scan.geometry, nodule)}
-            for nodule in annotated
-        ]
-        marks = nodule_table(scan.seriesuid, candidates)[list(CANDIDATE_COLUMNS)]
-        return voxel_metrics(mask, truth) | counts, rows, marks, loss
+        found = find_candidates(probability, scan.geometry, self.inferencer.threshold)
+        return ExaminedScan.of(scan, found, loss)
 
     def draw_example(self) -> Figure:
         """Overlay of the scan with the most nodule voxels, to follow a training by eye."""
@@ -270,11 +293,9 @@ class Validator:
         scans = [read_processed(self.data_dir, uid) for uid in self.seriesuids]
         scan = max(scans, key=lambda s: sum(nodule["voxels"] for nodule in s.metadata["nodules"]))
         probability = self.inferencer.predict_probability(scan.image, scan.lung_box)
-        mask = self.inferencer.mask_of(probability)
-        nodules = extract_nodules(mask, scan.geometry, probability)[:1]
-        return draw_overlay(
-            np.asarray(scan.image, np.float32), scan.geometry, mask, nodules, np.asarray(scan.mask), scan.seriesuid
-        )
+        found = self.inferencer.segment(probability, scan.geometry)
+        image, truth = np.asarray(scan.image, np.float32), np.asarray(scan.mask)
+        return draw_overlay(image, scan.geometry, found.mask, found.nodules[:1], truth, scan.seriesuid)
 
     def _write(self, result: ValidationResult, excluded_path: str | Path) -> None:
         scored = result.table.loc[result.table["part"] != "train", "seriesuid"]
@@ -292,14 +313,80 @@ class Validator:
         write_json(self.output_dir / "validation_summary.json", result.summary)
 
 
-def nodule_dice(mask: np.ndarray, truth: np.ndarray, geometry: Geometry, nodule: dict[str, Any]) -> float:
-    """Dice in a crop around one annotated nodule: its diameter and CROP_MARGIN_MM on every side."""
+@dataclass(frozen=True)
+class ExaminedScan:
+    """What was found in a scan and what is there, ready to be scored at any ``min_score``.
+
+    Args:
+        seriesuid: Name of the scan.
+        annotated: Its annotated nodules, as in the metadata.
+        found: All candidates, without the labels.
+        whole: Overlap over the whole scan.
+        crops: Overlap in a crop around each annotated nodule.
+        loss: Loss of the scan, NaN without a loss function.
+    """
+
+    seriesuid: str
+    annotated: list[dict[str, Any]]
+    found: Segmentation
+    whole: Overlap
+    crops: list[Overlap]
+    loss: float
+
+    @classmethod
+    def of(cls, scan: ProcessedScan, found: Segmentation, loss: float) -> ExaminedScan:
+        """Counts what ``find_candidates`` found in a scan against its mask."""
+        annotated, truth, count = scan.metadata["nodules"], np.asarray(scan.mask), len(found.scores) - 1
+        boxes = [nodule_crop(scan.geometry, nodule) for nodule in annotated]
+        crops = [Overlap.of(found.labels[box], truth[box], count) for box in boxes]
+        unlabelled = replace(found, labels=found.labels[:0])  # counted; a scan's array is too large to be kept
+        return cls(scan.seriesuid, annotated, unlabelled, Overlap.of(found.labels, truth, count), crops, loss)
+
+    def row(self, min_score: float) -> dict[str, Any]:
+        """Metrics of the scan, and its nodules found and not."""
+        hit, false = match_nodules(self.found.keep(min_score).nodules, self.annotated)
+        counts = {"nodules": len(self.annotated), "nodules_found": hit, "false_positive_nodules": false}
+        return self.whole.metrics(self.found.scores >= min_score) | counts
+
+    def dice(self, min_score: float) -> float:
+        """Dice of the whole scan."""
+        return self.whole.metrics(self.found.scores >= min_score)["dice"]
+
+    def nodule_rows(self, min_score: float) -> list[dict[str, Any]]:
+        """One row of NODULE_COLUMNS an annotated nodule, with the Dice in its crop."""
+        kept = self.found.scores >= min_score
+        values = [
+            (self.seriesuid, *nodule["center_world"], nodule["diameter_mm"], crop.metrics(kept)["dice"])
+            for nodule, crop in zip(self.annotated, self.crops, strict=True)
+        ]
+        return [dict(zip(NODULE_COLUMNS, row, strict=True)) for row in values]
+
+
+def choose_min_score(scans: Sequence[ExaminedScan]) -> float:
+    """The score from which nodules should stay in the mask: best for the mean Dice per scan where it is defined.
+
+    Of the scores around the best one that are nearly as good it takes the middle, which carries over to other scans
+    better than an edge. Without any Dice it is 0.
+    """
+    scores = np.linspace(0, 1, 101)
+    dice = np.array([[scan.dice(score) for scan in scans] for score in scores])
+    defined = np.isfinite(dice)
+    means = np.where(defined, dice, 0).sum(axis=1) / np.maximum(defined.sum(axis=1), 1)
+    best = int(means.argmax())
+    if not means[best]:
+        return 0.0
+    poor = np.flatnonzero(means < means[best] - NEARLY_AS_GOOD)
+    first, last = max(poor[poor < best], default=-1) + 1, min(poor[poor > best], default=len(scores)) - 1
+    return float(scores[(first + last) // 2])
+
+
+def nodule_crop(geometry: Geometry, nodule: dict[str, Any]) -> tuple[slice, slice, slice]:
+    """Crop (z, y, x) around one annotated nodule: its diameter and CROP_MARGIN_MM on every side."""
     reach = (nodule["diameter_mm"] / 2 + CROP_MARGIN_MM) / np.asarray(geometry.spacing_zyx)
     index = np.asarray(nodule["center_voxel"][::-1])
     lower = np.maximum(np.floor(index - reach), 0).astype(int)
     upper = np.maximum(np.ceil(index + reach) + 1, 0).astype(int)
-    box = tuple(slice(a, b) for a, b in zip(lower, upper, strict=True))
-    return voxel_metrics(mask[box], truth[box])["dice"]
+    return tuple(slice(a, b) for a, b in zip(lower, upper, strict=True))  # type: ignore[return-value]
 
 
 def table_by_size(nodules: pd.DataFrame, curve: FROC) -> pd.DataFrame:
@@ -359,6 +446,7 @@ def format_summary(summary: dict[str, Any]) -> str:
         figures = f"{value['mean']:.3f} ± {value['std']:.3f}" if value["scans"] else "undefined"
         lines.append(f"{name:<14}{figures:>16}   {value['scans']} of {summary['scans']}")
     lines += [
+        f"masks of nodules with a score of {summary['min_score']:.2f} or more, of voxels with {summary['threshold']:g}",
         f"Dice per scan, scans with nodules alone: {summary['dice_of_scans_with_nodules']:.3f}",
         f"Dice pooled over all voxels of all scans: {summary['dice_pooled']:.3f}",
         f"nodules found: {summary['nodules_found']} of {summary['nodules']}, "

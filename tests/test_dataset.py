@@ -5,9 +5,12 @@ import hashlib
 import itertools
 import json
 import math
+import shutil
 import sqlite3
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from scipy import ndimage
@@ -15,6 +18,7 @@ from scipy.spatial.transform import Rotation
 from torch.utils.data import DataLoader
 
 from dataset import (
+    LUNG_LEVEL,
     Augmentation,
     AugmentationParameters,
     LUNA16Dataset,
@@ -285,6 +289,46 @@ def test_scale_multiplies_and_shift_adds():
     np.testing.assert_array_equal(mask, 1)
 
 
+def test_nothing_fades_unless_asked_to(many_draws):
+    assert {d.fade for d in many_draws} == {0.0}
+
+
+def test_nodules_fade_as_often_and_as_far_as_asked():
+    augmentation = dataclasses.replace(NO_CHANGE, fade_prob=0.3, fade_share=0.5)
+    shares = np.array([draw(augmentation, index).fade for index in range(DRAWS)])
+    assert abs((shares > 0).mean() - 0.3) < 0.05
+    assert 0.49 < shares.max() <= 0.5
+
+
+def test_faded_nodule_lies_between_itself_and_lung_and_all_else_stays():
+    image = np.full((11, 11, 11), LUNG_LEVEL)
+    image[4:7, 4:7, 4:7] = 0.9
+    image[5, 5, 0] = 0.8  # a vessel far away
+    image[5, 5, 10] = 0.0  # air
+    mask = np.zeros(image.shape, np.uint8)
+    mask[4:7, 4:7, 4:7] = 1
+    faded, kept = augment(image, AugmentationParameters(fade=0.25), mask)
+    np.testing.assert_allclose(faded[4:7, 4:7, 4:7], 0.9 - 0.25 * (0.9 - LUNG_LEVEL), rtol=1e-6)
+    image[4:7, 4:7, 4:7] = faded[4:7, 4:7, 4:7]
+    np.testing.assert_allclose(faded, image, rtol=1e-6)
+    np.testing.assert_array_equal(kept, mask)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"flip_prob": 1.5}, "flip_prob must be at most 1"),
+        ({"noise_prob": -0.1}, "noise_prob must not be negative"),
+        ({"noise_std": math.nan}, "noise_std must not be negative"),
+        ({"zoom": 1.0}, "zoom must be below 1"),
+        ({"fade_share": 1.0}, "fade_share must be below 1"),
+    ],
+)
+def test_impossible_augmentation_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        Augmentation(**change)
+
+
 def test_each_sample_of_a_batch_has_its_own_change():
     images = torch.arange(4.0).reshape(1, 1, 1, 1, 4).repeat(2, 1, 1, 1, 1)
     drawn = [AugmentationParameters(), AugmentationParameters(flips=(False, False, True))]
@@ -314,6 +358,27 @@ def test_sample_without_augmentation_is_what_is_stored(processed_dir, uids):
 def test_plain_index_is_of_epoch_zero(processed_dir, uids):
     dataset = LUNA16Dataset(processed_dir, uids, Augmentation())
     assert same(dataset[1]["augmentation"], dataset[SampleKey(0, 1, 1)]["augmentation"])
+
+
+def test_scans_in_memory_give_the_same_samples_without_their_files(processed_dir, uids, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(processed_dir, data)
+    kept = LUNA16Dataset(data, uids, Augmentation(), patch_size_zyx=(8, 8, 8), in_memory=True)
+    mapped = LUNA16Dataset(processed_dir, uids, Augmentation(), patch_size_zyx=(8, 8, 8))
+    shutil.rmtree(data)
+    for scan in range(len(uids)):
+        key = SampleKey(0, scan, scan, (10, 20, 30))
+        assert torch.equal(kept[key]["image"], mapped[key]["image"])
+        assert torch.equal(kept[key]["mask"], mapped[key]["mask"])
+
+
+@pytest.mark.parametrize(("free", "kept"), [(2.01, True), (1.99, False)])
+def test_scans_are_kept_in_memory_where_half_of_it_is_free(processed_dir, uids, monkeypatch, caplog, free, kept):
+    caplog.set_level("INFO")
+    taken = 3 * 32 * 48 * 48 * len(uids)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free * taken))
+    assert LUNA16Dataset(processed_dir, uids, in_memory=None).in_memory == kept
+    assert ("kept in memory" in caplog.text) == kept
 
 
 def test_same_seed_epoch_and_place_draw_the_same(processed_dir, uids):

@@ -69,6 +69,7 @@ def trained(run_dir, tmp_path):
 
     def make(model=None, output_dir=tmp_path / "out", **arguments):
         path = run_dir / "checkpoints" / "best_model.pth"
+        arguments = {"min_score": 0.0} | arguments
         inferencer = NoduleInferencer(path, output_dir, "cpu", mixed_precision=False, **arguments)
         inferencer.model = model or inferencer.model
         return inferencer
@@ -120,8 +121,9 @@ def test_stored_array_that_cannot_be_written_to_comes_in_without_a_warning(live,
 def test_voxel_that_just_reaches_the_threshold_is_nodule(live, threshold):
     inferencer = live(Bright(), threshold=threshold)
     below, above = np.nextafter(np.float32(threshold), np.float32([0, 1]))
-    mask = inferencer.mask_of(np.array([below, threshold, above], np.float32))
-    np.testing.assert_array_equal(mask, [0, 1, 1])
+    probability = np.array([below, threshold, above], np.float32).reshape(1, 1, 3)
+    mask = inferencer.segment(probability, Geometry((1, 1, 3), (0.0, 0.0, 0.0), UNIT)).mask
+    np.testing.assert_array_equal(mask, [[[0, 1, 1]]])
 
 
 def test_prediction_is_the_probability_at_the_threshold(live):
@@ -474,28 +476,33 @@ def spots(shape_zyx, **values):
     return probability, Geometry(shape_zyx, (0.0, 0.0, 0.0), UNIT)
 
 
+def marks_of(found):
+    """(x of the centre, whether it is in the mask) of each candidate."""
+    return [(c["center_voxel"][0], number > 0) for c, number in zip(found.candidates, found.numbers, strict=True)]
+
+
 def test_faint_spot_is_a_candidate_and_no_nodule():
     probability, geometry = spots((9, 9, 40), sure=(3, 3, 3, 0.9), faint=(3, 3, 33, 0.3))
-    marks = [(c["center_voxel"][0], c["in_mask"]) for c in find_candidates(probability, geometry, 0.5)]
-    assert marks == [(4.0, True), (34.0, False)]
+    assert marks_of(find_candidates(probability, geometry, 0.5)) == [(4.0, True), (34.0, False)]
     nodules = extract_nodules(probability >= 0.5, geometry, probability)
     assert [nodule["center_voxel"][0] for nodule in nodules] == [4.0]
 
 
 def test_faint_border_of_a_nodule_is_no_candidate_of_its_own():
     probability, geometry = spots((9, 9, 15), border=(3, 3, 6, 0.3), sure=(3, 3, 3, 0.9))
-    assert [c["in_mask"] for c in find_candidates(probability, geometry, 0.5)] == [True]
+    assert marks_of(find_candidates(probability, geometry, 0.5)) == [(4.0, True)]
 
 
 def test_nothing_faint_is_a_candidate():
     probability, geometry = spots((9, 9, 9), spot=(3, 3, 3, infer.CANDIDATE_THRESHOLD - 0.01))
-    assert find_candidates(probability, geometry, 0.5) == []
+    found = find_candidates(probability, geometry, 0.5)
+    assert found.candidates == []
+    assert not found.mask.any()
 
 
 def test_with_a_threshold_below_that_of_candidates_all_are_nodules():
     probability, geometry = spots((9, 9, 40), first=(3, 3, 3, 0.06), second=(3, 3, 33, 0.3))
-    marks = [(c["center_voxel"][0], c["in_mask"]) for c in find_candidates(probability, geometry, 0.05)]
-    assert marks == [(34.0, True), (4.0, True)]
+    assert marks_of(find_candidates(probability, geometry, 0.05)) == [(34.0, True), (4.0, True)]
 
 
 def test_at_most_100_candidates_are_kept_those_of_the_mask_first():
@@ -505,9 +512,10 @@ def test_at_most_100_candidates_are_kept_those_of_the_mask_first():
     probability[1, 76, :] = 0
     probability[1, 76, 8::4] = 0.15  # 19 spots, of which 10 fit
     geometry = Geometry(probability.shape, (0.0, 0.0, 0.0), (4.0, 4.0, 4.0))
-    candidates = find_candidates(probability, geometry, 0.5)
+    found = find_candidates(probability, geometry, 0.5)
+    candidates = found.candidates
     assert len(candidates) == MAX_CANDIDATES == 100
-    assert [c["in_mask"] for c in candidates] == [True] * 2 + [False] * 98
+    assert [number > 0 for number in found.numbers] == [True] * 2 + [False] * 98
     scores = [c["probability"] for c in candidates[2:]]
     assert scores == sorted(scores, reverse=True)
     # The faintest go: 90 - 2 spots of 0.2 to 0.4, and only 10 of those of 0.15.
@@ -520,10 +528,47 @@ def test_candidates_in_the_mask_are_the_nodules_of_the_mask():
     probability[10:13, 10:13, 40:43] = 0.7
     probability[10:13, 10:13, 50:53] = 0.2
     geometry = Geometry(probability.shape, (-5.0, 3.0, 70.0), UNIT)
-    candidates = find_candidates(probability, geometry, 0.5)
+    found = find_candidates(probability, geometry, 0.5)
     nodules = extract_nodules(probability >= 0.5, geometry, probability)
-    assert (len(candidates), len(nodules)) == (4, 3)
-    assert [c for c in candidates if c["in_mask"]] == [nodule | {"in_mask": True} for nodule in nodules]
+    assert (len(found.candidates), len(nodules)) == (4, 3)
+    assert found.nodules == nodules
+
+
+def test_nodule_below_the_smallest_score_leaves_the_mask_and_stays_a_candidate():
+    probability, geometry = spots((9, 9, 40), sure=(3, 3, 3, 0.9), doubtful=(3, 3, 33, 0.6))
+    found = find_candidates(probability, geometry, 0.5)
+    assert found.mask.sum() == 2 * 27
+    kept = found.keep(0.7)
+    assert marks_of(kept) == [(4.0, True), (34.0, False)]
+    np.testing.assert_array_equal(kept.mask, probability >= 0.9)
+    assert kept.candidates == found.candidates
+
+
+def test_nodule_that_just_reaches_the_smallest_score_stays():
+    probability, geometry = spots((9, 9, 9), spot=(3, 3, 3, 0.75))  # a cube is as round as a ball
+    found = find_candidates(probability, geometry, 0.5)
+    score = found.candidates[0]["probability"]
+    assert score == pytest.approx(0.75)
+    assert found.keep(score).mask.sum() == 27
+    assert not found.keep(np.nextafter(score, 1)).mask.any()
+
+
+def test_one_of_two_touching_nodules_can_leave_the_mask():
+    shape = (24, 24, 30)
+    left, right = (ball_mask(UNIT, [(x, 12, 12)], 10.0, shape) for x in (8, 17))
+    probability = np.where(left, 0.95, np.where(right, 0.6, 0.0)).astype(np.float32)
+    geometry = Geometry(shape, (0.0, 0.0, 0.0), UNIT)
+    found = find_candidates(probability, geometry, 0.5)
+    assert len(found.nodules) == 2
+    kept = found.keep(found.nodules[0]["probability"])
+    assert len(kept.nodules) == 1
+    assert kept.mask[12, 12, 8] and not kept.mask[12, 12, 18]
+
+
+@pytest.mark.parametrize("min_score", [-0.1, 1.1, math.nan])
+def test_smallest_score_outside_of_0_to_1_is_refused(live, min_score):
+    with pytest.raises(ValueError, match="min_score must be 0 to 1 or null"):
+        live(Bright(), min_score=min_score)
 
 
 # ----------------------------------------------------------------------------------------------------- which scans
@@ -711,8 +756,14 @@ def test_scan_without_a_finding_has_empty_tables_and_a_picture(trained, processe
 
 def test_results_of_another_threshold_are_not_mixed(trained, processed_dir):
     trained(Nothing()).infer_dataset(processed_dir)
-    with pytest.raises(FileExistsError, match=r"holds results of .* at threshold 0\.5; .*overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"holds results of .* at threshold 0\.5 .*overwrite=True"):
         trained(Nothing(), threshold=0.6).infer_dataset(processed_dir)
+
+
+def test_results_of_another_smallest_score_are_not_mixed(trained, processed_dir):
+    trained(Nothing(), min_score=0.25).infer_dataset(processed_dir)
+    with pytest.raises(FileExistsError, match=r"and min_score 0\.25; name another output_dir"):
+        trained(Nothing(), min_score=0.5).infer_dataset(processed_dir)
 
 
 def test_results_of_another_checkpoint_are_not_mixed(trained, run_dir, processed_dir, tmp_path):

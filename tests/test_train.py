@@ -14,7 +14,8 @@ import torch
 from conftest import TINY
 
 import train
-from model import load_checkpoint
+from infer import NoduleInferencer
+from model import SubpixelUNet, load_checkpoint
 from train import Trainer
 from utils import read_processed_list, read_split
 
@@ -77,6 +78,37 @@ def test_checkpoint_carries_network_and_preprocessing(run_dir):
     checkpoint = load_checkpoint(run_dir / "checkpoints" / "best_model.pth")
     assert checkpoint["network"]["channels"] == [4, 8]
     assert checkpoint["preprocessing"]["target_size"] == [32, 48, 48]
+
+
+def test_subpixel_network_is_trained_kept_and_used(processed_dir, tmp_path):
+    trainer = Trainer(
+        processed_dir, tmp_path, num_epochs=1, network="subpixel", **CPU | {"channels": (4, 4, 8), "strides": (2, 1)}
+    )
+    trainer.train()
+    path = tmp_path / "checkpoints" / "best_model.pth"
+    inferencer = NoduleInferencer(path, tmp_path / "out", "cpu")
+    assert isinstance(inferencer.model, SubpixelUNet)
+    assert inferencer.min_score == trainer.min_score
+
+
+def test_augmentation_comes_from_the_command_line_and_goes_into_the_checkpoint(processed_dir, tmp_path):
+    words = ["--data_dir", str(processed_dir), "--output_dir", str(tmp_path), "--num_epochs", "1", "--device", "cpu"]
+    words += ["--channels", "[4,8]", "--strides", "[2]", "--num_res_units", "0", "--augmentation.fade_prob", "0.5"]
+    assert train.main(words) == 0
+    kept = load_checkpoint(tmp_path / "checkpoints" / "best_model.pth")["training"]["augmentation"]
+    assert (kept["fade_prob"], kept["flip_prob"]) == (0.5, 0.5)
+
+
+def test_impossible_augmentation_ends_the_command_with_its_reason(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--output_dir", str(tmp_path), "--augmentation.zoom", "2"])
+    assert ended.value.code == 2
+    assert "zoom must be below 1" in capsys.readouterr().err
+
+
+def test_unknown_network_is_refused(processed_dir, tmp_path):
+    with pytest.raises(ValueError, match="network must be one of unet, subpixel"):
+        Trainer(processed_dir, tmp_path, network="vnet", **CPU)
 
 
 def test_checkpoints_come_every_interval_and_at_the_end(processed_dir, tmp_path):
@@ -161,7 +193,7 @@ def spoil(processed_dir: Path, folder: Path, uids: list[str]) -> Path:
 def test_loss_that_is_not_finite_is_reported_by_scan_and_leaves_no_trace(processed_dir, tmp_path, run_dir, caplog):
     bad = read_split(run_dir / "checkpoints" / "split.json")["train"][0]
     data = spoil(processed_dir, tmp_path / "data", [bad])
-    Trainer(data, tmp_path / "run", num_epochs=1, batch_size=1, augment=False, **CPU).train()
+    Trainer(data, tmp_path / "run", num_epochs=1, batch_size=1, augmentation=None, **CPU).train()
     assert any("loss nan" in line and bad in line for line in caplog.messages)
     state = weights(tmp_path / "run", "checkpoint_epoch_1.pth")
     assert all(torch.isfinite(value).all() for value in state.values())
@@ -170,7 +202,7 @@ def test_loss_that_is_not_finite_is_reported_by_scan_and_leaves_no_trace(process
 def test_training_on_nothing_finite_ends_with_advice(processed_dir, tmp_path):
     data = spoil(processed_dir, tmp_path / "data", read_processed_list(processed_dir))
     with pytest.raises(RuntimeError, match="lower learning_rate"):
-        Trainer(data, tmp_path / "run", num_epochs=1, augment=False, **CPU).train()
+        Trainer(data, tmp_path / "run", num_epochs=1, augmentation=None, **CPU).train()
 
 
 def test_out_of_memory_names_the_remedies(processed_dir, tmp_path, monkeypatch):
@@ -187,7 +219,7 @@ def test_best_model_is_the_epoch_of_highest_dice_and_then_of_lowest_loss(process
 
     class Result:
         def __init__(self) -> None:
-            self.dice, self.loss = next(scores)
+            (self.dice, self.loss), self.min_score = next(scores), 0.25
             one = {"mean": self.dice}
             self.summary = {"sensitivity": one, "precision": one}
             self.summary |= {"dice_of_scans_with_nodules": self.dice, "false_positive_nodules": 0}
@@ -202,7 +234,7 @@ def test_undefined_dice_leaves_the_choice_to_the_loss(processed_dir, tmp_path, m
 
     class Result:
         def __init__(self) -> None:
-            self.dice, self.loss = float("nan"), next(losses)
+            self.dice, self.loss, self.min_score = float("nan"), next(losses), 0.0
             one = {"mean": self.dice}
             self.summary = {"sensitivity": one, "precision": one}
             self.summary |= {"dice_of_scans_with_nodules": self.dice, "false_positive_nodules": 0}
@@ -217,7 +249,7 @@ def test_training_learns_to_mark_what_is_bright(processed_dir, tmp_path):
     shutil.copytree(processed_dir, data)
     for uid in read_processed_list(data):
         np.save(data / "masks" / f"{uid}.npy", (np.load(data / "images" / f"{uid}.npy") > 0.5).astype(np.uint8))
-    log = Trainer(data, tmp_path / "run", num_epochs=15, learning_rate=0.05, augment=False, **CPU).train()
+    log = Trainer(data, tmp_path / "run", num_epochs=15, learning_rate=0.05, augmentation=None, **CPU).train()
     assert log["validation_dice"].iloc[-1] > 0.5
 
 

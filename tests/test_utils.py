@@ -113,6 +113,20 @@ def test_bounds_reach_from_voxel_edge_to_voxel_edge():
     assert (lower.tolist(), upper.tolist()) == ([9.5, 19.0, 27.5], [13.5, 25.0, 37.5])
 
 
+@pytest.mark.parametrize(
+    ("direction", "aligned"),
+    [
+        ((1, 0, 0, 0, 1, 0, 0, 0, 1), True),
+        ((-1, 0, 0, 0, -1, 0, 0, 0, 1), True),
+        ((0, 1, 0, 1, 0, 0, 0, 0, 1), False),
+        ((0.8, -0.6, 0, 0.6, 0.8, 0, 0, 0, 1), False),
+    ],
+)
+def test_axis_aligned_is_what_runs_along_its_own_axis_in_either_sense(direction, aligned):
+    geometry = Geometry((2, 2, 2), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), tuple(map(float, direction)))
+    assert geometry.is_axis_aligned == aligned
+
+
 def test_bounds_of_a_flipped_scan_lie_on_the_other_side_of_its_origin():
     lower, upper = Geometry((2, 3, 4), (10.0, 20.0, 30.0), (1.0, 2.0, 5.0), FLIPPED).bounds()
     assert (lower.tolist(), upper.tolist()) == ([6.5, 15.0, 27.5], [10.5, 21.0, 37.5])

@@ -13,21 +13,25 @@ import torch
 from torch import nn
 
 import validate
-from infer import NoduleInferencer
+from infer import NoduleInferencer, Segmentation
 from model import DiceBCELoss, LungNodule3DUNet
 from utils import Geometry, read_processed, read_processed_list
 from validate import (
+    ExaminedScan,
+    Overlap,
     Validator,
+    choose_min_score,
     format_summary,
     froc,
     match_nodules,
-    nodule_dice,
+    nodule_crop,
     score_predictions,
     summarize,
     table_by_size,
     voxel_metrics,
 )
 
+LEVELS = {"threshold": 0.5, "min_score": 0.25}
 SMALL = {"channels": (4, 8), "strides": (2,), "num_res_units": 0, "dropout": 0.1}
 
 
@@ -170,6 +174,11 @@ def lines(**boxes):
     return arrays
 
 
+def nodule_dice(mask, truth, geometry, nodule):
+    box = nodule_crop(geometry, nodule)
+    return voxel_metrics(mask[box], truth[box])["dice"]
+
+
 def test_dice_of_a_nodule_by_hand():
     mask, truth = lines(mask=np.s_[20, 20, 20:24], truth=np.s_[20, 20, 18:22])  # TP 2, FP 2, FN 2
     assert nodule_dice(mask, truth, CUBE, MIDDLE) == 0.5
@@ -204,6 +213,56 @@ def test_dice_of_a_nodule_off_the_grid_is_undefined(place):
 def test_missed_nodule_has_a_dice_of_zero():
     (truth,) = lines(truth=np.s_[20, 20, 18:22])
     assert nodule_dice(0 * truth, truth, CUBE, MIDDLE) == 0
+
+
+# ------------------------------------------------------------------------------------------------- smallest score
+
+
+def test_overlap_gives_the_metrics_of_any_choice_of_labels():
+    labels, truth = np.array([[[0, 1, 1, 2, 3, 3, 0]]]), np.array([[[1, 1, 0, 1, 0, 0, 0]]])
+    overlap = Overlap.of(labels, truth, 4)  # label 4 has no voxel
+    for chosen in ([0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 1], [0, 1, 1, 1, 0]):
+        chosen = np.array(chosen, bool)
+        np.testing.assert_equal(overlap.metrics(chosen), voxel_metrics(chosen[labels], truth))
+
+
+def examined(truth_voxels, *spots):
+    """A scan of so many nodule voxels, with spots of (score, voxels, of them nodule)."""
+    voxels, hits = ([0, *(spot[i] for spot in spots)] for i in (1, 2))
+    hits[0] = truth_voxels - sum(hits)
+    candidates = [{"probability": score, "center_world": [0, 0, 0], "diameter_mm": 5.0} for score, _, _ in spots]
+    found = Segmentation(np.zeros((0, 1, 1), int), candidates, list(range(1, len(spots) + 1)))
+    return ExaminedScan("1.2.3", [], found, Overlap(np.array(voxels), np.array(hits)), [], math.nan)
+
+
+def test_chosen_score_lies_in_the_middle_between_false_and_true_spots():
+    scans = [examined(10, (0.8, 10, 10), (0.2, 5, 0)), examined(0, (0.4, 3, 0))]
+    assert choose_min_score(scans) == pytest.approx(0.6, abs=0.011)
+
+
+def test_chosen_score_gives_up_a_nodule_that_would_cost_more_than_it_brings():
+    scans = [examined(10, (0.9, 10, 10)), examined(10, (0.3, 2, 2)), *[examined(0, (0.5, 1, 0))] * 3]
+    assert 0.5 < choose_min_score(scans) < 0.9
+
+
+def test_chosen_score_without_any_dice_keeps_all():
+    assert choose_min_score([examined(0)]) == 0
+    assert choose_min_score([examined(10, (0.9, 3, 0))]) == 0
+
+
+def test_row_counts_only_what_reaches_the_score():
+    scan = examined(10, (0.9, 8, 8), (0.3, 5, 0))
+    assert scan.row(0.5)["fp_voxels"] == 0 and scan.row(0.3)["fp_voxels"] == 5
+    assert scan.row(0.5)["false_positive_nodules"] == 1  # nothing is annotated
+    assert scan.dice(0.5) == scan.row(0.5)["dice"] == 16 / 18
+
+
+def test_live_validation_chooses_the_score_and_a_given_one_stays(processed_dir):
+    uids = read_processed_list(processed_dir)
+    arguments = {"device": "cpu", "model": Everything(), "seriesuids": uids}
+    assert Validator(processed_dir, min_score=0.25, **arguments).run_validation().min_score == 0.25
+    result = Validator(processed_dir, **arguments).run_validation()
+    assert result.summary["min_score"] == result.min_score
 
 
 # ----------------------------------------------------------------------------------------------------- table by size
@@ -300,7 +359,7 @@ def test_metric_that_is_undefined_everywhere_has_no_mean():
 
 
 def test_summary_for_a_person_says_mean_deviation_and_how_many_scans(table):
-    lines = format_summary(summarize(table)).splitlines()
+    lines = format_summary(LEVELS | summarize(table)).splitlines()
     (dice,) = [line for line in lines if line.startswith("dice ")]
     assert dice.split() == ["dice", "0.500", "±", "0.408", "3", "of", "4"]
 
@@ -315,18 +374,20 @@ def test_summary_for_a_person_says_mean_deviation_and_how_many_scans(table):
     ],
 )
 def test_summary_for_a_person_says_what_a_mean_hides(table, text):
-    assert text in format_summary(summarize(table))
+    assert text in format_summary(LEVELS | summarize(table))
 
 
 def test_summary_for_a_person_has_the_cpm_and_the_table_by_size(table):
     size = {"diameter": "< 6 mm", "nodules": 1, "dice_per_nodule": 0.25, "found": 1.0, "cpm": 0.8125}
-    text = format_summary(summarize(table) | {"cpm": {"value": 0.75, "interval": [0.5, 0.875]}, "by_size": [size]})
+    text = format_summary(
+        LEVELS | summarize(table) | {"cpm": {"value": 0.75, "interval": [0.5, 0.875]}, "by_size": [size]}
+    )
     assert "FROC: CPM 0.750 (95 % interval 0.500 to 0.875)" in text
     assert text.splitlines()[-1].split() == ["<", "6", "mm", "1", "0.25", "1.0", "0.812"]
 
 
 def test_summary_for_a_person_without_nodules_has_no_froc(table):
-    assert "FROC" not in format_summary(summarize(table) | {"by_size": []})
+    assert "FROC" not in format_summary(LEVELS | summarize(table) | {"by_size": []})
 
 
 def test_distribution_shows_only_defined_values(table):
@@ -394,7 +455,7 @@ def test_threshold_decides_what_is_predicted(live, processed_dir):
         def forward(self, image):
             return torch.full_like(image, 0.0)
 
-    counts = [live(Doubtful(), threshold=t).run_validation().table["fp_voxels"][0] for t in (0.5, 0.6)]
+    counts = [live(Doubtful(), threshold=t, min_score=0.0).run_validation().table["fp_voxels"][0] for t in (0.5, 0.6)]
     assert counts == [32 * 48 * 48 - np.count_nonzero(scan_of(processed_dir, 0).mask), 0]
 
 

@@ -1,0 +1,64 @@
+"""CPM of the nodule score beside those of plainer ones, on the same candidates of scans that training never saw.
+
+python tests/compare_scores.py --checkpoint_path experiments/phantom/checkpoints/best_model.pth
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pandas as pd
+from jsonargparse import auto_cli
+from tqdm import tqdm
+
+import infer
+from infer import NoduleInferencer, find_candidates, nodule_table
+from utils import read_processed, read_processed_list
+from validate import NODULE_COLUMNS, froc, read_excluded
+
+SCORES = {
+    "highest probability": lambda voxels, box, geometry, probability: float(probability[tuple(voxels.T)].max()),
+    "mean probability": lambda voxels, box, geometry, probability: float(probability[tuple(voxels.T)].mean()),
+    "the score used": infer._score,
+}
+
+
+def compare(
+    data_dir: Path = Path("data/phantom/test/processed"),
+    checkpoint_path: Path = Path("experiments/phantom/checkpoints/best_model.pth"),
+    excluded_path: Path = Path("data/phantom/test/annotations_excluded.csv"),
+    device: str = "cuda",
+) -> None:
+    """Prints CPM and sensitivities of each score.
+
+    Args:
+        data_dir: Folder of processed scans that training never saw.
+        checkpoint_path: Checkpoint of train.py.
+        excluded_path: Findings on which marks do not count as wrong.
+        device: 'cuda', 'cuda:<n>' or 'cpu'.
+    """
+    inferencer = NoduleInferencer(checkpoint_path, device=device)
+    uids = read_processed_list(data_dir)
+    marks: dict[str, list[pd.DataFrame]] = {name: [] for name in SCORES}
+    nodules = []
+    for uid in tqdm(uids, unit="scan", disable=None):
+        scan = read_processed(data_dir, uid)
+        nodules += [(uid, *n["center_world"], n["diameter_mm"]) for n in scan.metadata["nodules"]]
+        probability = inferencer.predict_probability(scan.image, scan.lung_box)
+        for name, score in SCORES.items():
+            with mock.patch.object(infer, "_score", score):
+                found = find_candidates(probability, scan.geometry, inferencer.threshold)
+            marks[name].append(nodule_table(uid, found.candidates))
+    annotations = pd.DataFrame(nodules, columns=NODULE_COLUMNS[:-1])
+    for name, tables in marks.items():
+        curve = froc(pd.concat(tables), annotations, read_excluded(excluded_path), uids)
+        low, high = curve.intervals[-1]
+        print(f"{name:<20} CPM {curve.cpm:.3f} (95 % interval {low:.3f} to {high:.3f})  {curve.sensitivities.round(3)}")
+
+
+if __name__ == "__main__":
+    auto_cli(compare)
