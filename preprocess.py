@@ -27,6 +27,7 @@ import pandas as pd
 import psutil
 import SimpleITK as sitk
 from matplotlib.path import Path as PolygonPath
+from scipy import sparse
 from tqdm import tqdm
 
 from utils import (
@@ -57,7 +58,7 @@ from utils import (
 logger = logging.getLogger(__name__)
 
 # Raised whenever the same settings begin to give other arrays, so that a second run redoes what an older version left.
-PROCESSING_VERSION = 1
+PROCESSING_VERSION = 2
 MaskSource = Literal["sphere", "lidc"]
 LUNG_LABELS = (3, 4)  # of seg-lungs-LUNA16; 5 is the trachea
 CENTER = ANNOTATION_COLUMNS[:4]  # seriesuid and centre
@@ -213,25 +214,77 @@ def resample_mean(image: sitk.Image, grid: Geometry, fill: float) -> Iterator[tu
 
     Args:
         image: Source image.
-        grid: Target geometry.
+        grid: Target geometry; identity direction.
         fill: Value outside of the source.
 
     Yields:
         (slice over z, float32 (z, y, x)): the grid in slabs, so that memory stays bounded.
     """
-    ratio = np.asarray(grid.spacing) / Geometry.from_image(image).spacing_along_axes()
-    factors = np.maximum(np.ceil(ratio - 1e-3), 1).astype(int)  # x, y, z
-    samples_each = int(np.prod(grid.shape_zyx[1:])) * int(np.prod(factors))
-    thickness = max(1, SLAB_VOXELS // samples_each)
+    source = Geometry.from_image(image)
+    ratio = np.asarray(grid.spacing) / source.spacing_along_axes()
+    factors = np.maximum(np.ceil(ratio - 1e-3), 1).astype(int)  # samples a voxel along x, y, z
+    thickness = max(1, SLAB_VOXELS // (int(np.prod(grid.shape_zyx[1:])) * int(np.prod(factors))))
     for start in range(0, grid.shape_zyx[0], thickness):
         stop = min(start + thickness, grid.shape_zyx[0])
         slab = grid.cropped(((start, 0, 0), (stop, *grid.shape_zyx[1:])))
-        lower, upper = slab.bounds()
-        size_xyz = np.asarray(slab.shape_zyx[::-1]) * factors
-        fine = resample(image, Geometry.covering(lower, upper, shape_zyx=tuple(size_xyz[::-1].tolist())), fill=fill)
-        if factors.max() > 1:
-            fine = sitk.BinShrink(fine, [int(n) for n in factors])
-        yield slice(start, stop), sitk.GetArrayFromImage(fine)
+        take = _average_axes if source.is_axis_aligned else _average_samples
+        yield slice(start, stop), take(image, slab, factors, fill)
+
+
+def _average_samples(image: sitk.Image, slab: Geometry, factors: np.ndarray, fill: float) -> np.ndarray:
+    """Mean of the samples in each voxel of a slab, for any direction of the source."""
+    lower, upper = slab.bounds()
+    size_xyz = np.asarray(slab.shape_zyx[::-1]) * factors
+    fine = resample(image, Geometry.covering(lower, upper, shape_zyx=tuple(size_xyz[::-1].tolist())), fill=fill)
+    if factors.max() > 1:
+        fine = sitk.BinShrink(fine, [int(n) for n in factors])
+    return sitk.GetArrayFromImage(fine)
+
+
+def _average_axes(image: sitk.Image, slab: Geometry, factors: np.ndarray, fill: float) -> np.ndarray:
+    """The same for a source along the world's axes, where it falls apart into one sparse matrix an axis.
+
+    A sample outside of the source has no weight; against ``fill`` as zero that is what it has to be.
+    """
+    source = Geometry.from_image(image)
+    weights, used = zip(*(_axis_weights(source, slab, axis, int(factors[2 - axis])) for axis in range(3)), strict=True)
+    values = sitk.GetArrayViewFromImage(image)[used].astype(np.float32)
+    values -= fill
+    along_z, along_y, along_x = weights
+    fewer_slices = along_z.shape[0] < along_z.shape[1]  # what makes the array smaller comes first
+    if fewer_slices:
+        values = _multiply(along_z, values)
+    values = np.stack([(along_x @ (along_y @ plane).T).T for plane in values])
+    if not fewer_slices:
+        values = _multiply(along_z, values)
+    values += fill
+    return values
+
+
+def _multiply(along_z: sparse.csr_matrix, values: np.ndarray) -> np.ndarray:
+    return (along_z @ values.reshape(len(values), -1)).reshape(-1, *values.shape[1:])
+
+
+def _axis_weights(source: Geometry, slab: Geometry, axis: int, factor: int) -> tuple[sparse.csr_matrix, slice]:
+    """Weights (voxels of the slab, used voxels of the source) along one array axis, and which voxels are used."""
+    size, count = source.shape_zyx[axis], slab.shape_zyx[axis]
+    along = (np.arange(count * factor) + 0.5) / factor - 0.5  # samples, in voxels of the slab
+    index = np.zeros((len(along), 3))
+    index[:, axis] = along
+    at = source.index(slab.world(index))[:, axis]
+    inside = (at >= -0.5) & (at < size - 0.5)  # as ITK has it
+    at = np.clip(at, 0, size - 1)
+    low = np.minimum(at.astype(int), max(size - 2, 0))
+    first, last = (int(low[inside].min()), int(low[inside].max()) + 2) if inside.any() else (0, 1)
+    share = np.where(inside, 1 / factor, 0.0)
+    rows = np.arange(len(at)) // factor
+    data = np.concatenate([share * (1 - (at - low)), share * (at - low)])
+    columns = np.concatenate([low, np.minimum(low + 1, size - 1)]) - first
+    kept = np.tile(inside, 2)
+    weights = sparse.csr_matrix(
+        (data[kept].astype(np.float32), (np.tile(rows, 2)[kept], columns[kept])), (count, min(last, size) - first)
+    )
+    return weights, slice(first, min(last, size))
 
 
 # ---------------------------------------------------------------------------------------------------------- lungs
@@ -296,8 +349,13 @@ def widen(lungs: sitk.Image, closing_mm: float, margin_mm: float) -> sitk.Image:
         can be sampled linearly on any grid.
     """
     padding = [int(np.ceil((closing_mm + margin_mm) / spacing)) + 1 for spacing in lungs.GetSpacing()]
-    far = signed_distance(sitk.ConstantPad(lungs, padding, padding, 0)) > closing_mm
-    return signed_distance(signed_distance(far) > closing_mm) - margin_mm
+    far = _distance_to(sitk.ConstantPad(lungs, padding, padding, 0)) > closing_mm
+    return signed_distance(_distance_to(far) > closing_mm) - margin_mm
+
+
+def _distance_to(mask: sitk.Image) -> sitk.Image:
+    """Distance in mm to the voxel centres at the mask's border; there and back, that counts like the border itself."""
+    return sitk.SignedMaurerDistanceMap(mask, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
 
 
 def _mask_bounds(mask: sitk.Image) -> tuple[np.ndarray, np.ndarray]:

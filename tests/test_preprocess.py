@@ -246,6 +246,23 @@ def test_slabs_give_the_same_array_as_one_piece(monkeypatch):
     np.testing.assert_allclose(averaged(image, grid), in_one, rtol=0, atol=1e-2)
 
 
+@pytest.mark.parametrize("direction", [None, FLIPPED, (1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, -1.0)])
+@pytest.mark.parametrize("spacing", [(2.3, 0.4, 1.7), (0.31, 3.1, 4.1)])
+def test_averaging_axis_by_axis_equals_averaging_samples(monkeypatch, direction, spacing):
+    image = image_of(noise((12, 9, 10)), (0.7, 0.8, 2.5), (5.0, -3.0, 7.0), direction)
+    lower, upper = Geometry.from_image(image).bounds()
+    grid = Geometry.covering(lower - 2.03, upper - 1.01, spacing=spacing)  # sticks out below, falls short above
+    by_axes = averaged(image, grid)
+    monkeypatch.setattr(Geometry, "is_axis_aligned", False)
+    np.testing.assert_allclose(by_axes, averaged(image, grid), rtol=0, atol=1e-2)
+
+
+def test_grid_off_the_scan_is_filled():
+    image = image_of(noise((4, 4, 4)))
+    far = Geometry((2, 2, 2), (50.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    np.testing.assert_array_equal(averaged(image, far, fill=-777), np.full((2, 2, 2), -777))
+
+
 def test_tiny_bright_nodule_thinner_than_a_slice_still_shows():
     values = np.full((20, 9, 9), -1000, np.int16)
     values[5, 3:6, 3:6] = 400  # 1 mm thick, at the edge of a 5 mm slice

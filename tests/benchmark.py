@@ -1,0 +1,398 @@
+"""Speed of each step beside the plain way to write it with MONAI and SimpleITK; every ratio is measured in one run.
+
+python tests/benchmark.py
+python tests/benchmark.py --rows '[extraction,froc]' --repeats 5
+python tests/benchmark.py --device cuda
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import pandas as pd
+import SimpleITK as sitk
+import torch
+from jsonargparse import auto_cli
+from monai import transforms
+from monai.data import DataLoader, Dataset
+from monai.inferers import sliding_window_inference
+from monai.losses import DiceCELoss
+from monai.networks.nets import UNet
+
+from data.phantom import make_phantom
+from dataset import Augmentation, LUNA16Dataset, ScanSampler, augment_batch, make_loader
+from infer import WINDOW_OVERLAP, NoduleInferencer, extract_nodules
+from model import LungNodule3DUNet, place
+from preprocess import LUNA16Preprocessor
+from train import Trainer
+from utils import ANNOTATION_COLUMNS, CANDIDATE_COLUMNS, Geometry, read_processed_list, select_device
+from validate import froc
+
+SHAPE = (64, 256, 256)
+NETWORK: dict[str, Any] = {"channels": (16, 32, 64, 128), "strides": (2, 2, 2), "num_res_units": 2, "dropout": 0.1}
+WINDOW = (96, 96, 96)
+BATCH_SIZE = 2
+
+
+class Bench:
+    """Data and settings that the rows share.
+
+    Args:
+        folder: Scratch folder.
+        device: Where networks run.
+        repeats: Pairs of measurements a row; the median ratio is reported.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, repeats: int) -> None:
+        self.folder, self.device, self.repeats = folder, device, repeats
+        self._prepared: LUNA16Preprocessor | None = None
+
+    @property
+    def preprocessor(self) -> LUNA16Preprocessor:
+        """Preprocessor of two scans of 512 x 512 x 300, written on first use."""
+        if self._prepared is None:
+            raw, lungs = self.folder / "raw", self.folder / "lungs"
+            raw.mkdir()
+            lungs.mkdir()
+            rows = []
+            for index in (0, 2):
+                phantom = make_phantom(index, size_xyz=(256, 256, 120), min_diameter_mm=6)
+                for image, path in ((phantom.image, raw), (phantom.lungs, lungs)):
+                    large = enlarge(image, (512, 512, 300), linear=path == raw)
+                    sitk.WriteImage(large, str(path / f"{phantom.seriesuid}.mhd"), useCompression=path == lungs)
+                rows += [(phantom.seriesuid, *nodule.center_xyz, nodule.diameter_mm) for nodule in phantom.nodules]
+            pd.DataFrame(rows, columns=ANNOTATION_COLUMNS).to_csv(self.folder / "annotations.csv", index=False)
+            self._prepared = LUNA16Preprocessor(
+                raw, self.folder / "annotations.csv", lungs, self.folder / "processed", target_size=SHAPE
+            )
+            self._prepared.process_all()
+        return self._prepared
+
+    @property
+    def processed(self) -> Path:
+        """The two scans, prepared."""
+        return self.preprocessor.output_dir
+
+    def compare(self, ours: Callable[[], Any], plain: Callable[[], Any]) -> tuple[float, float, float]:
+        """Median seconds of either, and the median ratio plain / ours, of pairs run in turn after a warm-up."""
+        pairs = []
+        for _ in range(self.repeats + 1):
+            seconds = []
+            for work in (ours, plain):
+                self.synchronize()
+                start = time.perf_counter()
+                work()
+                self.synchronize()
+                seconds.append(time.perf_counter() - start)
+            pairs.append(seconds)
+        first, second = zip(*pairs[1:], strict=True)
+        ratios = [b / a for a, b in pairs[1:]]
+        return statistics.median(first), statistics.median(second), statistics.median(ratios)
+
+    def synchronize(self) -> None:
+        """Waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def enlarge(image: sitk.Image, size_xyz: tuple[int, int, int], linear: bool) -> sitk.Image:
+    """The same volume with more voxels."""
+    spacing = [s * n / m for s, n, m in zip(image.GetSpacing(), image.GetSize(), size_xyz, strict=True)]
+    kind = sitk.sitkLinear if linear else sitk.sitkNearestNeighbor
+    return sitk.Resample(
+        image, size_xyz, sitk.Transform(), kind, image.GetOrigin(), spacing, image.GetDirection(), -1000
+    )
+
+
+@contextmanager
+def one_itk_thread() -> Iterator[None]:
+    """As in a worker process of preprocess.py."""
+    before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+def preprocessing(bench: Bench) -> Iterator[tuple]:
+    """Seconds a scan of 512 x 512 x 300 to 64 x 256 x 256, on one thread: read, resample, lungs, mask, write."""
+    maker = bench.preprocessor
+    uid, path = next(iter(maker.scans.items()))
+    rows = maker.annotations[maker.annotations["seriesuid"] == uid][list(ANNOTATION_COLUMNS[1:])].to_numpy()
+
+    def plain() -> None:
+        scan, labels = sitk.ReadImage(str(path)), sitk.ReadImage(str(maker.lung_masks_dir / f"{uid}.mhd"))
+        lungs = sitk.BinaryThreshold(labels, 3, 4)
+        size = [round(n * s) for n, s in zip(scan.GetSize(), scan.GetSpacing(), strict=True)]
+        onto = (size, sitk.Transform()), (scan.GetOrigin(), (1.0, 1.0, 1.0), scan.GetDirection())
+        scan = sitk.Resample(scan, *onto[0], sitk.sitkLinear, *onto[1], -1000)
+        lungs = sitk.BinaryDilate(sitk.Resample(lungs, *onto[0], sitk.sitkNearestNeighbor, *onto[1]), [8] * 3)
+        image = np.clip((sitk.GetArrayFromImage(scan).astype(np.float32) + 1000) / 1400, 0, 1)
+        image[sitk.GetArrayFromImage(lungs) == 0] = 0
+        mask = np.zeros(image.shape, np.float32)
+        z, y, x = np.ogrid[tuple(slice(n) for n in image.shape)]
+        for *center, diameter in rows:
+            i, j, k = scan.TransformPhysicalPointToContinuousIndex(center)
+            mask[(x - i) ** 2 + (y - j) ** 2 + (z - k) ** 2 <= (diameter / 2) ** 2] = 1
+        for name, array, mode in (("image", image, "trilinear"), ("mask", mask, "nearest")):
+            np.save(bench.folder / f"{name}.npy", transforms.Resize(SHAPE, mode=mode)(array[None]).numpy())
+
+    with one_itk_thread():
+        yield "preprocessing", "s/scan", 1, *bench.compare(lambda: maker.process_single_scan(uid), plain)
+
+
+def plain_loader(bench: Bench) -> DataLoader:
+    """The brief's augmentation by MONAI's dictionary transforms, in the process that asks for a batch."""
+    both = ["image", "mask"]
+    steps = [
+        transforms.LoadImaged(both, reader="NumpyReader"),
+        transforms.EnsureChannelFirstd(both, channel_dim="no_channel"),
+        transforms.EnsureTyped(both, dtype=torch.float32, track_meta=False),
+        transforms.RandRotate90d(both, prob=0.5, spatial_axes=(1, 2)),
+        *(transforms.RandFlipd(both, prob=0.5, spatial_axis=axis) for axis in range(3)),
+        transforms.RandAffined(
+            both, prob=0.3, rotate_range=[0.26] * 3, scale_range=[0.1] * 3, mode=("bilinear", "nearest")
+        ),
+        transforms.RandGaussianNoised("image", prob=0.3, std=0.05),
+        transforms.RandScaleIntensityd("image", prob=0.3, factors=0.1),
+        transforms.RandShiftIntensityd("image", prob=0.3, offsets=0.1),
+    ]
+    files = [
+        {"image": bench.processed / "images" / f"{uid}.npy", "mask": bench.processed / "masks" / f"{uid}.npy"}
+        for uid in read_processed_list(bench.processed)
+    ] * 4
+    workers = 4 if bench.device.type == "cuda" else 0
+    return DataLoader(
+        Dataset(files, transforms.Compose(steps)), batch_size=BATCH_SIZE, shuffle=True, num_workers=workers
+    )
+
+
+def loading(bench: Bench) -> Iterator[tuple]:
+    """Seconds a sample of 64 x 256 x 256, read and augmented."""
+    uids = read_processed_list(bench.processed) * 4
+    sampler = ScanSampler(len(uids), seed=0)
+    loader = make_loader(LUNA16Dataset(bench.processed, uids, Augmentation()), sampler, BATCH_SIZE, 4, bench.device)
+    theirs = plain_loader(bench)
+
+    def ours() -> None:
+        sampler.epoch += 1
+        for batch in loader:
+            image, mask = (batch[name].to(bench.device) for name in ("image", "mask"))
+            augment_batch(image.float(), mask, batch["augmentation"])
+
+    def plain() -> None:
+        for batch in theirs:
+            batch["image"].to(bench.device), batch["mask"].to(bench.device)
+
+    yield "loading and augmentation", "s/sample", len(uids), *bench.compare(ours, plain)
+
+
+def training(bench: Bench) -> Iterator[tuple]:
+    """Seconds a step of two samples, data included, and the share of it that waits for data."""
+    trainer = Trainer(
+        bench.processed,
+        bench.folder / "run",
+        device=str(bench.device),
+        validation_fraction=0.5,
+        overwrite=True,
+        **NETWORK,
+    )
+    uids = read_processed_list(bench.processed) * 4
+    dataset = LUNA16Dataset(bench.processed, uids, Augmentation())
+    trainer.sampler = ScanSampler(len(uids), seed=0)
+    trainer.loader = make_loader(dataset, trainer.sampler, BATCH_SIZE, 4, bench.device)
+    torch.manual_seed(0)
+    network = UNet(spatial_dims=3, in_channels=1, out_channels=1, norm="BATCH", **NETWORK).to(bench.device)
+    loss, optimizer = DiceCELoss(sigmoid=True), torch.optim.AdamW(network.parameters(), 1e-4)
+    scaler = torch.amp.GradScaler(bench.device.type, enabled=bench.device.type == "cuda")
+    theirs = plain_loader(bench)
+    waited = []
+
+    def ours() -> None:
+        trainer.epoch += 1
+        trainer.sampler.epoch = trainer.epoch
+        waiting = 0.0
+        begin = start = time.perf_counter()
+        for batch in trainer.loader:
+            waiting += time.perf_counter() - start
+            figures = trainer._step(batch)
+            start = time.perf_counter()
+        figures.cpu()
+        waited.append(waiting / (time.perf_counter() - begin))
+
+    def plain() -> None:
+        for batch in theirs:
+            image, mask = batch["image"].to(bench.device), batch["mask"].to(bench.device)
+            optimizer.zero_grad()
+            with torch.autocast(bench.device.type, torch.float16, enabled=scaler.is_enabled()):
+                value = loss(network(image), mask)
+            scaler.scale(value).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            value.item()
+
+    yield "training step with data", "s/step", len(uids) // BATCH_SIZE, *bench.compare(ours, plain)
+    share = statistics.median(waited[1:])
+    yield "  share of it that waits for data", "", 1, share, float("nan"), float("nan")
+
+
+def inference(bench: Bench) -> Iterator[tuple]:
+    """Seconds for a scan of 280 x 288 x 352 voxels in windows of 96, the overlap the same."""
+    torch.manual_seed(0)
+    network = place(LungNodule3DUNet(**NETWORK), bench.device).eval()
+    inferencer = NoduleInferencer(device=str(bench.device), model=network, window=WINDOW)
+    theirs = UNet(spatial_dims=3, in_channels=1, out_channels=1, norm="BATCH", **NETWORK).to(bench.device).eval()
+    image = np.random.default_rng(0).random((280, 288, 352), np.float32).astype(np.float16)
+
+    def plain() -> np.ndarray:
+        with torch.no_grad():
+            tensor = torch.from_numpy(image.astype(np.float32))[None, None]
+            logits = sliding_window_inference(
+                tensor, WINDOW, 4, theirs, WINDOW_OVERLAP, "gaussian", sw_device=bench.device, device="cpu"
+            )
+            return torch.sigmoid(logits)[0, 0].numpy()
+
+    yield "inference", "s/scan", 1, *bench.compare(lambda: inferencer.predict_probability(image), plain)
+
+
+def extraction(bench: Bench) -> Iterator[tuple]:
+    """Seconds for the nodules of a mask of 256 x 256 x 256 with 50 balls, scored."""
+    rng = np.random.default_rng(0)
+    mask = np.zeros((256, 256, 256), np.uint8)
+    ball = np.linalg.norm(np.mgrid[-6:7, -6:7, -6:7], axis=0)
+    for z, y, x in rng.permutation(np.stack(np.meshgrid(*[np.arange(12, 240, 30)] * 3), -1).reshape(-1, 3))[:50]:
+        mask[z : z + 13, y : y + 13, x : x + 13] = ball <= rng.uniform(2, 6)
+    probability = np.where(mask > 0, 0.9, 0.0).astype(np.float32)
+    geometry = Geometry(mask.shape, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+    def plain() -> list[dict[str, Any]]:
+        labels = sitk.GetArrayFromImage(sitk.ConnectedComponent(sitk.GetImageFromArray(mask)))
+        found = []
+        for label in range(1, labels.max() + 1):
+            part = labels == label
+            z, y, x = np.nonzero(part)
+            found.append(
+                {
+                    "center": (x.mean(), y.mean(), z.mean()),
+                    "volume": int(part.sum()),
+                    "probability": float(probability[part].mean()),
+                    "bbox": (z.min(), z.max() + 1, y.min(), y.max() + 1, x.min(), x.max() + 1),
+                }
+            )
+        return found
+
+    ours = extract_nodules(mask, geometry, probability)
+    assert len(ours) == len(plain()) == 50
+    yield "nodule extraction", "s/scan", 1, *bench.compare(lambda: extract_nodules(mask, geometry, probability), plain)
+
+
+def froc_of_888(bench: Bench) -> Iterator[tuple]:
+    """Seconds for the FROC of 888 scans and 50 000 marks with 1000 bootstraps."""
+    rng = np.random.default_rng(0)
+    scans = [f"1.2.{i}" for i in range(888)]
+    nodules = pd.DataFrame(
+        {"seriesuid": rng.choice(scans, 1186), **{c: rng.uniform(0, 300, 1186) for c in ANNOTATION_COLUMNS[1:4]}}
+    ).assign(diameter_mm=rng.uniform(4, 30, 1186))
+    marks = pd.DataFrame(
+        {"seriesuid": rng.choice(scans, 50_000), **{c: rng.uniform(0, 300, 50_000) for c in CANDIDATE_COLUMNS[1:]}}
+    )
+    marks["probability"] = rng.random(len(marks))
+    hits = nodules.sample(1000, random_state=0)
+    marks.loc[: len(hits) - 1, list(CANDIDATE_COLUMNS[:4])] = hits[list(CANDIDATE_COLUMNS[:4])].to_numpy()
+
+    def plain() -> list[np.ndarray]:
+        events: dict[str, list[tuple[float, bool]]] = {uid: [] for uid in scans}
+        counts = dict.fromkeys(scans, 0)
+        for uid in scans:
+            near, found = nodules[nodules["seriesuid"] == uid], marks[marks["seriesuid"] == uid]
+            counts[uid] = len(near)
+            taken = set()
+            for _, nodule in near.iterrows():
+                best = None
+                for row, mark in found.iterrows():
+                    gap = sum((nodule[c] - mark[c]) ** 2 for c in ANNOTATION_COLUMNS[1:4]) ** 0.5
+                    if gap < nodule["diameter_mm"] / 2:
+                        taken.add(row)
+                        best = max(mark["probability"], best or 0.0)
+                if best is not None:
+                    events[uid].append((best, True))
+            events[uid] += [(p, False) for row, p in found["probability"].items() if row not in taken]
+        curves = []
+        for _ in range(1000):
+            drawn = rng.choice(scans, len(scans))
+            values = np.array([event for uid in drawn for event in events[uid]])
+            order = np.argsort(-values[:, 0])
+            true = values[order, 1]
+            curves.append(np.interp(2.0 ** np.arange(-3, 4), np.cumsum(1 - true) / len(scans), np.cumsum(true)))
+        return curves
+
+    yield "FROC of 888 scans", "s", 1, *bench.compare(lambda: froc(marks, nodules, None, scans), plain)
+
+
+ROWS = {
+    "preprocessing": preprocessing,
+    "loading": loading,
+    "training": training,
+    "inference": inference,
+    "extraction": extraction,
+    "froc": froc_of_888,
+}
+
+
+# ------------------------------------------------------------------------------------------------- the whole table
+
+
+def ceilings(device: torch.device) -> str:
+    """What the device can do at best: half-precision matrix products and copies in its memory."""
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    rates = []
+    for work, amount in ((lambda: a @ a, 2 * 8192**3 / 1e12), (lambda: a.clone(), 2 * a.nbytes / 1e9)):
+        work()
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(20):
+            work()
+        torch.cuda.synchronize(device)
+        rates.append(20 * amount / (time.perf_counter() - start))
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    return f"ceilings: {rates[0]:.0f} TFLOP/s bf16, {rates[1]:.0f} GB/s; peak memory of the rows: {peak:.2f} GiB"
+
+
+def main(rows: list[str] = list(ROWS), device: str = "cpu", repeats: int = 3) -> None:  # noqa: B006 - never changed
+    """Measures and prints the table.
+
+    Args:
+        rows: Which rows, e.g. '[extraction,froc]'.
+        device: 'cpu' or 'cuda'.
+        repeats: Pairs of measurements a row.
+    """
+    chosen = select_device(device)
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "CPU"
+    print(f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{'':<36}{'here':>10}{'plain':>10}{'':>10}{'ratio':>8}")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), chosen, repeats)
+        for row in rows:
+            for label, unit, count, ours, plain, ratio in ROWS[row](bench):
+                print(f"{label:<36}{ours / count:>10.4f}{plain / count:>10.4f} {unit:<9}{ratio:>8.1f}", flush=True)
+    if chosen.type == "cuda":
+        print(ceilings(chosen))
+
+
+if __name__ == "__main__":
+    auto_cli(main)
