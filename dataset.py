@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import torch
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -29,8 +30,10 @@ from utils import ProcessedScan, Shape, Vector, check, query_lidc, read_metadata
 logger = logging.getLogger(__name__)
 
 NUM_FOLDS = 10
+PASTE = 1  # a stream of random numbers of its own
 MEMORY_SHARE = 0.5  # of the free memory that training scans may take
 JITTER = 0.375  # of the patch: how far a nodule may lie from the middle of its patch
+TISSUE_LEVEL = 0.4  # -440 HU; what is brighter is no lung
 LUNG_LEVEL = 0.1  # of aerated lung, -860 HU in the usual window
 HARD_ERROR = 0.5  # a patch whose background reaches this probability is a hard one
 
@@ -99,6 +102,7 @@ class Augmentation:
         shift_offset: Largest shift.
         fade_prob: Probability that the nodules of a sample fade into the lung, as if they were ground glass.
         fade_share: Largest share by which they fade.
+        paste_prob: Probability that a patch without a nodule gets one of another place or scan.
 
     Raises:
         ValueError: A probability lies outside [0, 1], or a range is negative or too wide.
@@ -117,6 +121,7 @@ class Augmentation:
     shift_offset: float = 0.1
     fade_prob: float = 0.0
     fade_share: float = 0.7
+    paste_prob: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -292,6 +297,13 @@ class LUNA16Dataset(Dataset):
         self.seed = seed
         self.patch_size_zyx = patch_size_zyx
         self.metadata = [read_metadata(self.data_dir, uid) for uid in self.seriesuids]
+        self._nodules = [
+            (scan, center, diameter)
+            for scan, fields in enumerate(self.metadata)
+            for center, diameter in zip(
+                nodule_points(fields), [n["diameter_mm"] for n in fields["nodules"] if n["voxels"]], strict=True
+            )
+        ]
         self._scans: dict[int, ProcessedScan] = {}  # opened once, not once a sample
         self.in_memory = self._fits_in_memory() if in_memory is None else in_memory
         if self.in_memory:
@@ -315,6 +327,35 @@ class LUNA16Dataset(Dataset):
     def __len__(self) -> int:
         return len(self.seriesuids)
 
+    def _paste_nodule(
+        self, image: np.ndarray, mask: np.ndarray, at_zyx: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Lays a random nodule, flipped at random, over a patch at a voxel (z, y, x); what is brighter stays.
+
+        Returns:
+            (n, 3) voxel (z, y, x) of the pasted nodule; empty where it has no room, or would lie in tissue.
+        """
+        nowhere = np.empty((0, 3), int)
+        if not self._nodules:
+            return nowhere
+        scan, center_zyx, diameter_mm = self._nodules[rng.integers(len(self._nodules))]
+        flips = tuple(slice(None, None, int(step)) for step in rng.choice([-1, 1], 3))
+        donor = self._scan(scan)
+        reach = np.ceil(diameter_mm / 2 / np.asarray(donor.geometry.spacing_zyx)).astype(int) + 2
+        lower, upper = np.maximum(center_zyx - reach, 0), np.minimum(center_zyx + reach + 1, donor.image.shape)
+        size = upper - lower
+        if (size > image.shape).any():
+            return nowhere
+        start = np.clip(at_zyx - size // 2, 0, np.asarray(image.shape) - size)
+        source, target = (tuple(slice(a, a + n) for a, n in zip(p, size, strict=True)) for p in (lower, start))
+        pixels, nodule, place = donor.image[source][flips], donor.mask[source][flips], image[target]
+        if not nodule.any() or (place[nodule > 0] > TISSUE_LEVEL).mean() > 0.5:
+            return nowhere
+        edge = ndimage.binary_dilation(nodule, np.ones((3, 3, 3)))
+        image[target] = np.where(edge, np.maximum(place, pixels), place)
+        mask[target] = np.maximum(mask[target], nodule)
+        return (start + size // 2)[None]
+
     def __getitem__(self, key: SampleKey | int) -> dict[str, Any]:
         """Sample of a key; a plain index is that scan, whole, in epoch 0."""
         if not isinstance(key, SampleKey):
@@ -326,6 +367,10 @@ class LUNA16Dataset(Dataset):
             image, mask = (cut_patch(array, start, self.patch_size_zyx) for array in (image, mask))
             points = points - start
             points = points[((points >= 0) & (points < self.patch_size_zyx)).all(axis=1)]
+            if self.augmentation is not None and not len(points):
+                rng = np.random.default_rng([self.seed, key.epoch, key.place, PASTE])
+                if rng.random() < self.augmentation.paste_prob:
+                    points = self._paste_nodule(image, mask, key.center_zyx - start, rng)
         drawn = None
         if self.augmentation is not None:
             rng = np.random.default_rng([self.seed, key.epoch, key.place])

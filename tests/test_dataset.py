@@ -314,6 +314,72 @@ def test_faded_nodule_lies_between_itself_and_lung_and_all_else_stays():
     np.testing.assert_array_equal(kept, mask)
 
 
+@pytest.fixture
+def two_scans(tmp_path):
+    """A scan with a 6 mm nodule of 0.8 at (10, 10, 10) and one without, both lung of 0.1 elsewhere; 1 mm voxels."""
+    preprocessing = {"spacing": [1.0, 1.0, 1.0], "origin": [0.0, 0.0, 0.0], "shape_zyx": [24, 24, 24]}
+    images, masks = np.full((2, 24, 24, 24), 0.1, np.float16), np.zeros((2, 24, 24, 24), np.uint8)
+    masks[0][np.linalg.norm(np.mgrid[-10:14, -10:14, -10:14], axis=0) <= 3] = 1
+    images[0][masks[0] == 1] = 0.8
+    nodule = {"center_voxel": [10.0, 10.0, 10.0], "voxels": int(masks[0].sum()), "diameter_mm": 6.0}
+    for index, nodules in enumerate([[nodule], []]):
+        for kind, array in (("images", images[index]), ("masks", masks[index])):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            np.save(tmp_path / kind / f"{index}.npy", array)
+        (tmp_path / f"{index}_metadata.json").write_text(json.dumps(preprocessing | {"nodules": nodules}))
+    return tmp_path
+
+
+def pasted(folder, **changes):
+    augmentation = dataclasses.replace(NO_CHANGE, **({"paste_prob": 1.0} | changes))
+    return LUNA16Dataset(folder, ["0", "1"], augmentation, patch_size_zyx=(16, 16, 16))
+
+
+def test_patch_without_a_nodule_gets_one_of_another_scan_with_its_mask(two_scans):
+    sample = pasted(two_scans)[SampleKey(0, 0, 1, (12, 12, 12))]
+    image, mask = sample["image"][0].numpy(), sample["mask"][0].numpy()
+    assert mask.sum() == np.load(two_scans / "masks" / "0.npy").sum()
+    np.testing.assert_array_equal(image, np.where(mask == 1, np.float16(0.8), np.float16(0.1)))
+    np.testing.assert_allclose(np.argwhere(mask).mean(axis=0), (8, 8, 8), atol=0.6)  # where the patch was drawn
+    np.testing.assert_array_equal(sample["augmentation"].points, [[8, 8, 8]])
+
+
+def test_stored_scans_stay_as_they_are_when_nodules_are_pasted(two_scans):
+    pasted(two_scans)[SampleKey(0, 0, 1, (12, 12, 12))]
+    assert not np.load(two_scans / "masks" / "1.npy").any()
+
+
+def test_pasted_nodule_lets_what_is_brighter_shine_through(two_scans):
+    image = np.load(two_scans / "images" / "1.npy")
+    image[12, 12, :] = 0.95  # a vessel
+    np.save(two_scans / "images" / "1.npy", image)
+    sample = pasted(two_scans)[SampleKey(0, 0, 1, (12, 12, 12))]
+    np.testing.assert_array_equal(sample["image"][0, 8, 8].numpy(), np.float16(0.95))
+    assert sample["mask"].any()
+
+
+def test_no_nodule_is_pasted_into_tissue(two_scans):
+    np.save(two_scans / "images" / "1.npy", np.full((24, 24, 24), 0.7, np.float16))
+    assert not pasted(two_scans)[SampleKey(0, 0, 1, (12, 12, 12))]["mask"].any()
+
+
+def test_patch_with_a_nodule_gets_no_second_one(two_scans):
+    sample = pasted(two_scans)[SampleKey(0, 0, 0, (10, 10, 10))]
+    assert sample["mask"].sum() == np.load(two_scans / "masks" / "0.npy").sum()
+
+
+def test_nodules_are_pasted_as_often_as_asked(two_scans):
+    data = pasted(two_scans, paste_prob=0.3)
+    shown = [bool(data[SampleKey(0, place, 1, (12, 12, 12))]["mask"].any()) for place in range(400)]
+    assert abs(np.mean(shown) - 0.3) < 0.08
+
+
+def test_nodule_that_has_no_room_in_a_patch_is_not_pasted(two_scans):
+    augmentation = dataclasses.replace(NO_CHANGE, paste_prob=1.0)
+    data = LUNA16Dataset(two_scans, ["0", "1"], augmentation, patch_size_zyx=(8, 8, 8))
+    assert not data[SampleKey(0, 0, 1, (12, 12, 12))]["mask"].any()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
