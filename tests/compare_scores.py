@@ -21,8 +21,8 @@ from utils import read_processed, read_processed_list
 from validate import NODULE_COLUMNS, froc, read_excluded
 
 SCORES = {
-    "highest probability": lambda voxels, box, geometry, probability: float(probability[tuple(voxels.T)].max()),
-    "mean probability": lambda voxels, box, geometry, probability: float(probability[tuple(voxels.T)].mean()),
+    "highest probability": lambda voxels, geometry, probability: float(probability[tuple(voxels.T)].max()),
+    "mean probability": lambda voxels, geometry, probability: float(probability[tuple(voxels.T)].mean()),
     "the score used": infer._score,
 }
 

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 import torch
+from scipy import ndimage
 from torch import nn
 
 import infer
@@ -340,14 +341,41 @@ def test_vessel_has_a_lower_probability_than_a_ball(extract):
 
 def test_spot_that_fades_out_has_a_lower_probability_than_a_sharp_one(extract):
     probability = np.zeros((12, 12, 40), np.float32)
-    probability[5:7, 5:7, 5:7] = probability[5:7, 5:7, 30:32] = 0.9
+    probability[5:8, 5:8, 5:8] = probability[5:8, 5:8, 30:33] = 0.9
     faint = probability == 0
     faint[:, :, :20] = False
     probability[faint] = 0.1
     sharp, fading = extract(probability >= 0.5, (0, 0, 0), UNIT, probability)
-    assert (sharp["center_voxel"][0], fading["center_voxel"][0]) == (5.5, 30.5)
+    assert (sharp["center_voxel"][0], fading["center_voxel"][0]) == (6, 31)
     assert sharp["probability"] == pytest.approx(0.9)
     assert fading["probability"] < 0.3
+
+
+def test_spot_below_3_mm_counts_for_its_share_of_that_volume(extract):
+    probability = np.zeros((8, 8, 8), np.float32)
+    probability[3:5, 3:5, 3:5] = 0.9  # 8 mm³ of the 14.1 mm³ of a ball of 3 mm
+    (spot,) = extract(probability >= 0.5, (0, 0, 0), UNIT, probability)
+    assert spot["probability"] == pytest.approx(0.9 * 8 / 14.1)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_components_are_those_of_the_whole_array(monkeypatch, dense):
+    monkeypatch.setattr(infer, "MOST_SPARSE_VOXELS", 0 if dense else 10**9)
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.03, 0.1, 0.3, 1.0):
+        mask = rng.random((9, 5, 13)) < share
+        labels, count = ndimage.label(mask, np.ones((3, 3, 3)))
+        parts = infer._components(mask)
+        assert len(parts) == count
+        for voxels in parts:
+            (label,) = np.unique(labels[tuple(voxels.T)])
+            assert len(voxels) == np.count_nonzero(labels == label)
+
+
+def test_voxels_at_opposite_borders_are_no_neighbours():
+    mask = np.zeros((4, 4, 4), bool)
+    mask[1, 1, 3] = mask[1, 2, 0] = mask[1, 3, 2] = mask[2, 0, 2] = True  # next to each other in memory, or nearly
+    assert len(infer._components(mask)) == 4
 
 
 def test_probability_without_a_map_is_nan(extract):
