@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,9 @@ from utils import (
     write_text,
 )
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 logger = logging.getLogger(__name__)
 
 # Raised whenever the same settings begin to give other arrays, so that a second run redoes what an older version left.
@@ -66,6 +69,7 @@ SAME_NODULE_MM = 3.0  # an annotation this near to a nodule is of that nodule, h
 MAX_NAMED = 10  # annotations named in the log for each problem
 SECONDS_PER_MEGAVOXEL = 0.05  # of scan and grid together, on one core; measured, for the estimate only
 LUNG_POINTS = 1000  # voxels a scan that patches are drawn around
+CLUSTER_TIMEOUT_S = 30
 SLAB_VOXELS = 32_000_000  # the resampler's working memory: float32, 128 MB
 
 
@@ -701,17 +705,26 @@ class LUNA16Preprocessor:
             raise FileNotFoundError(f"no scan {series_uid} in {self.raw_data_dir}")
         return process_scan(self._task(series_uid))
 
-    def process_all(self) -> ProcessingSummary:
+    def process_all(self, scheduler: str | None = None) -> ProcessingSummary:
         """Prepares every scan of the data set that is not done with the same settings already.
 
         Writes ``processed_files.txt`` (usable scans), ``failed_files.csv`` (the others, with the reason) and
         ``annotation_problems.csv`` (annotations that no mask could be drawn for, or that the lungs cut).
+
+        Args:
+            scheduler: Address of a Dask cluster, e.g. 'tcp://10.0.0.1:8786', whose workers do the work instead of
+                processes of this machine. They need the packages of requirements.txt and the same paths to the data.
+
+        Raises:
+            ImportError: A scheduler is named and ``distributed`` is not installed.
+            OSError: The scheduler does not answer.
         """
         tasks = [self._task(uid) for uid in self.scans]
         todo = [task for task in tasks if not task.is_done()]
         skipped = sorted({task.seriesuid for task in tasks} - {task.seriesuid for task in todo})
         needs = [estimate_needs(task.scan_path, self.settings) for task in todo]
-        processes = self._count_processes(needs)
+        client = None if scheduler is None else _join_cluster(scheduler)
+        processes = self._count_processes(needs) if client is None else _count_threads(client)
         self._tell_needs(needs, processes)
         logger.info(
             "%d scans: %d done before, %d to do in %d processes", len(tasks), len(skipped), len(todo), processes
@@ -720,7 +733,7 @@ class LUNA16Preprocessor:
             logger.info(
                 "target_size %s stretches each scan to it; target_spacing has no effect", self.settings.target_size
             )
-        failed = _run_tasks(todo, processes)
+        failed = _run_tasks(todo, processes) if client is None else _run_on_cluster(todo, client)
         usable = sorted({task.seriesuid for task in tasks} - set(failed))
         write_csv(
             self.output_dir / "failed_files.csv", pd.DataFrame(sorted(failed.items()), columns=["seriesuid", "reason"])
@@ -732,14 +745,14 @@ class LUNA16Preprocessor:
     def _task(self, uid: str) -> ScanTask:
         rows = self.annotations[self.annotations["seriesuid"] == uid]
         nodules = tuple(tuple(row) for row in rows[["coordX", "coordY", "coordZ", "diameter_mm"]].to_numpy().tolist())
-        lungs = self.lung_masks_dir / f"{uid}.mhd"
+        lungs = self.lung_masks_dir.absolute() / f"{uid}.mhd"
         return ScanTask(
             uid,
-            self.scans[uid],
+            self.scans[uid].absolute(),  # a worker of a cluster has another working directory
             lungs if lungs.is_file() else None,
             nodules,
             self.settings,
-            self.output_dir,
+            self.output_dir.absolute(),
             self.mask_source,
             self.lidc_readers,
         )
@@ -872,13 +885,45 @@ def _run_pool(tasks: list[ScanTask], processes: int, failed: dict[str, str], bar
     return [task for task in tasks if task.seriesuid not in done]
 
 
+def _join_cluster(address: str) -> Client:
+    """Client of a Dask cluster, to which this project's code travels with the tasks."""
+    try:
+        import cloudpickle
+        from distributed import Client
+    except ImportError as error:
+        raise ImportError("a scheduler needs Dask: pip install distributed") from error
+    for module in {__name__, Geometry.__module__} - {"__main__"}:  # __main__ travels anyway
+        cloudpickle.register_pickle_by_value(sys.modules[module])
+    return Client(address, timeout=CLUSTER_TIMEOUT_S)
+
+
+def _count_threads(client: Client) -> int:
+    return max(1, sum(client.nthreads().values()))
+
+
+def _run_on_cluster(tasks: list[ScanTask], client: Client) -> dict[str, str]:
+    """Runs the tasks on a cluster, which gives those of a lost worker to others; returns the reasons of failures."""
+    from distributed import as_completed as completed
+
+    failed: dict[str, str] = {}
+    with client, tqdm(total=len(tasks), desc="preprocessing", unit="scan", disable=None) as bar:
+        client.run(_start_worker)
+        uids = {client.submit(process_scan, task, pure=False): task.seriesuid for task in tasks}
+        for future in completed(uids):
+            if (error := future.exception()) is not None:
+                failed[uids[future]] = f"{type(error).__name__}: {error}"
+                logger.error("%s failed: %s", uids[future], failed[uids[future]])
+            bar.update()
+    return failed
+
+
 def _start_worker() -> None:
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # one process a scan is faster than threads
 
 
 def _command(argv: list[str] | None) -> int:
-    [options] = parse_command_line(LUNA16Preprocessor, argv=argv)
-    summary = LUNA16Preprocessor(**options).process_all()
+    options, run_options = parse_command_line(LUNA16Preprocessor, "process_all", argv=argv)
+    summary = LUNA16Preprocessor(**options).process_all(**run_options)
     print(f"{len(summary.processed)} processed, {len(summary.skipped)} skipped, {len(summary.failed)} failed")
     return 1 if summary.failed else 0
 

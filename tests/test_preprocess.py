@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import sqlite3
+import sys
+import threading
 import time
 from contextlib import closing
 from dataclasses import fields
@@ -1297,3 +1299,72 @@ def test_contours_of_the_real_nodule_lie_at_its_annotation():
     voxels = draw_contours(grid, geometry, read_contours(NODULE_UID, geometry), center, diameter)
     assert np.linalg.norm(grid.world(voxels).mean(axis=0) - center) < 1
     assert (6 * len(voxels) / np.pi) ** (1 / 3) == pytest.approx(diameter, rel=0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------- cluster
+
+
+@pytest.fixture
+def cluster():
+    distributed = pytest.importorskip("distributed", reason="pip install distributed")
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=False, memory_limit=None
+    ) as cluster:
+        yield cluster
+
+
+def prepare_phantoms(phantom_dir: Path, output_dir: Path, **run: Any) -> preprocess.ProcessingSummary:
+    maker = LUNA16Preprocessor(
+        phantom_dir / "raw",
+        phantom_dir / "annotations.csv",
+        phantom_dir / "seg-lungs-LUNA16",
+        output_dir,
+        target_size=(16, 24, 24),
+        num_processes=1,
+    )
+    return maker.process_all(**run)
+
+
+def test_cluster_gives_the_local_result_byte_for_byte_even_when_a_worker_dies(phantom_dir, tmp_path, cluster):
+    class Killer(threading.Thread):
+        """Kills a worker as soon as the first array is there."""
+
+        def run(self) -> None:
+            while not list((tmp_path / "cluster").glob("images/*.npy")):
+                time.sleep(0.001)
+            os.kill(next(iter(cluster.workers.values())).process.process.pid, signal.SIGKILL)
+
+    killer = Killer(daemon=True)
+    killer.start()
+    summary = prepare_phantoms(phantom_dir, tmp_path / "cluster", scheduler=cluster.scheduler_address)
+    killer.join(timeout=10)
+    assert not killer.is_alive()
+    assert not summary.failed
+    prepare_phantoms(phantom_dir, tmp_path / "local")
+    files = sorted(path.relative_to(tmp_path / "local") for path in (tmp_path / "local").rglob("*") if path.is_file())
+    assert len(files) == 4 * 4 + 3  # image, mask, metadata twice; three lists
+    for path in files:
+        assert (tmp_path / "cluster" / path).read_bytes() == (tmp_path / "local" / path).read_bytes()
+
+
+def test_scan_that_fails_on_a_cluster_is_listed_and_the_others_are_done(phantom_dir, tmp_path, cluster):
+    shutil.copytree(phantom_dir, tmp_path / "data")
+    broken = sorted((tmp_path / "data" / "raw").rglob("*.raw"))[0]
+    broken.write_bytes(broken.read_bytes()[:-2])
+    summary = prepare_phantoms(tmp_path / "data", tmp_path / "out", scheduler=cluster.scheduler_address)
+    assert len(summary.processed) == 3
+    (reason,) = summary.failed.values()
+    assert reason.startswith("ValueError: ")
+
+
+def test_scheduler_without_dask_names_the_package(phantom_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(ImportError, match="pip install distributed"):
+        prepare_phantoms(phantom_dir, tmp_path, scheduler="tcp://127.0.0.1:1")
+
+
+def test_scheduler_that_does_not_answer_is_an_error(phantom_dir, tmp_path, monkeypatch):
+    pytest.importorskip("distributed", reason="pip install distributed")
+    monkeypatch.setattr(preprocess, "CLUSTER_TIMEOUT_S", 1)
+    with pytest.raises(OSError, match=r"127\.0\.0\.1:1"):
+        prepare_phantoms(phantom_dir, tmp_path, scheduler="tcp://127.0.0.1:1")
