@@ -57,6 +57,7 @@ logger = logging.getLogger(__name__)
 METRICS = ("dice", "sensitivity", "precision", "recall")
 NODULE_COLUMNS = (*ANNOTATION_COLUMNS, "dice")
 SIZES_MM = {"< 6 mm": (0.0, 6.0), "6-10 mm": (6.0, 10.0 + 1e-9), "> 10 mm": (10.0 + 1e-9, math.inf)}
+UNKNOWN_DIAMETER_MM = 10.0  # of a finding with a diameter of -1, as in the official script
 CROP_MARGIN_MM = 5.0  # around an annotated nodule, for its own Dice
 NEARLY_AS_GOOD = 0.005  # of mean Dice, when a score is chosen
 FP_PER_SCAN = 2.0 ** np.arange(-3, 4)  # 1/8 ... 8, where LUNA16 reads the curve
@@ -129,11 +130,16 @@ def match_nodules(found: Sequence[dict[str, Any]], annotated: Sequence[dict[str,
 
     LUNA16's rule: a nodule is found by a centre that lies nearer to its own than its radius.
     """
+    hits = hits_of(found, annotated)
+    return int(hits.any(axis=0).sum()), int((~hits.any(axis=1)).sum())
+
+
+def hits_of(found: Sequence[dict[str, Any]], annotated: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Bool (found, annotated): whether a centre lies nearer to an annotated one than its radius."""
     centers = np.asarray([n["center_world"] for n in found], float).reshape(-1, 3)
     truths = np.asarray([n["center_world"] for n in annotated], float).reshape(-1, 3)
     radii = np.asarray([n["diameter_mm"] / 2 for n in annotated], float)
-    hits = np.linalg.norm(centers[:, None] - truths[None], axis=-1) < radii
-    return int(hits.any(axis=0).sum()), int((~hits.any(axis=1)).sum())
+    return np.linalg.norm(centers[:, None] - truths[None], axis=-1) < radii
 
 
 # --------------------------------------------------------------------------------------------------------- validator
@@ -224,15 +230,16 @@ class Validator:
             subset: 'validation' or 'test' scans of the split beside the checkpoint, 'all', which marks each row with
                 its part and still scores no training scan, or 'new' for a data set that training never saw.
             fold: Score the held-out fold of a training with ``--fold``, which must be this one.
-            excluded_path: LUNA16's annotations_excluded.csv: findings on which marks do not count as wrong. Without
-                the file they count.
+            excluded_path: LUNA16's annotations_excluded.csv: findings on which marks do not count as wrong, nor
+                predicted nodules in ``dice_without_excluded``. Without the file they count.
 
         Returns:
             Tables, summary and loss.
         """
         parts = self._choose(subset, fold)
+        excluded = read_excluded(excluded_path) if self.writes_files else None
         examined = {
-            uid: self._examine(read_processed(self.data_dir, uid))
+            uid: self._examine(read_processed(self.data_dir, uid), excluded)
             for uid, part in tqdm(parts.items(), desc="validation", unit="scan", disable=None, leave=self.writes_files)
             if part != "train"
         }
@@ -256,7 +263,7 @@ class Validator:
             min_score,
         )
         if self.writes_files:
-            self._write(result, excluded_path)
+            self._write(result, excluded)
         return result
 
     def _choose(self, subset: Subset, fold: int | None) -> dict[str, str]:
@@ -274,7 +281,7 @@ class Validator:
             raise ValueError(f"{self.data_dir} holds training scans only; name a data_dir with others")
         return parts
 
-    def _examine(self, scan: ProcessedScan) -> ExaminedScan:
+    def _examine(self, scan: ProcessedScan, excluded: pd.DataFrame | None) -> ExaminedScan:
         """Runs the network over a scan and compares all that it found with the truth."""
         self.inferencer.check_prepared_alike(scan)
         logits = self.inferencer.logits(self.inferencer.to_tensor(scan.image), scan.lung_box)
@@ -285,7 +292,7 @@ class Validator:
             with torch.inference_mode():
                 loss = float(self.loss(logits, target))
         found = find_candidates(probability, scan.geometry, self.inferencer.threshold)
-        return ExaminedScan.of(scan, found, loss)
+        return ExaminedScan.of(scan, found, loss, excluded)
 
     def draw_example(self) -> Figure:
         """Overlay of the scan with the most nodule voxels, to follow a training by eye."""
@@ -297,7 +304,7 @@ class Validator:
         image, truth = np.asarray(scan.image, np.float32), np.asarray(scan.mask)
         return draw_overlay(image, scan.geometry, found.mask, found.nodules[:1], truth, scan.seriesuid)
 
-    def _write(self, result: ValidationResult, excluded_path: str | Path) -> None:
+    def _write(self, result: ValidationResult, excluded: pd.DataFrame | None) -> None:
         scored = result.table.loc[result.table["part"] != "train", "seriesuid"]
         write_csv(self.output_dir / "validation_results.csv", result.table)
         write_csv(self.output_dir / "nodule_results.csv", result.nodules)
@@ -306,7 +313,7 @@ class Validator:
             draw_distribution(result.table).savefig(temporary)
         result.summary["by_size"] = []
         if len(result.nodules):
-            curve = froc(result.candidates, result.nodules, read_excluded(excluded_path), list(scored))
+            curve = froc(result.candidates, result.nodules, excluded, list(scored))
             write_froc(curve, self.output_dir)
             result.summary["cpm"] = {"value": curve.cpm, "interval": curve.intervals[-1].tolist()}
             result.summary["by_size"] = table_by_size(result.nodules, curve).to_dict("records")
@@ -323,6 +330,7 @@ class ExaminedScan:
         found: All candidates, without the labels.
         whole: Overlap over the whole scan.
         crops: Overlap in a crop around each annotated nodule.
+        on_excluded: (n + 1,) whether that number's nodule lies on an excluded finding and on no annotated nodule.
         loss: Loss of the scan, NaN without a loss function.
     """
 
@@ -331,22 +339,45 @@ class ExaminedScan:
     found: Segmentation
     whole: Overlap
     crops: list[Overlap]
+    on_excluded: np.ndarray
     loss: float
 
     @classmethod
-    def of(cls, scan: ProcessedScan, found: Segmentation, loss: float) -> ExaminedScan:
-        """Counts what ``find_candidates`` found in a scan against its mask."""
+    def of(
+        cls, scan: ProcessedScan, found: Segmentation, loss: float = math.nan, excluded: pd.DataFrame | None = None
+    ) -> ExaminedScan:
+        """Counts what ``find_candidates`` found in a scan against its mask, and against excluded findings."""
         annotated, truth, count = scan.metadata["nodules"], np.asarray(scan.mask), len(found.scores) - 1
         boxes = [nodule_crop(scan.geometry, nodule) for nodule in annotated]
         crops = [Overlap.of(found.labels[box], truth[box], count) for box in boxes]
         unlabelled = replace(found, labels=found.labels[:0])  # counted; a scan's array is too large to be kept
-        return cls(scan.seriesuid, annotated, unlabelled, Overlap.of(found.labels, truth, count), crops, loss)
+        on_excluded = np.zeros(count + 1, bool)
+        if excluded is not None:
+            ours = excluded[excluded["seriesuid"] == scan.seriesuid]
+            diameters = ours["diameter_mm"].where(ours["diameter_mm"] >= 0, UNKNOWN_DIAMETER_MM)
+            findings = [
+                {"center_world": center, "diameter_mm": diameter}
+                for center, diameter in zip(ours[_XYZ].to_numpy(), diameters, strict=True)
+            ]
+            on_finding = hits_of(found.candidates, findings).any(axis=1)
+            on_nodule = hits_of(found.candidates, annotated).any(axis=1)
+            on_excluded[found.numbers] = on_finding & ~on_nodule
+            on_excluded[0] = False
+        whole = Overlap.of(found.labels, truth, count)
+        return cls(scan.seriesuid, annotated, unlabelled, whole, crops, on_excluded, loss)
 
     def row(self, min_score: float) -> dict[str, Any]:
         """Metrics of the scan, and its nodules found and not."""
         hit, false = match_nodules(self.found.keep(min_score).nodules, self.annotated)
-        counts = {"nodules": len(self.annotated), "nodules_found": hit, "false_positive_nodules": false}
-        return self.whole.metrics(self.found.scores >= min_score) | counts
+        kept = self.found.scores >= min_score
+        counts = {
+            "nodules": len(self.annotated),
+            "nodules_found": hit,
+            "false_positive_nodules": false,
+            "on_excluded_findings": int((kept & self.on_excluded).sum()),
+        }
+        dice = {"dice_without_excluded": self.whole.metrics(kept & ~self.on_excluded)["dice"]}
+        return self.whole.metrics(kept) | dice | counts
 
     def dice(self, min_score: float) -> float:
         """Dice of the whole scan."""
@@ -425,12 +456,14 @@ def summarize(table: pd.DataFrame) -> dict[str, Any]:
         for name in METRICS
     }
     return summary | {
+        "dice_without_excluded": float(scored["dice_without_excluded"].mean()),
         "dice_of_scans_with_nodules": float(scored.loc[scored["nodules"] > 0, "dice"].mean()),
         "dice_pooled": _ratio(2 * tp, 2 * tp + fp + fn),
         "scans": len(scored),
         "nodules": int(scored["nodules"].sum()),
         "nodules_found": int(scored["nodules_found"].sum()),
         "false_positive_nodules": int(scored["false_positive_nodules"].sum()),
+        "on_excluded_findings": int(scored["on_excluded_findings"].sum()),
         "scans_without_nodules": len(empty),
         "scans_without_nodules_but_predicted": int((empty["fp_voxels"] > 0).sum()),
         "false_positive_nodules_there": int(empty["false_positive_nodules"].sum()),
@@ -447,10 +480,12 @@ def format_summary(summary: dict[str, Any]) -> str:
         lines.append(f"{name:<14}{figures:>16}   {value['scans']} of {summary['scans']}")
     lines += [
         f"masks of nodules with a score of {summary['min_score']:.2f} or more, of voxels with {summary['threshold']:g}",
+        f"Dice per scan, predicted nodules on excluded findings ignored: {summary['dice_without_excluded']:.3f}",
         f"Dice per scan, scans with nodules alone: {summary['dice_of_scans_with_nodules']:.3f}",
         f"Dice pooled over all voxels of all scans: {summary['dice_pooled']:.3f}",
         f"nodules found: {summary['nodules_found']} of {summary['nodules']}, "
-        f"false-positive nodules: {summary['false_positive_nodules']}",
+        f"false-positive nodules: {summary['false_positive_nodules']}, of which "
+        f"{summary['on_excluded_findings']} on excluded findings",
         f"scans without nodules: {summary['scans_without_nodules']}, of which "
         f"{summary['scans_without_nodules_but_predicted']} with a prediction ("
         f"{summary['false_positive_nodules_there']} nodules, {summary['false_positive_voxels_there']} voxels)",
@@ -671,7 +706,7 @@ def _pair_hits(findings: pd.DataFrame, marks: pd.DataFrame) -> tuple[np.ndarray,
     start, stop = (np.searchsorted(marks["scan"], findings["scan"], side=side) for side in ("left", "right"))
     finding = np.repeat(np.arange(len(findings)), stop - start)
     mark = np.arange(len(finding)) + np.repeat(stop - np.cumsum(stop - start), stop - start)
-    diameter_mm = findings["diameter_mm"].where(findings["diameter_mm"] >= 0, 10.0).to_numpy()
+    diameter_mm = findings["diameter_mm"].where(findings["diameter_mm"] >= 0, UNKNOWN_DIAMETER_MM).to_numpy()
     squared_mm2 = sum((findings[x].to_numpy()[finding] - marks[x].to_numpy()[mark]) ** 2 for x in _XYZ)
     hit = squared_mm2 < (diameter_mm / 2)[finding] ** 2
     return finding[hit], mark[hit]

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import validate
-from infer import NoduleInferencer, Segmentation
+from infer import NoduleInferencer, Segmentation, find_candidates
 from model import DiceBCELoss, LungNodule3DUNet
-from utils import Geometry, read_processed, read_processed_list
+from utils import Geometry, ProcessedScan, read_processed, read_processed_list
 from validate import (
     ExaminedScan,
     Overlap,
@@ -232,7 +232,8 @@ def examined(truth_voxels, *spots):
     hits[0] = truth_voxels - sum(hits)
     candidates = [{"probability": score, "center_world": [0, 0, 0], "diameter_mm": 5.0} for score, _, _ in spots]
     found = Segmentation(np.zeros((0, 1, 1), int), candidates, list(range(1, len(spots) + 1)))
-    return ExaminedScan("1.2.3", [], found, Overlap(np.array(voxels), np.array(hits)), [], math.nan)
+    overlap = Overlap(np.array(voxels), np.array(hits))
+    return ExaminedScan("1.2.3", [], found, overlap, [], np.zeros(len(voxels), bool), math.nan)
 
 
 def test_chosen_score_lies_in_the_middle_between_false_and_true_spots():
@@ -255,6 +256,35 @@ def test_row_counts_only_what_reaches_the_score():
     assert scan.row(0.5)["fp_voxels"] == 0 and scan.row(0.3)["fp_voxels"] == 5
     assert scan.row(0.5)["false_positive_nodules"] == 1  # nothing is annotated
     assert scan.dice(0.5) == scan.row(0.5)["dice"] == 16 / 18
+
+
+@pytest.mark.parametrize(
+    ("x", "diameter_mm", "ignored"),
+    [
+        (30.0, 5.0, True),
+        (32.4, 5.0, True),
+        (32.6, 5.0, False),  # as far as its radius, and a little more
+        (34.9, -1.0, True),  # unknown: 10 mm
+        (10.0, 5.0, False),  # the nodule itself
+    ],
+)
+def test_predicted_nodule_on_an_excluded_finding_counts_neither_way(x, diameter_mm, ignored):
+    probability = np.zeros((9, 9, 40), np.float32)
+    truth = np.zeros(probability.shape, np.uint8)
+    probability[3:6, 3:6, 9:12] = probability[3:6, 3:6, 29:32] = 0.9
+    truth[3:6, 3:6, 9:12] = 1
+    nodule = {"center_world": [10.0, 4.0, 4.0], "center_voxel": [10.0, 4.0, 4.0], "diameter_mm": 4.0}
+    metadata = {"origin": [0, 0, 0], "spacing": [1, 1, 1], "nodules": [nodule]}
+    scan = ProcessedScan("a", probability, truth, metadata)
+    excluded = pd.DataFrame(
+        [("a", x, 4.0, 4.0, diameter_mm), ("b", 30.0, 4.0, 4.0, 20.0)],  # another scan's does not matter
+        columns=["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"],
+    )
+    found = find_candidates(probability, scan.geometry, 0.5)
+    row = ExaminedScan.of(scan, found, excluded=excluded).row(0.0)
+    assert (row["dice"], row["false_positive_nodules"]) == (2 / 3, 1)  # strict, as ever
+    assert row["dice_without_excluded"] == (1 if ignored else 2 / 3)
+    assert row["on_excluded_findings"] == int(ignored)
 
 
 def test_live_validation_chooses_the_score_and_a_given_one_stays(processed_dir):
@@ -302,8 +332,8 @@ def test_size_that_no_nodule_has_is_left_out():
 
 
 def row(uid, dice, nodules=1, found=1, false=0, part="validation", **voxels):
-    metrics = dict.fromkeys(("dice", "sensitivity", "precision", "recall"), dice)
-    counts = {"nodules": nodules, "nodules_found": found, "false_positive_nodules": false}
+    metrics = dict.fromkeys(("dice", "sensitivity", "precision", "recall", "dice_without_excluded"), dice)
+    counts = {"nodules": nodules, "nodules_found": found, "false_positive_nodules": false, "on_excluded_findings": 0}
     counts |= {"tp_voxels": 0, "fp_voxels": 0, "fn_voxels": 0} | voxels
     return {"seriesuid": uid, "part": part} | metrics | counts
 
@@ -369,7 +399,7 @@ def test_summary_for_a_person_says_mean_deviation_and_how_many_scans(table):
     [
         "Dice per scan, scans with nodules alone: 0.750",
         "Dice pooled over all voxels of all scans: 0.213",
-        "nodules found: 3 of 4, false-positive nodules: 4",
+        "nodules found: 3 of 4, false-positive nodules: 4, of which 0 on excluded findings",
         "scans without nodules: 2, of which 1 with a prediction (4 nodules, 70 voxels)",
     ],
 )
