@@ -25,7 +25,17 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils import ProcessedScan, Shape, Vector, check, query_lidc, read_metadata, read_processed
+from utils import (
+    ProcessedScan,
+    Shape,
+    Vector,
+    check,
+    process_count,
+    process_rank,
+    query_lidc,
+    read_metadata,
+    read_processed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -540,10 +550,41 @@ class PatchSampler(Sampler):
         self.hard = {(scan, tuple(center)): error for scan, center, error in state["hard"]}
 
 
+class SharedBatches(Sampler):
+    """This process's share of each batch of a sampler's keys.
+
+    A last batch that the processes cannot share evenly is filled up with its own first samples.
+
+    Args:
+        sampler: Gives the keys of an epoch, the same in every process.
+        batch_size: Keys in a batch of all processes.
+        rank: Number of this process.
+        count: Number of processes.
+
+    Raises:
+        ValueError: The processes cannot share a batch evenly.
+    """
+
+    def __init__(self, sampler: ScanSampler | PatchSampler, batch_size: int, rank: int = 0, count: int = 1) -> None:
+        check(batch_size % count == 0, f"batch_size must be a multiple of the {count} processes, not {batch_size}")
+        self.sampler, self.batch_size, self.rank, self.count = sampler, batch_size, rank, count
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.sampler) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        keys = list(self.sampler)
+        for start in range(0, len(keys), self.batch_size):
+            batch = keys[start : start + self.batch_size]
+            share = math.ceil(len(batch) / self.count)
+            places = range(self.rank * share, (self.rank + 1) * share)
+            yield [batch[place % len(batch)] for place in places]
+
+
 def make_loader(
     dataset: Dataset, sampler: ScanSampler | PatchSampler, batch_size: int, num_workers: int, device: torch.device
 ) -> DataLoader:
-    """Loader of augmentable batches; no more workers than cores.
+    """Loader of augmentable batches, shared by the processes; no more workers than cores.
 
     Workers are forked on Linux, so that a caller's script needs no main guard.
     """
@@ -551,8 +592,7 @@ def make_loader(
     workers = min(num_workers, cores) if device.type == "cuda" else 0  # on a CPU they would take the network's cores
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=sampler,
+        batch_sampler=SharedBatches(sampler, batch_size, process_rank(), process_count()),
         num_workers=workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",

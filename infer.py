@@ -11,9 +11,10 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -41,7 +42,12 @@ from utils import (
     atomic_path,
     autocast_dtype,
     check,
+    do_once,
+    gather_objects,
+    join_processes,
     parse_command_line,
+    process_count,
+    process_rank,
     read_processed,
     read_processed_list,
     read_scan,
@@ -94,14 +100,12 @@ class ScanResult:
     Args:
         seriesuid: Name of the scan.
         part: 'train', 'validation', 'test', 'new' or 'unknown'.
-        mask: uint8 (z, y, x).
         nodules: One dict a nodule, most probable first.
         marks: All scored candidates, in LUNA16's submission format.
     """
 
     seriesuid: str
     part: str
-    mask: np.ndarray
     nodules: list[dict[str, Any]]
     marks: pd.DataFrame
 
@@ -143,7 +147,7 @@ class NoduleInferencer:
         check(min_score is None or 0 <= min_score <= 1, f"min_score must be 0 to 1 or null, not {min_score}")
         self.checkpoint_path = Path(checkpoint_path)
         self.output_dir = Path(output_dir)
-        self.device = select_device(device)
+        self.device = join_processes(select_device(device))
         self.threshold = threshold
         self.overwrite = overwrite
         self.autocast_dtype = autocast_dtype(self.device, mixed_precision)
@@ -278,12 +282,17 @@ class NoduleInferencer:
         parts = choose_scans(data_dir, self.checkpoint_path, subset)
         for uid in parts:
             self.check_prepared_alike(read_processed(data_dir, uid))
-        self._claim_output()
-        results = []
-        for uid, part in tqdm(parts.items(), desc="inference", unit="scan", disable=None):
-            scan = read_processed(data_dir, uid)
-            probability = self.predict_probability(scan.image, scan.lung_box)
-            results.append(self._write_scan(uid, part, scan.image, scan.geometry, probability, np.asarray(scan.mask)))
+        do_once(self._claim_output)
+
+        def predict(scan: ProcessedScan) -> np.ndarray:
+            return self.predict_probability(scan.image, scan.lung_box)
+
+        def write(scan: ProcessedScan, probability: np.ndarray) -> ScanResult:
+            found = self.segment(probability, scan.geometry)
+            uid = scan.seriesuid
+            return self._write_scan(uid, parts[uid], scan.image, scan.geometry, found, scan.mask)
+
+        results = map_scans(data_dir, list(parts), predict, write, desc="inference")
         return self._write_summary(results)
 
     def infer_scan(self, path: str | Path) -> list[dict[str, Any]]:
@@ -308,9 +317,10 @@ class NoduleInferencer:
         if prepared.lung_source == "none" and self.preprocessing.mask_lungs:
             logger.warning("%s: no lungs were found; is it a chest CT in HU?", path)
         probability = self.predict_probability(prepared.array, prepared.lung_box)
-        result = self._write_scan(name, "new", prepared.array, prepared.grid, probability, None)
+        found = self.segment(probability, prepared.grid)
+        result = self._write_scan(name, "new", prepared.array, prepared.grid, found, None)
         own_mask = resample(
-            prepared.grid.image(result.mask), Geometry.from_image(scan), linear=False, pixel_type=sitk.sitkUInt8
+            prepared.grid.image(found.mask), Geometry.from_image(scan), linear=False, pixel_type=sitk.sitkUInt8
         )
         write_image(self.output_dir / "predicted_masks" / f"{name}.nii.gz", own_mask)
         self._write_summary([result], keep=True)
@@ -333,6 +343,8 @@ class NoduleInferencer:
         Returns:
             One row a nodule of the raw scan, or one row a scan of the folder.
         """
+        if input is not None and process_rank():
+            return pd.DataFrame()  # one scan is the first process's work
         if input is not None:
             return nodule_table(scan_name(input), self.infer_scan(input))
         return self.infer_dataset(data_dir, subset)
@@ -373,10 +385,9 @@ class NoduleInferencer:
         part: str,
         image: np.ndarray,
         geometry: Geometry,
-        probability: np.ndarray,
+        found: Segmentation,
         truth: np.ndarray | None,
     ) -> ScanResult:
-        found = self.segment(probability, geometry)
         mask, nodules = found.mask, found.nodules
         write_array(self.output_dir / "predicted_masks" / f"{uid}.npy", mask)
         write_objects(self.output_dir / f"{uid}_nodules.npy", nodules)
@@ -384,7 +395,7 @@ class NoduleInferencer:
         figure = draw_overlay(np.asarray(image, np.float32), geometry, mask, nodules, truth, title=uid)
         with atomic_path(self.output_dir / "visualizations" / f"{uid}.png") as temporary:
             figure.savefig(temporary)
-        return ScanResult(uid, part, mask, nodules, nodule_table(uid, found.candidates)[list(CANDIDATE_COLUMNS)])
+        return ScanResult(uid, part, nodules, nodule_table(uid, found.candidates)[list(CANDIDATE_COLUMNS)])
 
     def _write_summary(self, results: Sequence[ScanResult], keep: bool = False) -> pd.DataFrame:
         """Writes the tables of all scans of a run; ``keep`` adds them to those of earlier runs in the folder."""
@@ -398,17 +409,16 @@ class NoduleInferencer:
                 "highest_probability": max((n["probability"] for n in result.nodules), default=None),
                 "nodule_volume_mm3": sum(n["volume_mm3"] for n in result.nodules),
             }
-        write_objects(
-            path.with_suffix(".npy"),
-            {
-                "checkpoint": str(self.checkpoint_path),
-                "threshold": self.threshold,
-                "min_score": self.min_score,
-                "scans": scans,
-            },
-        )
         rows = [{"seriesuid": uid} | scan | {"nodules": len(scan["nodules"])} for uid, scan in scans.items()]
         summary = pd.DataFrame(rows)
+        if process_rank():
+            return summary
+        origin = {
+            "checkpoint": str(self.checkpoint_path),
+            "threshold": self.threshold,
+            "min_score": self.min_score,
+        }
+        write_objects(path.with_suffix(".npy"), origin | {"scans": scans})
         write_csv(path.with_suffix(".csv"), summary)
         marks = [result.marks for result in results]
         path = self.output_dir / "candidates.csv"
@@ -417,6 +427,49 @@ class NoduleInferencer:
             marks.insert(0, earlier[~earlier["seriesuid"].isin([result.seriesuid for result in results])])
         write_csv(path, pd.concat(marks))
         return summary
+
+
+def map_scans(
+    data_dir: str | Path,
+    seriesuids: Sequence[str],
+    compute: Callable[[ProcessedScan], Any],
+    finish: Callable[[ProcessedScan, Any], Any],
+    desc: str,
+    leave: bool = True,
+) -> list[Any]:
+    """``finish(scan, compute(scan))`` of processed scans, in their order, in every process.
+
+    The processes share the scans out. In each, the next scan is read and the last one finished in two threads, while
+    the network computes; no more than three scans are in memory.
+
+    Args:
+        data_dir: Folder that preprocess.py wrote.
+        seriesuids: The scans.
+        compute: What the network does.
+        finish: What is left to do with its result.
+        desc: Title of the progress bar.
+        leave: Whether the bar stays.
+    """
+    mine = seriesuids[process_rank() :: process_count()]
+    finished: list[Future] = []
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as finisher:
+        reading = [reader.submit(_load_scan, data_dir, uid) for uid in mine[:1]]
+        silent = True if process_rank() else None
+        for index in tqdm(range(len(mine)), desc=desc, unit="scan", disable=silent, leave=leave):
+            scan = reading.pop().result()
+            reading += [reader.submit(_load_scan, data_dir, uid) for uid in mine[index + 1 : index + 2]]
+            computed = compute(scan)
+            if finished:
+                finished[-1].result()
+            finished.append(finisher.submit(finish, scan, computed))
+    shares = gather_objects([future.result() for future in finished])
+    return [shares[place % len(shares)][place // len(shares)] for place in range(len(seriesuids))]
+
+
+def _load_scan(data_dir: str | Path, uid: str) -> ProcessedScan:
+    """A processed scan whose arrays are in memory, not on the disk."""
+    scan = read_processed(data_dir, uid)
+    return replace(scan, image=np.array(scan.image), mask=np.array(scan.mask))
 
 
 @contextmanager
@@ -796,6 +849,8 @@ def _command(argv: list[str] | None) -> int:
     options, run_options = parse_command_line(NoduleInferencer, "run", argv=argv, skip=["model", "window"])
     inferencer = NoduleInferencer(**options)
     found = inferencer.run(**run_options)
+    if process_rank():
+        return 0
     print("no nodule found" if found.empty else found.to_string(index=False))
     print(f"files and pictures: {inferencer.output_dir}")
     return 0

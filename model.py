@@ -6,9 +6,9 @@ import math
 import pickle
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from monai.networks.nets import DynUNet, UNet
@@ -16,7 +16,7 @@ from monai.networks.utils import pixelshuffle
 from torch import Tensor, nn
 from torch.nn import functional
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 # What zipfile, zlib and the unpickler raise on a file with flipped or missing bytes.
 DAMAGE = (
     zipfile.BadZipFile,
@@ -42,6 +42,7 @@ class SegmentationNetwork(nn.Module):
         strides: Downsampling between the levels, one fewer than ``channels``.
         num_res_units: Convolutions in each residual unit; 0 for plain convolutions.
         dropout: Dropout probability.
+        norm: 'batch', or 'instance', which does not depend on the other samples of a batch.
 
     Raises:
         ValueError: The arguments do not fit together.
@@ -57,6 +58,7 @@ class SegmentationNetwork(nn.Module):
         strides: Sequence[int] = (2, 2, 2, 2),
         num_res_units: int = 2,
         dropout: float = 0.1,
+        norm: Literal["batch", "instance"] = "batch",
     ) -> None:
         super().__init__()
         if len(channels) < 2 or min(channels) < 1:
@@ -69,6 +71,8 @@ class SegmentationNetwork(nn.Module):
             raise ValueError(f"num_res_units must not be negative, not {num_res_units}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {dropout}")
+        if norm not in ("batch", "instance"):
+            raise ValueError(f"norm must be 'batch' or 'instance', not {norm!r}")
         self.arguments: dict[str, Any] = {
             "in_channels": in_channels,
             "out_channels": out_channels,
@@ -76,6 +80,7 @@ class SegmentationNetwork(nn.Module):
             "strides": list(strides),
             "num_res_units": num_res_units,
             "dropout": dropout,
+            "norm": norm,
         }
         self.unet = self._build()
         # Nearly all voxels are background. Without this the first hundreds of steps only teach that (Lin et al. 2017).
@@ -86,6 +91,11 @@ class SegmentationNetwork(nn.Module):
     def _build(self) -> nn.Module:
         """The layers, by ``arguments``."""
         raise NotImplementedError
+
+    @property
+    def _norm(self) -> tuple[str, dict[str, bool]]:
+        """The norm as MONAI names it; instance norm learns scale and shift as batch norm does."""
+        return self.arguments["norm"], {"affine": True}
 
     @property
     def divisor(self) -> int:
@@ -103,13 +113,13 @@ class SegmentationNetwork(nn.Module):
 
 
 class LungNodule3DUNet(SegmentationNetwork):
-    """3-D U-Net with residual units, batch norm and PReLU (MONAI's ``UNet``; Kerfoot et al. 2019).
+    """3-D U-Net with residual units, batch or instance norm, and PReLU (MONAI's ``UNet``; Kerfoot et al. 2019).
 
     Takes the arguments of ``SegmentationNetwork``.
     """
 
     def _build(self) -> nn.Module:
-        return UNet(spatial_dims=3, act="PRELU", norm="BATCH", **self.arguments)
+        return UNet(spatial_dims=3, act="PRELU", **self.arguments | {"norm": self._norm})
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, out_channels, Z, Y, X) of images (B, in_channels, Z, Y, X)."""
@@ -148,7 +158,7 @@ class SubpixelUNet(SegmentationNetwork):
             upsample_kernel_size=given["strides"],
             filters=given["channels"],
             dropout=given["dropout"] or None,
-            norm_name=("BATCH", {"affine": True}),
+            norm_name=self._norm,
             res_block=given["num_res_units"] > 0,
         )
 
@@ -179,6 +189,8 @@ class DiceBCELoss(nn.Module):
         smooth: Keeps the fraction finite.
         per_sample: Take the Dice of each sample, and the mean over those with a nodule, instead of one of the batch.
         hardest_share: Share of each sample's voxels, those with the largest cross-entropy, that it is averaged over.
+        gather: Takes figures (n, B) of the samples to those (n, all samples) of a batch that several processes share,
+            so that all of them get the loss of the whole batch; None where one process has all of it.
 
     Raises:
         ValueError: A weight is negative, both are 0, ``smooth`` is not positive, or the share is not in (0, 1].
@@ -191,6 +203,7 @@ class DiceBCELoss(nn.Module):
         smooth: float = 1e-6,
         per_sample: bool = False,
         hardest_share: float = 1.0,
+        gather: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         if min(dice_weight, bce_weight) < 0 or dice_weight + bce_weight == 0:
@@ -200,7 +213,7 @@ class DiceBCELoss(nn.Module):
         if not 0 < hardest_share <= 1:
             raise ValueError(f"hardest_share must be above 0 and at most 1, not {hardest_share}")
         self.dice_weight, self.bce_weight, self.smooth = dice_weight, bce_weight, smooth
-        self.per_sample, self.hardest_share = per_sample, hardest_share
+        self.per_sample, self.hardest_share, self.gather = per_sample, hardest_share, gather
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Scalar float32 loss of logits and a 0/1 target of the same shape (B, 1, Z, Y, X)."""
@@ -210,9 +223,13 @@ class DiceBCELoss(nn.Module):
         bce = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
         if self.hardest_share < 1:
             bce = bce.topk(math.ceil(self.hardest_share * bce.shape[1]), dim=1, sorted=False).values
-        probability, over = torch.sigmoid(logits), 1 if self.per_sample else (0, 1)
-        overlap, size = (probability * target).sum(over), target.sum(over)
-        dice_loss = 1 - (2 * overlap + self.smooth) / (probability.sum(over) + size + self.smooth)
+        probability = torch.sigmoid(logits)
+        figures = [(probability * target).sum(1), probability.sum(1), target.sum(1), bce.mean(1)]
+        samples = torch.stack(figures)
+        overlap, predicted, size, bce = samples if self.gather is None else self.gather(samples)  # (B,) each
+        if not self.per_sample:
+            overlap, predicted, size = (figure.sum(0, keepdim=True) for figure in (overlap, predicted, size))
+        dice_loss = 1 - (2 * overlap + self.smooth) / (predicted + size + self.smooth)
         shows_nodule = size > 0
         dice_loss = (dice_loss * shows_nodule).sum() / shows_nodule.sum().clamp(min=1)
         mixed = self.dice_weight * dice_loss + self.bce_weight * bce.mean()

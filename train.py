@@ -2,6 +2,7 @@
 
 python train.py
 python train.py --num_epochs 150 --batch_size 4 --output_dir experiments/custom_run
+torchrun --nproc_per_node 4 train.py --batch_size 8
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -30,7 +32,13 @@ from utils import (
     atomic_path,
     autocast_dtype,
     check,
+    do_once,
+    gather_objects,
+    gather_samples,
+    join_processes,
     parse_command_line,
+    process_count,
+    process_rank,
     read_metadata,
     read_processed_list,
     read_split,
@@ -61,7 +69,7 @@ class Trainer:
         data_dir: Folder that preprocess.py wrote.
         output_dir: Where checkpoints, log.csv and TensorBoard logs go.
         num_epochs: Passes over the training scans.
-        batch_size: Scans or patches in a step.
+        batch_size: Scans or patches in a step, of all processes together where ``torchrun`` starts several.
         learning_rate: Of AdamW at the start; a cosine takes it to 0.
         weight_decay: Of AdamW.
         num_workers: Processes that load data for a GPU; a CPU loads in the training process itself.
@@ -73,6 +81,7 @@ class Trainer:
         strides: Downsampling between the levels, e.g. '[2,2,2,2]'.
         num_res_units: Convolutions in each residual unit.
         dropout: Dropout probability.
+        norm: 'batch', or 'instance', which does not depend on the batch and so suits small ones and many processes.
         dice_weight: Weight of the Dice loss.
         bce_weight: Weight of the binary cross-entropy.
         smooth: Smoothing of the Dice loss.
@@ -118,6 +127,7 @@ class Trainer:
         strides: Sequence[int] = (2, 2, 2, 2),
         num_res_units: int = 2,
         dropout: float = 0.1,
+        norm: Literal["batch", "instance"] = "batch",
         dice_weight: float = 0.5,
         bce_weight: float = 0.5,
         smooth: float = 1e-6,
@@ -147,7 +157,7 @@ class Trainer:
         self.num_epochs, self.batch_size = num_epochs, batch_size
         self.checkpoint_interval, self.validation_interval = checkpoint_interval, validation_interval
         self.patch_size: Shape | None = tuple(patch_size) if patch_size is not None else None  # type: ignore[assignment]
-        self.device = select_device(device)
+        self.device = join_processes(select_device(device))
         self.autocast_dtype = autocast_dtype(self.device, mixed_precision)
         self.augmentation = augmentation
         self.resume = resume
@@ -160,7 +170,7 @@ class Trainer:
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
         self._build_network()
         uids = read_processed_list(self.data_dir)
-        self._claim_output(overwrite)
+        do_once(lambda: self._claim_output(overwrite))
         self.split = self._split(uids)
         self.preprocessing = self._check_data()
         self._build_data()
@@ -180,16 +190,25 @@ class Trainer:
     def _build_network(self) -> None:
         """Network, loss, optimiser, schedule and gradient scaler."""
         given = self.settings
-        architecture = {name: given[name] for name in ("channels", "strides", "num_res_units", "dropout")}
-        self.network: SegmentationNetwork = place(NETWORKS[given["network"]](**architecture), self.device)
-        self.loss = DiceBCELoss(
-            given["dice_weight"], given["bce_weight"], given["smooth"], given["dice_per_sample"], given["hardest_share"]
-        )
+        architecture = {name: given[name] for name in ("channels", "strides", "num_res_units", "dropout", "norm")}
+        network = NETWORKS[given["network"]](**architecture)
+        if process_count() > 1 and self.device.type == "cuda":
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        elif process_count() > 1 and given["norm"] == "batch":
+            logger.warning("on CPUs batch norm sees its own process's share of a batch alone; see --norm instance")
+        self.network: SegmentationNetwork = place(network, self.device)
+        loss = {name: given[name] for name in ("dice_weight", "bce_weight", "smooth", "hardest_share")}
+        loss["per_sample"] = given["dice_per_sample"]
+        self.loss, self.validation_loss = DiceBCELoss(**loss, gather=gather_samples), DiceBCELoss(**loss)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=given["learning_rate"], weight_decay=given["weight_decay"], fused=True
         )
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=self.num_epochs)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
+        self.trained: nn.Module = self.network
+        if process_count() > 1:
+            self.trained = DistributedDataParallel(self.network)
+            torch.manual_seed(given["seed"] + process_rank())  # each process drops other features
 
     def _build_data(self) -> None:
         """Sampler and loader of the training scans, and the validator of the others."""
@@ -210,7 +229,7 @@ class Trainer:
             model=self.network,
             window=self.patch_size,
             seriesuids=self.split["validation"],
-            loss=self.loss,
+            loss=self.validation_loss,
         )
 
     def _claim_output(self, overwrite: bool) -> None:
@@ -236,7 +255,8 @@ class Trainer:
             old = read_split(path)
             check(old == split, f"{path} is not the split of these scans and settings; start anew with overwrite=True")
             return old
-        write_json(path, split)
+        if not process_rank():
+            write_json(path, split)
         sizes = ", ".join(f"{len(split[part])} {part}" for part in ("train", "validation", "test"))
         logger.info("scans: %s", sizes)
         return split
@@ -275,14 +295,16 @@ class Trainer:
         """
         if self.resume:
             self._load_newest()
-        self.writer = SummaryWriter(str(self.output_dir / f"logs_{time.strftime('%Y%m%d-%H%M%S')}"))
+        logs = self.output_dir / f"logs_{time.strftime('%Y%m%d-%H%M%S')}"
+        self.writer = None if process_rank() else SummaryWriter(str(logs))
         try:
             while self.epoch < self.num_epochs:
                 self._run_epoch()
         except torch.cuda.OutOfMemoryError as error:
             raise RuntimeError(OUT_OF_MEMORY.format(**self.settings)) from error
         finally:
-            self.writer.close()
+            if self.writer is not None:
+                self.writer.close()
         return pd.DataFrame(self.log)
 
     def _run_epoch(self) -> None:
@@ -310,7 +332,8 @@ class Trainer:
         pending: list[tuple[dict[str, Any], Tensor]] = []
         known: list[float] = []
         dice = next((row["validation_dice"] for row in reversed(self.log) if "validation_dice" in row), math.nan)
-        with tqdm(self.loader, desc=f"epoch {self.epoch + 1}/{self.num_epochs}", unit="step", disable=None) as bar:
+        desc, silent = f"epoch {self.epoch + 1}/{self.num_epochs}", True if process_rank() else None
+        with tqdm(self.loader, desc=desc, unit="step", disable=silent) as bar:
             for batch in bar:
                 pending.append((batch, self._step(batch)))
                 if len(pending) == REPORT_EVERY:
@@ -328,18 +351,23 @@ class Trainer:
 
         Losses that are not finite are reported by their scans; errors of patches go to the sampler.
         """
-        values = torch.cat([figures for _, figures in pending]).tolist() if pending else []
-        losses = []
+        figures = torch.cat([step for _, step in pending]).tolist() if pending else []
+        steps = []
         for batch, _ in pending:
-            loss, *errors = values[: 1 + len(batch["key"])]
-            del values[: 1 + len(batch["key"])]
+            loss, *errors = figures[: 1 + len(batch["key"])]
+            del figures[: 1 + len(batch["key"])]
+            steps.append((loss, errors, batch["key"], batch["seriesuid"]))
+        pending.clear()
+        losses = []
+        for parts in zip(*gather_objects(steps), strict=True):  # of one step, what each process saw
+            loss = parts[0][0]
             if math.isfinite(loss):
                 losses.append(loss)
-                self.sampler.record(batch["key"], errors)
+                for _, errors, keys, _ in parts:
+                    self.sampler.record(keys, errors)
             else:
-                scans = ", ".join(batch["seriesuid"])
+                scans = ", ".join(uid for *_, uids in parts for uid in uids)
                 logger.warning("epoch %d: loss %s on %s; step left out", self.epoch + 1, loss, scans)
-        pending.clear()
         return losses
 
     def _step(self, batch: dict[str, Any]) -> Tensor:
@@ -356,10 +384,10 @@ class Trainer:
         before = [buffer.clone() for buffer in statistics]
         dtype = self.autocast_dtype
         with torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            logits = self.network(image)
+            logits = self.trained(image)
         loss = self.loss(logits, mask)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss * process_count()).backward()  # DistributedDataParallel divides by their number
         finite = torch.isfinite(loss.detach())
         for buffer, old in zip(statistics, before, strict=True):
             buffer.copy_(torch.where(finite, buffer, old))
@@ -394,6 +422,8 @@ class Trainer:
                 "epoch %d: loss %.4f, validation loss %.4f, Dice %.3f", self.epoch, train_loss, result.loss, result.dice
             )
         self.log.append(row)
+        if self.writer is None:
+            return
         write_csv(self.output_dir / "log.csv", pd.DataFrame(self.log))
         for name, value in row.items():
             if name not in ("epoch", "seconds") and math.isfinite(value):
@@ -402,9 +432,20 @@ class Trainer:
             self.writer.add_image("validation", _render(self.validator.draw_example()), self.epoch, dataformats="HWC")
         self.writer.flush()
 
-    def _save(self, name: str) -> None:
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+    def _random_state(self) -> dict[str, Any]:
+        """States of this process's generators."""
         generator = np.random.get_state()
+        return {
+            "python": random.getstate(),
+            "numpy": [generator[0], generator[1].tolist(), *generator[2:]],  # type: ignore[index]
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def _save(self, name: str) -> None:
+        states = gather_objects(self._random_state())
+        if process_rank():
+            return
         checkpoint = {
             "network": self.network.arguments,
             "weights": self.network.state_dict(),
@@ -418,12 +459,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "sampler": self.sampler.state_dict(),
-            "random": {
-                "python": random.getstate(),
-                "numpy": [generator[0], generator[1].tolist(), *generator[2:]],  # type: ignore[index]
-                "torch": torch.get_rng_state(),
-                "cuda": cuda,
-            },
+            "random": states,  # of each process
         }
         with atomic_path(self.checkpoint_dir / name) as temporary:
             save_checkpoint(temporary, checkpoint)
@@ -462,7 +498,7 @@ class Trainer:
         self.sampler.load_state_dict(checkpoint["sampler"])
         self.epoch, self.best, self.log = checkpoint["epoch"], tuple(checkpoint["best"]), checkpoint["log"]
         self.min_score = checkpoint["min_score"]
-        states = checkpoint["random"]
+        states = checkpoint["random"][process_rank() % len(checkpoint["random"])]
         random.setstate(states["python"])
         name, keys, *rest = states["numpy"]
         np.random.set_state((name, np.asarray(keys, np.uint32), *rest))
@@ -506,6 +542,8 @@ def _command(argv: list[str] | None) -> int:
     [options] = parse_command_line(Trainer, argv=argv)
     trainer = Trainer(**options)
     trainer.train()
+    if process_rank():
+        return 0
     print(f"best validation Dice {trainer.best[0]:.3f}; checkpoints: {trainer.checkpoint_dir}")
     return 0
 

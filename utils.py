@@ -6,6 +6,7 @@ LUNA16's ``annotations.csv`` and of ITK. The order changes in ``Geometry`` and i
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import inspect
 import json
@@ -626,7 +627,7 @@ def query_lidc(query: str, values: Sequence[Any] = ()) -> list[tuple] | None:
         return connection.execute(query, values).fetchall()
 
 
-# ------------------------------------------------------------------------------------------------- seeds and devices
+# -------------------------------------------------------------------------------------- seeds, devices and processes
 
 
 def seed_everything(seed: int) -> None:
@@ -661,6 +662,76 @@ def select_device(device: str | torch.device) -> torch.device:
     if chosen.type not in ("cuda", "cpu"):
         raise ValueError(f"device must be 'cuda', 'cuda:<n>' or 'cpu', not {device!r}")
     return chosen
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """Joins the processes that ``torchrun`` started, once; does nothing in a process that it did not start.
+
+    Returns:
+        ``device``, or this process's own GPU in place of 'cuda'.
+    """
+    import torch
+    from torch import distributed
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(distributed.destroy_process_group)
+        if process_rank():
+            logging.getLogger().setLevel(logging.ERROR)  # what the first process says is said once
+    return device
+
+
+def process_count() -> int:
+    """How many processes work together; 1 without ``torchrun``."""
+    from torch import distributed
+
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def process_rank() -> int:
+    """Number of this process, from 0; 0 is the one that writes what belongs to all."""
+    from torch import distributed
+
+    return distributed.get_rank() if process_count() > 1 else 0
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """What each process gives, in their order, in every process; all of them must call it."""
+    from torch import distributed
+
+    values = [value] * process_count()
+    if len(values) > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def do_once(work: Callable[[], Any]) -> None:
+    """Runs ``work`` in the first process, while the others wait."""
+    if not process_rank():
+        work()
+    gather_objects(None)
+
+
+def gather_samples(figures: torch.Tensor) -> torch.Tensor:
+    """Figures (n, samples) of the samples of all processes, (n, all samples); each must have as many.
+
+    Gradients flow to this process's own samples alone. So the sum, not the mean, of the processes' gradients is the
+    gradient of what is computed from all.
+    """
+    import torch
+    from torch import distributed
+
+    if process_count() == 1:
+        return figures
+    parts = [torch.empty_like(figures) for _ in range(process_count())]
+    distributed.all_gather(parts, figures.detach().contiguous())
+    parts[process_rank()] = figures
+    return torch.cat(parts, dim=1)
 
 
 def autocast_dtype(device: torch.device, mixed_precision: bool) -> torch.dtype | None:

@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,6 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from infer import (
     NoduleInferencer,
@@ -30,6 +30,7 @@ from infer import (
     choose_scans,
     draw_overlay,
     find_candidates,
+    map_scans,
     nodule_table,
 )
 from utils import (
@@ -40,7 +41,9 @@ from utils import (
     Shape,
     atomic_path,
     check,
+    do_once,
     parse_command_line,
+    process_rank,
     read_processed,
     read_split,
     read_table,
@@ -238,32 +241,27 @@ class Validator:
         """
         parts = self._choose(subset, fold)
         excluded = read_excluded(excluded_path) if self.writes_files else None
-        examined = {
-            uid: self._examine(read_processed(self.data_dir, uid), excluded)
-            for uid, part in tqdm(parts.items(), desc="validation", unit="scan", disable=None, leave=self.writes_files)
-            if part != "train"
-        }
-        if self.chooses_min_score:
-            self.inferencer.min_score = choose_min_score(list(examined.values()))
-        min_score = self.inferencer.min_score
-        table = pd.DataFrame(
-            [
-                {"seriesuid": uid, "part": part} | (examined[uid].row(min_score) if uid in examined else {})
-                for uid, part in parts.items()
-            ]
+        scored = [uid for uid, part in parts.items() if part != "train"]
+        scans: list[ExaminedScan] = map_scans(
+            self.data_dir, scored, self._predict, partial(self._examine, excluded), "validation", self.writes_files
         )
-        nodules = [row for scan in examined.values() for row in scan.nodule_rows(min_score)]
-        marks = [nodule_table(uid, scan.found.candidates)[list(CANDIDATE_COLUMNS)] for uid, scan in examined.items()]
+        if self.chooses_min_score:
+            self.inferencer.min_score = choose_min_score(scans)
+        min_score = self.inferencer.min_score
+        rows = {scan.seriesuid: scan.row(min_score) for scan in scans}
+        table = pd.DataFrame([{"seriesuid": uid, "part": part} | rows.get(uid, {}) for uid, part in parts.items()])
+        nodules = [row for scan in scans for row in scan.nodule_rows(min_score)]
+        marks = [nodule_table(scan.seriesuid, scan.found.candidates)[list(CANDIDATE_COLUMNS)] for scan in scans]
         result = ValidationResult(
             table,
             pd.DataFrame(nodules, columns=NODULE_COLUMNS),
             pd.concat(marks, ignore_index=True),
             summarize(table) | {"threshold": self.inferencer.threshold, "min_score": min_score},
-            float(np.mean([scan.loss for scan in examined.values()])),
+            float(np.mean([scan.loss for scan in scans])),
             min_score,
         )
         if self.writes_files:
-            self._write(result, excluded)
+            do_once(lambda: self._write(result, excluded))
         return result
 
     def _choose(self, subset: Subset, fold: int | None) -> dict[str, str]:
@@ -281,16 +279,21 @@ class Validator:
             raise ValueError(f"{self.data_dir} holds training scans only; name a data_dir with others")
         return parts
 
-    def _examine(self, scan: ProcessedScan, excluded: pd.DataFrame | None) -> ExaminedScan:
-        """Runs the network over a scan and compares all that it found with the truth."""
+    def _predict(self, scan: ProcessedScan) -> tuple[np.ndarray, float]:
+        """Probability (z, y, x), and loss."""
         self.inferencer.check_prepared_alike(scan)
         logits = self.inferencer.logits(self.inferencer.to_tensor(scan.image), scan.lung_box)
-        probability = torch.sigmoid(logits)[0, 0].cpu().numpy()
         loss = math.nan
         if self.loss is not None:
-            target = torch.from_numpy(np.array(scan.mask)).to(logits.device)[None, None]
             with torch.inference_mode():
-                loss = float(self.loss(logits, target))
+                loss = float(self.loss(logits, torch.from_numpy(scan.mask).to(logits.device)[None, None]))
+        return torch.sigmoid(logits)[0, 0].cpu().numpy(), loss
+
+    def _examine(
+        self, excluded: pd.DataFrame | None, scan: ProcessedScan, predicted: tuple[np.ndarray, float]
+    ) -> ExaminedScan:
+        """Compares all that was found in a scan with the truth."""
+        probability, loss = predicted
         found = find_candidates(probability, scan.geometry, self.inferencer.threshold)
         return ExaminedScan.of(scan, found, loss, excluded)
 
@@ -860,7 +863,10 @@ def _command(argv: list[str] | None) -> int:
         print(f"table and picture: {score_options['output_dir']}")
         return 0
     validator = Validator(**options)
-    print(format_summary(validator.run_validation(**run_options).summary))
+    summary = validator.run_validation(**run_options).summary
+    if process_rank():
+        return 0
+    print(format_summary(summary))
     print(f"tables and pictures: {validator.output_dir}")
     return 0
 

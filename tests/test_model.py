@@ -41,6 +41,7 @@ def test_network_has_the_arguments_and_defaults_of_the_brief():
         "strides": (2, 2, 2, 2),
         "num_res_units": 2,
         "dropout": 0.1,
+        "norm": "batch",
     }
 
 
