@@ -41,9 +41,11 @@ logger = logging.getLogger(__name__)
 
 NUM_FOLDS = 10
 PASTE = 1  # a stream of random numbers of its own
+PASTE_TRIES = 4  # places looked at
 MEMORY_SHARE = 0.5  # of the free memory that training scans may take
 JITTER = 0.375  # of the patch: how far a nodule may lie from the middle of its patch
 TISSUE_LEVEL = 0.4  # -440 HU; what is brighter is no lung
+MOST_TISSUE = 0.5  # of the voxels under a pasted nodule
 LUNG_LEVEL = 0.1  # of aerated lung, -860 HU in the usual window
 HARD_ERROR = 0.5  # a patch whose background reaches this probability is a hard one
 
@@ -179,7 +181,7 @@ class Augmentation:
             noise_seed,
             1 + scale if chance[6] < self.scale_prob else 1.0,
             shift if chance[7] < self.shift_prob else 0.0,
-            fade * self.fade_share if fade_chance < self.fade_prob else 0.0,
+            fade * self.fade_share if len(points) and fade_chance < self.fade_prob else 0.0,
             points,
         )
 
@@ -340,10 +342,13 @@ class LUNA16Dataset(Dataset):
     def _paste_nodule(
         self, image: np.ndarray, mask: np.ndarray, at_zyx: np.ndarray, rng: np.random.Generator
     ) -> np.ndarray:
-        """Lays a random nodule, flipped at random, over a patch at a voxel (z, y, x); what is brighter stays.
+        """Lays a random nodule, flipped at random, over a patch; what is brighter stays.
+
+        Of a few places around ``at_zyx`` it takes the one with most tissue: nodules that touch a vessel are the ones
+        that are missed.
 
         Returns:
-            (n, 3) voxel (z, y, x) of the pasted nodule; empty where it has no room, or would lie in tissue.
+            (n, 3) voxel (z, y, x) of the pasted nodule; empty where it has no room, or would lie in tissue everywhere.
         """
         nowhere = np.empty((0, 3), int)
         if not self._nodules:
@@ -353,16 +358,22 @@ class LUNA16Dataset(Dataset):
         donor = self._scan(scan)
         reach = np.ceil(diameter_mm / 2 / np.asarray(donor.geometry.spacing_zyx)).astype(int) + 2
         lower, upper = np.maximum(center_zyx - reach, 0), np.minimum(center_zyx + reach + 1, donor.image.shape)
-        size = upper - lower
-        if (size > image.shape).any():
+        size, shape = upper - lower, np.asarray(image.shape)
+        if (size > shape).any():
             return nowhere
-        start = np.clip(at_zyx - size // 2, 0, np.asarray(image.shape) - size)
-        source, target = (tuple(slice(a, a + n) for a, n in zip(p, size, strict=True)) for p in (lower, start))
-        pixels, nodule, place = donor.image[source][flips], donor.mask[source][flips], image[target]
-        if not nodule.any() or (place[nodule > 0] > TISSUE_LEVEL).mean() > 0.5:
+        source = _box(lower, size)
+        pixels, nodule = donor.image[source][flips], donor.mask[source][flips]
+        if not nodule.any():
             return nowhere
+        moves = rng.uniform(-JITTER, JITTER, (PASTE_TRIES, 3)) * shape
+        starts = np.clip(np.rint(at_zyx - size // 2 + moves).astype(int), 0, shape - size)
+        tissue = np.array([(image[_box(start, size)][nodule > 0] > TISSUE_LEVEL).mean() for start in starts])
+        if (tissue > MOST_TISSUE).all():
+            return nowhere
+        start = starts[np.where(tissue > MOST_TISSUE, -1, tissue).argmax()]
+        target = _box(start, size)
         edge = ndimage.binary_dilation(nodule, np.ones((3, 3, 3)))
-        image[target] = np.where(edge, np.maximum(place, pixels), place)
+        image[target] = np.where(edge, np.maximum(image[target], pixels), image[target])
         mask[target] = np.maximum(mask[target], nodule)
         return (start + size // 2)[None]
 
@@ -398,6 +409,10 @@ def nodule_points(metadata: dict[str, Any]) -> np.ndarray:
     """(n, 3) voxel (z, y, x) at the centre of each nodule that a scan's mask shows."""
     points = [nodule["center_voxel"][::-1] for nodule in metadata["nodules"] if nodule["voxels"]]
     return np.clip(np.rint(points).astype(int).reshape(-1, 3), 0, np.asarray(metadata["shape_zyx"]) - 1)
+
+
+def _box(start: np.ndarray, size: np.ndarray) -> tuple[slice, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
 
 
 def patch_start(center_zyx: Sequence[int], shape_zyx: Sequence[int], patch_size_zyx: Shape) -> np.ndarray:

@@ -74,6 +74,9 @@ logger = logging.getLogger(__name__)
 Subset = Literal["validation", "test", "train", "all", "new"]
 WINDOW_OVERLAP = 0.25  # of the window; 0.5 costs 2.7 times the windows
 WINDOW_BATCH = 4
+PROBABILITY_EPS = 1e-7  # float32 tells none nearer to 1
+# Axes (z, y, x) that an image is flipped along for another look at it.
+MIRRORS = ((), (2,), (1,), (0,), (1, 2), (0, 1), (0, 2), (0, 1, 2))
 OUTSIDE_LOGIT = -20.0  # where no network looked: a probability of 2e-9
 RESULT_FILES = ("predicted_masks/*", "visualizations/*", "*_nodules.*", "inference_summary.*", "candidates.csv")
 CANDIDATE_THRESHOLD = 0.1  # a spot that reaches it is a candidate
@@ -85,6 +88,7 @@ SMALLEST_SPLIT = 30  # voxels
 ROUND = 0.92  # what is as round as this is one nodule
 MOST_SPARSE_VOXELS = 2_000_000  # with more the array is labelled as a whole
 SMALLEST_NODULE_MM3 = 14.1  # a sphere of 3 mm; LUNA16 has no smaller nodule
+TYPICAL_DIAMETER_MM = 6.0  # false spots are rarely wider than this
 LARGEST_NODULE_MM3 = 113_000  # a sphere of 60 mm; nothing larger is a nodule, and splitting it would take long
 MAX_PICTURED = 6  # findings drawn for a scan
 TRUTH_COLOR, PREDICTION_COLOR = "#35d0ff", "#ff9f1c"
@@ -120,6 +124,8 @@ class NoduleInferencer:
         threshold: Probability from which a voxel counts as nodule.
         min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the one that the training chose on
             its validation scans, and 0 (all stay) for a live network.
+        mirrors: Mirror images, 0 to 7, whose probabilities are averaged with those of the scan itself; null takes the
+            number that the training chose min_score with, and 0 for a live network.
         mixed_precision: Compute in half precision where the hardware gains by it.
         overwrite: Replace the results of another checkpoint or other thresholds in output_dir.
         model: A live network instead of a checkpoint.
@@ -138,6 +144,7 @@ class NoduleInferencer:
         device: str = "cuda",
         threshold: float = 0.5,
         min_score: float | None = None,
+        mirrors: int | None = None,
         mixed_precision: bool = True,
         overwrite: bool = False,
         model: nn.Module | None = None,
@@ -145,6 +152,7 @@ class NoduleInferencer:
     ) -> None:
         check(0 < threshold < 1, f"threshold must be between 0 and 1, not {threshold}")
         check(min_score is None or 0 <= min_score <= 1, f"min_score must be 0 to 1 or null, not {min_score}")
+        check(mirrors is None or mirrors in range(len(MIRRORS)), f"mirrors must be 0 to 7 or null, not {mirrors}")
         self.checkpoint_path = Path(checkpoint_path)
         self.output_dir = Path(output_dir)
         self.device = join_processes(select_device(device))
@@ -159,7 +167,9 @@ class NoduleInferencer:
             patch_size = checkpoint["training"]["patch_size"]
             window = tuple(patch_size) if patch_size else None
             min_score = checkpoint["min_score"] if min_score is None else min_score
+            mirrors = checkpoint["training"]["mirrors"] if mirrors is None else mirrors
         self.min_score = min_score or 0.0
+        self.mirrors = mirrors or 0
         self.model = model
         self.window = window
 
@@ -195,9 +205,16 @@ class NoduleInferencer:
         divisor = self.model.divisor if isinstance(self.model, SegmentationNetwork) else 1
         shape = image.shape[2:]
         padding = [n for size in reversed(shape) for n in (0, -size % divisor)]
-        with self._autocast():
-            logits = self.model(functional.pad(image.to(self.device).float(), padding))
-        return logits[..., : shape[0], : shape[1], : shape[2]].float()
+        image = functional.pad(image.to(self.device).float(), padding)
+        looks = []
+        for axes in MIRRORS[: 1 + self.mirrors]:
+            dims = [axis + 2 for axis in axes]
+            with self._autocast():
+                logits = self.model(image.flip(dims))
+            looks.append(logits.float().flip(dims))
+        if len(looks) > 1:
+            looks = [torch.stack(looks).sigmoid().mean(0).logit(eps=PROBABILITY_EPS)]
+        return looks[0][..., : shape[0], : shape[1], : shape[2]]
 
     def _autocast(self) -> torch.autocast:
         dtype = self.autocast_dtype
@@ -365,14 +382,15 @@ class NoduleInferencer:
         """Notes in output_dir whose results it holds, so that those of two checkpoints never mix."""
         path = self.output_dir / "inference.json"
         digest = hashlib.sha256(self.checkpoint_path.read_bytes()).hexdigest()
-        decides = {"checkpoint_sha256": digest, "threshold": self.threshold, "min_score": self.min_score}
+        decides = {"checkpoint_sha256": digest, "threshold": self.threshold}
+        decides |= {"min_score": self.min_score, "mirrors": self.mirrors}
         other = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else decides
         if any(other.get(name) != value for name, value in decides.items()):
             if not self.overwrite:
                 raise FileExistsError(
-                    f"{self.output_dir} holds results of {other['checkpoint']} at threshold {other['threshold']} and "
-                    f"min_score {other.get('min_score')}; name another output_dir, or replace them with overwrite=True "
-                    "(--overwrite true)"
+                    f"{self.output_dir} holds results of {other['checkpoint']} at threshold {other['threshold']}, "
+                    f"min_score {other.get('min_score')} and {other.get('mirrors')} mirrors; name another output_dir, "
+                    "or replace them with overwrite=True (--overwrite true)"
                 )
             for pattern in RESULT_FILES:
                 for old in self.output_dir.glob(pattern):
@@ -417,6 +435,7 @@ class NoduleInferencer:
             "checkpoint": str(self.checkpoint_path),
             "threshold": self.threshold,
             "min_score": self.min_score,
+            "mirrors": self.mirrors,
         }
         write_objects(path.with_suffix(".npy"), origin | {"scans": scans})
         write_csv(path.with_suffix(".csv"), summary)
@@ -685,11 +704,11 @@ def _describe(
 
 
 def _score(voxels: np.ndarray, geometry: Geometry, probability: np.ndarray) -> float:
-    """How likely a candidate is a nodule, in [0, 1]: mean probability in and around it, times roundness, times size.
+    """How likely a candidate is a nodule, in [0, 1], by the mean probability in and around it, roundness and size.
 
     Where the network hesitates, it is often at a vessel: the probability fades out slowly around it, and the candidate
     is longer than thick. The highest probability tells neither. What has less volume than the smallest nodule counts
-    only for its share of that.
+    only for its share of that; n times as wide as a typical one it counts like n hints, all of which must be wrong.
 
     Args:
         voxels: (m, 3) indices (z, y, x) of the candidate.
@@ -701,8 +720,9 @@ def _score(voxels: np.ndarray, geometry: Geometry, probability: np.ndarray) -> f
     values = probability[tuple(slice(a, b) for a, b in zip(lower, upper, strict=True))].astype(np.float32)
     values = values[values > SURELY_BACKGROUND]
     certainty = float(values.mean()) if len(values) else 0.0
-    size = min(1.0, len(voxels) * geometry.voxel_volume_mm3 / SMALLEST_NODULE_MM3)
-    return certainty * _roundness(voxels, geometry) * size
+    volume_mm3 = len(voxels) * geometry.voxel_volume_mm3
+    hint = certainty * _roundness(voxels, geometry) * min(1.0, volume_mm3 / SMALLEST_NODULE_MM3)
+    return 1 - (1 - hint) ** max(1.0, sphere_diameter(volume_mm3) / TYPICAL_DIAMETER_MM)
 
 
 def sphere_diameter(volume: float) -> float:

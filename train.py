@@ -92,6 +92,8 @@ class Trainer:
         fold: LUNA16's subset (0 to 9) to hold out for `validate.py --fold`; null holds out nothing.
         validation_interval: Epochs between validations; the last epoch is always validated.
         threshold: Probability from which a voxel counts as nodule in validation.
+        mirrors: Mirror images, 0 to 7, whose probabilities validation and later inference average with those of the
+            scan itself; 3 take four times as long.
         patch_size: Train on patches of this shape (z, y, x), e.g. '[96,96,96]'; null trains on whole scans.
         patches_per_scan: Patches an epoch, for each scan on average.
         nodule_share: Share of the patches that hold a nodule; each nodule is equally likely.
@@ -137,6 +139,7 @@ class Trainer:
         fold: int | None = None,
         validation_interval: int = 1,
         threshold: float = 0.5,
+        mirrors: int = 0,
         patch_size: tuple[int, int, int] | None = None,
         patches_per_scan: int = 8,
         nodule_share: float = 0.5,
@@ -225,6 +228,7 @@ class Trainer:
             self.data_dir,
             device=str(self.device),
             threshold=given["threshold"],
+            mirrors=given["mirrors"],
             mixed_precision=given["mixed_precision"],
             model=self.network,
             window=self.patch_size,

@@ -185,6 +185,8 @@ class Validator:
         threshold: Probability from which a voxel counts as nodule.
         min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the one that the training chose; for
             a live network it is chosen anew, for the best Dice.
+        mirrors: Mirror images, 0 to 7, whose probabilities are averaged with those of the scan itself; null takes the
+            training's, and 0 for a live network.
         mixed_precision: Compute in half precision where the hardware gains by it.
         model: A live network instead of a checkpoint; then no files are written.
         window: Shape (z, y, x) of the sliding window of a live network; None takes each scan whole.
@@ -204,6 +206,7 @@ class Validator:
         device: str = "cuda",
         threshold: float = 0.5,
         min_score: float | None = None,
+        mirrors: int | None = None,
         mixed_precision: bool = True,
         model: nn.Module | None = None,
         window: Shape | None = None,
@@ -218,7 +221,15 @@ class Validator:
         self.seriesuids = seriesuids
         self.chooses_min_score = model is not None and min_score is None
         self.inferencer = NoduleInferencer(
-            checkpoint_path, output_dir, device, threshold, min_score, mixed_precision, model=model, window=window
+            checkpoint_path,
+            output_dir,
+            device,
+            threshold,
+            min_score,
+            mirrors,
+            mixed_precision,
+            model=model,
+            window=window,
         )
 
     def run_validation(
@@ -256,7 +267,8 @@ class Validator:
             table,
             pd.DataFrame(nodules, columns=NODULE_COLUMNS),
             pd.concat(marks, ignore_index=True),
-            summarize(table) | {"threshold": self.inferencer.threshold, "min_score": min_score},
+            summarize(table)
+            | {"threshold": self.inferencer.threshold, "min_score": min_score, "mirrors": self.inferencer.mirrors},
             float(np.mean([scan.loss for scan in scans])),
             min_score,
         )

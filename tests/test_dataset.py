@@ -13,6 +13,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from monai import transforms as monai
+from monai.transforms import create_rotate, create_scale
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from torch.utils.data import DataLoader
@@ -25,6 +27,7 @@ from dataset import (
     PatchSampler,
     SampleKey,
     ScanSampler,
+    _affine_matrix,
     augment_batch,
     collate,
     cut_patch,
@@ -216,6 +219,59 @@ def test_affine_gives_the_image_that_scipy_gives(index):
     np.testing.assert_allclose(augment(image, drawn)[0], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("drawn", "transforms"),
+    [
+        (AugmentationParameters(quarter_turns=1), [monai.Rotate90(1, spatial_axes=(1, 2))]),
+        (AugmentationParameters(quarter_turns=3), [monai.Rotate90(3, spatial_axes=(1, 2))]),
+        (AugmentationParameters(flips=(True, False, True)), [monai.Flip((0, 2))]),
+        (
+            AugmentationParameters(2, (False, True, False)),
+            [monai.Rotate90(2, spatial_axes=(1, 2)), monai.Flip(1)],
+        ),
+        (
+            AugmentationParameters(scale=1.08, shift=-0.06),
+            [monai.ScaleIntensity(minv=None, maxv=None, factor=0.08), monai.ShiftIntensity(-0.06, safe=False)],
+        ),
+    ],
+)
+def test_turns_flips_and_intensities_are_those_of_monai(drawn, transforms):
+    image = np.random.default_rng(0).random((8, 12, 12), dtype=np.float32)
+    expected = monai.Compose(transforms)(torch.from_numpy(image)[None])[0]
+    np.testing.assert_allclose(augment(image, drawn)[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_affine_of_image_and_mask_is_that_of_monai(index):
+    image = ndimage.gaussian_filter(np.random.default_rng(1).random((10, 16, 14)), 1).astype(np.float32)
+    drawn = draw(dataclasses.replace(NO_CHANGE, affine_prob=1.0), index, image.shape, (2.0, 1.0, 1.5))
+    moved, mask = augment(image, drawn)
+    matrix = np.eye(4)
+    matrix[:3, :3] = drawn.affine
+    given = torch.from_numpy(image)[None]
+    for array, found, mode in ((given, moved, "bilinear"), ((given > 0.5).float(), mask, "nearest")):
+        affine = monai.Affine(affine=matrix, mode=mode, padding_mode="zeros", align_corners=False, image_only=True)
+        np.testing.assert_allclose(found, affine(array)[0], atol=1e-5)
+
+
+def test_affine_of_angles_and_zooms_is_that_of_monai():
+    angles, zooms = np.array([0.2, -0.15, 0.1]), np.array([1.1, 0.95, 1.05])
+    expected = np.eye(4)
+    for axis, angle in enumerate(angles):
+        sense = -1 if axis == 1 else 1  # MONAI turns the other way about the middle axis
+        turn = create_rotate(3, [sense * angle if axis == other else 0 for other in range(3)])
+        expected = np.asarray(turn) @ expected
+    expected = expected @ np.asarray(create_scale(3, list(1 / zooms)))
+    np.testing.assert_allclose(_affine_matrix(angles, zooms, (1.0, 1.0, 1.0)), expected[:3, :3], atol=1e-12)
+
+
+def test_noise_spreads_as_that_of_monai():
+    image = torch.zeros(1, 40, 40, 40)
+    theirs = monai.RandGaussianNoise(prob=1, std=0.04, sample_std=False).set_random_state(0)(image)
+    ours, _ = augment(image[0], AugmentationParameters(noise_std=0.04, noise_seed=1))
+    assert ours.std() == pytest.approx(float(theirs.std()), rel=0.02)
+
+
 def moments_mm(image, spacing):
     """Second moments (3, 3) of the brightness in mm^2."""
     index = np.stack(np.meshgrid(*map(np.arange, image.shape), indexing="ij"), axis=-1) * np.asarray(spacing)
@@ -295,9 +351,15 @@ def test_nothing_fades_unless_asked_to(many_draws):
 
 def test_nodules_fade_as_often_and_as_far_as_asked():
     augmentation = dataclasses.replace(NO_CHANGE, fade_prob=0.3, fade_share=0.5)
-    shares = np.array([draw(augmentation, index).fade for index in range(DRAWS)])
+    shares = np.array([draw(augmentation, index, points=[(4, 8, 8)]).fade for index in range(DRAWS)])
     assert abs((shares > 0).mean() - 0.3) < 0.05
     assert 0.49 < shares.max() <= 0.5
+
+
+def test_nothing_fades_where_there_is_no_nodule():
+    augmentation = dataclasses.replace(NO_CHANGE, fade_prob=1.0)
+    assert draw(augmentation, 0).fade == 0
+    assert draw(augmentation, 0, points=[(4, 8, 8)]).fade > 0
 
 
 def test_faded_nodule_lies_between_itself_and_lung_and_all_else_stays():
@@ -340,8 +402,24 @@ def test_patch_without_a_nodule_gets_one_of_another_scan_with_its_mask(two_scans
     image, mask = sample["image"][0].numpy(), sample["mask"][0].numpy()
     assert mask.sum() == np.load(two_scans / "masks" / "0.npy").sum()
     np.testing.assert_array_equal(image, np.where(mask == 1, np.float16(0.8), np.float16(0.1)))
-    np.testing.assert_allclose(np.argwhere(mask).mean(axis=0), (8, 8, 8), atol=0.6)  # where the patch was drawn
-    np.testing.assert_array_equal(sample["augmentation"].points, [[8, 8, 8]])
+    np.testing.assert_allclose(sample["augmentation"].points, [np.argwhere(mask).mean(axis=0)], atol=0.6)
+
+
+def test_pasted_nodules_lie_in_many_places_of_their_patches(two_scans):
+    data = pasted(two_scans)
+    places = [data[SampleKey(0, place, 1, (12, 12, 12))]["augmentation"].points[0] for place in range(60)]
+    assert (np.ptp(places, axis=0) >= 5).all()  # of 16, in which the nodule takes 11
+
+
+def test_nodules_are_pasted_beside_a_vessel_rather_than_far_from_any(two_scans):
+    image = np.load(two_scans / "images" / "1.npy")
+    image[12, 12, :] = 0.6
+    np.save(two_scans / "images" / "1.npy", image)
+    data, touching, far = pasted(two_scans), 0, 0
+    for place in range(60):
+        mask = data[SampleKey(0, place, 1, (12, 12, 12))]["mask"][0].numpy()
+        touching, far = touching + bool(mask[8, 8].any()), far + (not mask[8, 8].any())
+    assert touching > 2 * far > 0
 
 
 def test_stored_scans_stay_as_they_are_when_nodules_are_pasted(two_scans):
@@ -355,7 +433,7 @@ def test_pasted_nodule_lets_what_is_brighter_shine_through(two_scans):
     np.save(two_scans / "images" / "1.npy", image)
     sample = pasted(two_scans)[SampleKey(0, 0, 1, (12, 12, 12))]
     np.testing.assert_array_equal(sample["image"][0, 8, 8].numpy(), np.float16(0.95))
-    assert sample["mask"].any()
+    assert sample["mask"][0, 8, 8].any()
 
 
 def test_no_nodule_is_pasted_into_tissue(two_scans):

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 import torch
+from conftest import TINY
 from scipy import ndimage
 from torch import nn
 
@@ -19,6 +20,7 @@ import infer
 from infer import MAX_CANDIDATES, WINDOW_BATCH, NoduleInferencer, choose_scans, extract_nodules, find_candidates
 from model import LungNodule3DUNet, load_checkpoint, save_checkpoint
 from preprocess import LUNA16Preprocessor
+from train import Trainer
 from utils import Geometry, find_scans, read_processed, read_processed_list
 
 SMALL = {"channels": (4, 8), "strides": (2,), "num_res_units": 0, "dropout": 0.1}
@@ -92,6 +94,55 @@ def test_probability_is_float32_in_0_to_1_of_the_shape_of_the_image(live):
     probability = live(Bright()).predict_probability(np.array([[[0.0, 0.75, 1.0]]]))
     assert (probability.dtype, probability.shape) == (np.float32, (1, 1, 3))
     np.testing.assert_allclose(probability[0, 0], 1 / (1 + np.exp([30.0, 0.0, -10.0])), rtol=1e-5)
+
+
+class Leaning(nn.Module):
+    """Logits that rise towards the end of each axis, and depend on the image."""
+
+    def forward(self, image):
+        z, y, x = (torch.linspace(-1, 1, size) for size in image.shape[2:])
+        return image + z[:, None, None] + 2 * y[:, None] + 4 * x
+
+
+@pytest.mark.parametrize(("mirrors", "leaning"), [(1, (1, 2, 0)), (3, None), (7, (0, 0, 0))])
+def test_probabilities_of_mirror_images_are_averaged(live, mirrors, leaning):
+    image = np.random.default_rng(0).random((4, 5, 6), dtype=np.float32)
+    turned = [np.flip(image, axes) for axes in infer.MIRRORS[: 1 + mirrors]]
+    alone = [
+        np.flip(live(Leaning()).predict_probability(array), axes)
+        for array, axes in zip(turned, infer.MIRRORS, strict=False)
+    ]
+    found = live(Leaning(), mirrors=mirrors).predict_probability(image)
+    np.testing.assert_allclose(found, np.mean(alone, axis=0), atol=2e-6)
+    if leaning is not None:  # what leans one way and the other stands upright, up to the image
+        ends = [found.take(-1, axis).mean() - found.take(0, axis).mean() for axis in range(3)]
+        assert [abs(end) > 0.15 for end in ends] == [bool(lean) for lean in leaning]
+
+
+def test_mirror_images_slide_with_the_window(live):
+    image = np.random.default_rng(0).random((12, 16, 16), dtype=np.float32)
+    found = live(Local(), window=(8, 8, 8), mirrors=3).predict_probability(image)
+    np.testing.assert_allclose(found, live(Local()).predict_probability(image), atol=1e-6)
+
+
+class Local(nn.Module):
+    """Logits that depend on the voxel alone."""
+
+    def forward(self, image):
+        return 4 * image - 2
+
+
+def test_checkpoint_knows_the_number_of_mirror_images(processed_dir, tmp_path):
+    Trainer(processed_dir, tmp_path, num_epochs=1, mirrors=2, device="cpu", mixed_precision=False, **TINY).train()
+    path = tmp_path / "checkpoints" / "best_model.pth"
+    assert NoduleInferencer(path, device="cpu").mirrors == 2
+    assert NoduleInferencer(path, device="cpu", mirrors=0).mirrors == 0
+
+
+@pytest.mark.parametrize("mirrors", [-1, 8])
+def test_impossible_number_of_mirror_images_is_refused(live, mirrors):
+    with pytest.raises(ValueError, match="mirrors must be 0 to 7 or null"):
+        live(Nothing(), mirrors=mirrors)
 
 
 def test_size_that_does_not_fit_is_filled_up_with_air(live):
@@ -317,7 +368,18 @@ def test_probability_lies_in_0_to_1(extract, value):
     mask = np.ones((12, 30, 30), np.uint8)  # wider than whatever a score is averaged over
     (nodule,) = extract(mask, ORIGIN, SPACING, np.full(mask.shape, value, np.float32))
     assert 0 <= nodule["probability"] <= 1
-    assert nodule["probability"] <= value + 1e-6
+    assert (nodule["probability"] > 0) == (value > 0)
+
+
+def test_wide_nodule_counts_like_so_many_hints(extract):
+    mask = np.zeros((40, 40, 80), np.uint8)
+    for z, x, width in ((20, 20, 24), (20, 60, 6), (4, 4, 4)):
+        half = width // 2
+        mask[z - half : z + half, 20 - half : 20 + half, x - half : x + half] = 1
+    wide, typical, small = extract(mask, ORIGIN, UNIT, np.where(mask, 0.6, 0.0))
+    assert wide["probability"] == pytest.approx(1 - 0.4 ** (wide["diameter_mm"] / 6), abs=1e-6)
+    assert typical["probability"] == pytest.approx(1 - 0.4 ** (typical["diameter_mm"] / 6), abs=1e-6)
+    assert small["probability"] == pytest.approx(0.6, abs=1e-6)  # nearer to 5 than to 6 mm
 
 
 def test_surer_of_two_equal_nodules_has_the_higher_probability(extract):
@@ -719,7 +781,7 @@ def test_nodules_file_opens_as_the_brief_opens_one(dataset_run, processed_dir):
     probability = torch.sigmoid(Block()(torch.zeros(1, 1, 32, 48, 48)))[0, 0].numpy()
     (expected,) = extract_nodules(probability >= 0.5, read_processed(processed_dir, uid).geometry, probability)
     assert nodule["probability"] == pytest.approx(expected["probability"])
-    assert 0 < nodule["probability"] <= 1 / (1 + math.exp(-3)) + 1e-6
+    assert 0 < nodule["probability"] <= 1
 
 
 def test_nodules_table_says_what_the_nodules_file_says(dataset_run, processed_dir):
@@ -784,13 +846,13 @@ def test_scan_without_a_finding_has_empty_tables_and_a_picture(trained, processe
 
 def test_results_of_another_threshold_are_not_mixed(trained, processed_dir):
     trained(Nothing()).infer_dataset(processed_dir)
-    with pytest.raises(FileExistsError, match=r"holds results of .* at threshold 0\.5 .*overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"holds results of .* at threshold 0\.5, .*overwrite=True"):
         trained(Nothing(), threshold=0.6).infer_dataset(processed_dir)
 
 
 def test_results_of_another_smallest_score_are_not_mixed(trained, processed_dir):
     trained(Nothing(), min_score=0.25).infer_dataset(processed_dir)
-    with pytest.raises(FileExistsError, match=r"and min_score 0\.25; name another output_dir"):
+    with pytest.raises(FileExistsError, match=r"min_score 0\.25 and 0 mirrors; name another output_dir"):
         trained(Nothing(), min_score=0.5).infer_dataset(processed_dir)
 
 
