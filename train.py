@@ -315,11 +315,13 @@ class Trainer:
         start = time.perf_counter()
         rate = float(self.scheduler.get_last_lr()[0])
         train_loss = self._train_epoch()
+        trained = time.perf_counter()
         self.scheduler.step()
         self.epoch += 1
         last = self.epoch == self.num_epochs
         result = self.validator.run_validation() if last or self.epoch % self.validation_interval == 0 else None
-        self._record(train_loss, result, rate, time.perf_counter() - start)
+        end = time.perf_counter()
+        self._record(train_loss, result, rate, {"seconds": end - start, "validation_seconds": end - trained})
         if result is not None:
             self.min_score = result.min_score
             score = (result.dice if math.isfinite(result.dice) else -1.0, -result.loss)
@@ -410,8 +412,9 @@ class Trainer:
 
     # ---- records
 
-    def _record(self, train_loss: float, result: ValidationResult | None, rate: float, seconds: float) -> None:
-        row = {"epoch": self.epoch, "train_loss": train_loss, "learning_rate": rate, "seconds": round(seconds, 2)}
+    def _record(self, train_loss: float, result: ValidationResult | None, rate: float, times: dict[str, float]) -> None:
+        row = {"epoch": self.epoch, "train_loss": train_loss, "learning_rate": rate}
+        row |= {name: round(seconds, 2) for name, seconds in times.items()}
         if result is not None:
             row |= {
                 "validation_loss": result.loss,
@@ -430,7 +433,7 @@ class Trainer:
             return
         write_csv(self.output_dir / "log.csv", pd.DataFrame(self.log))
         for name, value in row.items():
-            if name not in ("epoch", "seconds") and math.isfinite(value):
+            if name != "epoch" and name not in times and math.isfinite(value):
                 self.writer.add_scalar(name, value, self.epoch)
         if result is not None and (self.epoch % self.checkpoint_interval == 0 or self.epoch in (1, self.num_epochs)):
             self.writer.add_image("validation", _render(self.validator.draw_example()), self.epoch, dataformats="HWC")

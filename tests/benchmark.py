@@ -29,6 +29,7 @@ from monai.data import DataLoader, Dataset
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
+from torch.utils.flop_counter import FlopCounterMode
 
 from data.phantom import make_phantom
 from dataset import Augmentation, LUNA16Dataset, ScanSampler, augment_batch, make_loader
@@ -56,6 +57,7 @@ class Bench:
 
     def __init__(self, folder: Path, device: torch.device, repeats: int) -> None:
         self.folder, self.device, self.repeats = folder, device, repeats
+        self.step: tuple[float, float] | None = None  # FLOP and seconds of a training step, once measured
         self._prepared: LUNA16Preprocessor | None = None
 
     @property
@@ -90,20 +92,15 @@ class Bench:
         for _ in range(self.repeats + 1):
             seconds = []
             for work in (ours, plain):
-                self.synchronize()
+                wait_for(self.device)
                 start = time.perf_counter()
                 work()
-                self.synchronize()
+                wait_for(self.device)
                 seconds.append(time.perf_counter() - start)
             pairs.append(seconds)
         first, second = zip(*pairs[1:], strict=True)
         ratios = [b / a for a, b in pairs[1:]]
         return statistics.median(first), statistics.median(second), statistics.median(ratios)
-
-    def synchronize(self) -> None:
-        """Waits for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def enlarge(image: sitk.Image, size_xyz: tuple[int, int, int], linear: bool) -> sitk.Image:
@@ -246,7 +243,12 @@ def training(bench: Bench) -> Iterator[tuple]:
             scaler.update()
             value.item()
 
-    yield "training step with data", "s/step", len(uids) // BATCH_SIZE, *bench.compare(ours, plain)
+    with FlopCounterMode(display=False) as counter:
+        trainer._step(next(iter(trainer.loader)))
+    steps = len(uids) // BATCH_SIZE
+    measured = bench.compare(ours, plain)
+    bench.step = counter.get_total_flops(), measured[0] / steps
+    yield "training step with data", "s/step", steps, *measured
     share = statistics.median(waited[1:])
     yield "  share of it that waits for data", "", 1, share, float("nan"), float("nan")
 
@@ -301,19 +303,28 @@ def extraction(bench: Bench) -> Iterator[tuple]:
     yield "nodule extraction", "s/scan", 1, *bench.compare(lambda: extract_nodules(mask, geometry, probability), plain)
 
 
+def make_marks(count: int) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """Marks, nodules and names of ``count`` scans, as many a scan as in LUNA16 with 50 000 marks; most are found."""
+    rng = np.random.default_rng(0)
+    scans = [f"1.2.{index}" for index in range(count)]
+
+    def points(number: int, columns: tuple[str, ...]) -> pd.DataFrame:
+        places = {column: rng.uniform(0, 300, number) for column in columns[1:]}
+        return pd.DataFrame({columns[0]: rng.choice(scans, number), **places})
+
+    nodules = points(1186 * count // 888, ANNOTATION_COLUMNS)
+    nodules["diameter_mm"] = rng.uniform(4, 30, len(nodules))
+    marks = points(50_000 * count // 888, CANDIDATE_COLUMNS)
+    marks["probability"] = rng.random(len(marks))
+    hits = nodules.sample(frac=0.85, random_state=0)
+    marks.loc[: len(hits) - 1, list(CANDIDATE_COLUMNS[:4])] = hits[list(CANDIDATE_COLUMNS[:4])].to_numpy()
+    return marks, nodules, scans
+
+
 def froc_of_888(bench: Bench) -> Iterator[tuple]:
     """Seconds for the FROC of 888 scans and 50 000 marks with 1000 bootstraps."""
+    marks, nodules, scans = make_marks(888)
     rng = np.random.default_rng(0)
-    scans = [f"1.2.{i}" for i in range(888)]
-    nodules = pd.DataFrame(
-        {"seriesuid": rng.choice(scans, 1186), **{c: rng.uniform(0, 300, 1186) for c in ANNOTATION_COLUMNS[1:4]}}
-    ).assign(diameter_mm=rng.uniform(4, 30, 1186))
-    marks = pd.DataFrame(
-        {"seriesuid": rng.choice(scans, 50_000), **{c: rng.uniform(0, 300, 50_000) for c in CANDIDATE_COLUMNS[1:]}}
-    )
-    marks["probability"] = rng.random(len(marks))
-    hits = nodules.sample(1000, random_state=0)
-    marks.loc[: len(hits) - 1, list(CANDIDATE_COLUMNS[:4])] = hits[list(CANDIDATE_COLUMNS[:4])].to_numpy()
 
     def plain() -> list[np.ndarray]:
         events: dict[str, list[tuple[float, bool]]] = {uid: [] for uid in scans}
@@ -357,20 +368,27 @@ ROWS = {
 # ------------------------------------------------------------------------------------------------- the whole table
 
 
-def ceilings(device: torch.device) -> str:
-    """What the device can do at best: half-precision matrix products and copies in its memory."""
-    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+def ceilings(device: torch.device) -> tuple[float, float]:
+    """What the machine can do at best: matrix products of bf16 (FLOP/s), and copies in memory (bytes/s)."""
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    block, copy = torch.ones(2, 2**28, dtype=torch.uint8, device=device)
     rates = []
-    for work, amount in ((lambda: a @ a, 2 * 8192**3 / 1e12), (lambda: a.clone(), 2 * a.nbytes / 1e9)):
+    for work, amount in ((lambda: a @ a, 2 * size**3), (lambda: copy.copy_(block), 2 * block.nbytes)):
         work()
-        torch.cuda.synchronize(device)
+        wait_for(device)
         start = time.perf_counter()
-        for _ in range(20):
+        for _ in range(10):
             work()
+        wait_for(device)
+        rates.append(10 * amount / (time.perf_counter() - start))
+    return rates[0], rates[1]
+
+
+def wait_for(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
-        rates.append(20 * amount / (time.perf_counter() - start))
-    peak = torch.cuda.max_memory_allocated(device) / 2**30
-    return f"ceilings: {rates[0]:.0f} TFLOP/s bf16, {rates[1]:.0f} GB/s; peak memory of the rows: {peak:.2f} GiB"
 
 
 def main(rows: list[str] = list(ROWS), device: str = "cpu", repeats: int = 3) -> None:  # noqa: B006 - never changed
@@ -390,8 +408,13 @@ def main(rows: list[str] = list(ROWS), device: str = "cpu", repeats: int = 3) ->
         for row in rows:
             for label, unit, count, ours, plain, ratio in ROWS[row](bench):
                 print(f"{label:<36}{ours / count:>10.4f}{plain / count:>10.4f} {unit:<9}{ratio:>8.1f}", flush=True)
+        flops, copied = ceilings(chosen)
+        print(f"ceilings: {flops / 1e12:.2f} TFLOP/s of bf16 matrix products, {copied / 1e9:.1f} GB/s of copies")
+        if bench.step is not None:
+            done, seconds = bench.step
+            print(f"training step: {done / 1e12:.2f} TFLOP, {done / seconds / flops:.0%} of that ceiling")
     if chosen.type == "cuda":
-        print(ceilings(chosen))
+        print(f"peak memory of all rows: {torch.cuda.max_memory_allocated(chosen) / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":
