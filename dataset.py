@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -320,12 +320,12 @@ class LUNA16Dataset(Dataset):
         self.in_memory = self._fits_in_memory() if in_memory is None else in_memory
         if self.in_memory:
             for index in range(len(self)):
-                scan = read_processed(self.data_dir, self.seriesuids[index])
-                self._scans[index] = replace(scan, image=np.array(scan.image), mask=np.array(scan.mask))
+                self._scans[index] = read_processed(self.data_dir, self.seriesuids[index], in_memory=True)
 
     def _fits_in_memory(self) -> bool:
         voxels = sum(math.prod(fields["shape_zyx"]) for fields in self.metadata)
-        needed, free = 3 * voxels, psutil.virtual_memory().available  # float16 image, uint8 mask
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun on this machine; each keeps all scans
+        needed, free = 3 * voxels * processes, psutil.virtual_memory().available  # float16 image, uint8 mask
         fits = needed <= MEMORY_SHARE * free
         where = "kept in memory" if fits else "read from their files as they are needed"
         logger.info("training scans take %.1f GB of %.1f GB free memory: %s", needed / 1e9, free / 1e9, where)

@@ -14,7 +14,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -74,7 +75,7 @@ logger = logging.getLogger(__name__)
 Subset = Literal["validation", "test", "train", "all", "new"]
 WINDOW_OVERLAP = 0.25  # of the window; 0.5 costs 2.7 times the windows
 WINDOW_BATCH = 4
-PROBABILITY_EPS = 1e-7  # float32 tells none nearer to 1
+PROBABILITY_EPS = 1e-7  # keeps the logit of a mean probability finite
 # Axes (z, y, x) that an image is flipped along for another look at it.
 MIRRORS = ((), (2,), (1,), (0,), (1, 2), (0, 1), (0, 2), (0, 1, 2))
 OUTSIDE_LOGIT = -20.0  # where no network looked: a probability of 2e-9
@@ -206,15 +207,20 @@ class NoduleInferencer:
         shape = image.shape[2:]
         padding = [n for size in reversed(shape) for n in (0, -size % divisor)]
         image = functional.pad(image.to(self.device).float(), padding)
-        looks = []
-        for axes in MIRRORS[: 1 + self.mirrors]:
-            dims = [axis + 2 for axis in axes]
-            with self._autocast():
-                logits = self.model(image.flip(dims))
-            looks.append(logits.float().flip(dims))
-        if len(looks) > 1:
-            looks = [torch.stack(looks).sigmoid().mean(0).logit(eps=PROBABILITY_EPS)]
-        return looks[0][..., : shape[0], : shape[1], : shape[2]]
+        logits = self._look(image, ())
+        if self.mirrors:
+            total = logits.sigmoid()
+            for axes in MIRRORS[1 : 1 + self.mirrors]:
+                total += self._look(image, axes).sigmoid()
+            logits = torch.logit(total / (1 + self.mirrors), eps=PROBABILITY_EPS)
+        return logits[..., : shape[0], : shape[1], : shape[2]]
+
+    def _look(self, image: Tensor, axes: Sequence[int]) -> Tensor:
+        """float32 logits of images flipped along axes (z, y, x), flipped back."""
+        dims = [axis + 2 for axis in axes]
+        with self._autocast():
+            logits = self.model(image.flip(dims) if dims else image)
+        return logits.float().flip(dims) if dims else logits.float()
 
     def _autocast(self) -> torch.autocast:
         dtype = self.autocast_dtype
@@ -471,24 +477,21 @@ def map_scans(
     """
     mine = seriesuids[process_rank() :: process_count()]
     finished: list[Future] = []
+    read = partial(read_processed, data_dir, in_memory=True)
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as finisher:
-        reading = [reader.submit(_load_scan, data_dir, uid) for uid in mine[:1]]
+        reading = [reader.submit(read, uid) for uid in mine[:1]]
         silent = True if process_rank() else None
         for index in tqdm(range(len(mine)), desc=desc, unit="scan", disable=silent, leave=leave):
             scan = reading.pop().result()
-            reading += [reader.submit(_load_scan, data_dir, uid) for uid in mine[index + 1 : index + 2]]
+            reading += [
+                reader.submit(read_processed, data_dir, uid, in_memory=True) for uid in mine[index + 1 : index + 2]
+            ]
             computed = compute(scan)
             if finished:
                 finished[-1].result()
             finished.append(finisher.submit(finish, scan, computed))
     shares = gather_objects([future.result() for future in finished])
     return [shares[place % len(shares)][place // len(shares)] for place in range(len(seriesuids))]
-
-
-def _load_scan(data_dir: str | Path, uid: str) -> ProcessedScan:
-    """A processed scan whose arrays are in memory, not on the disk."""
-    scan = read_processed(data_dir, uid)
-    return replace(scan, image=np.array(scan.image), mask=np.array(scan.mask))
 
 
 @contextmanager
@@ -721,7 +724,7 @@ def _score(voxels: np.ndarray, geometry: Geometry, probability: np.ndarray) -> f
     values = values[values > SURELY_BACKGROUND]
     certainty = float(values.mean()) if len(values) else 0.0
     volume_mm3 = len(voxels) * geometry.voxel_volume_mm3
-    hint = certainty * _roundness(voxels, geometry) * min(1.0, volume_mm3 / SMALLEST_NODULE_MM3)
+    hint = min(1.0, certainty * _roundness(voxels, geometry) * min(1.0, volume_mm3 / SMALLEST_NODULE_MM3))
     return 1 - (1 - hint) ** max(1.0, sphere_diameter(volume_mm3) / TYPICAL_DIAMETER_MM)
 
 

@@ -42,7 +42,7 @@ class SegmentationNetwork(nn.Module):
         strides: Downsampling between the levels, one fewer than ``channels``.
         num_res_units: Convolutions in each residual unit; 0 for plain convolutions.
         dropout: Dropout probability.
-        norm: 'batch', or 'instance', which does not depend on the other samples of a batch.
+        norm: 'batch', or, for ``SubpixelUNet``, 'instance', which does not depend on the other samples of a batch.
 
     Raises:
         ValueError: The arguments do not fit together.
@@ -110,15 +110,22 @@ class SegmentationNetwork(nn.Module):
                 f"every size must be a multiple of {self.divisor} (the product of the strides), not "
                 f"{list(shape_zyx)}; the nearest that fits is {nearest}"
             )
+        if self.arguments["norm"] == "instance" and max(shape_zyx) == self.divisor:
+            raise ValueError(f"instance norm needs some size above {self.divisor}, not {list(shape_zyx)}")
 
 
 class LungNodule3DUNet(SegmentationNetwork):
-    """3-D U-Net with residual units, batch or instance norm, and PReLU (MONAI's ``UNet``; Kerfoot et al. 2019).
+    """3-D U-Net with residual units, batch norm and PReLU (MONAI's ``UNet``; Kerfoot et al. 2019).
 
     Takes the arguments of ``SegmentationNetwork``.
     """
 
     def _build(self) -> nn.Module:
+        if self.arguments["norm"] != "batch":
+            # Its last layers have one channel: a norm within the sample would fix mean and spread of the logits.
+            raise ValueError(
+                "this network must have batch norm; use SubpixelUNet (--network subpixel) for instance norm"
+            )
         return UNet(spatial_dims=3, act="PRELU", **self.arguments | {"norm": self._norm})
 
     def forward(self, image: Tensor) -> Tensor:

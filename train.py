@@ -32,6 +32,7 @@ from utils import (
     atomic_path,
     autocast_dtype,
     check,
+    copy_from_first,
     do_once,
     gather_objects,
     gather_samples,
@@ -81,7 +82,7 @@ class Trainer:
         strides: Downsampling between the levels, e.g. '[2,2,2,2]'.
         num_res_units: Convolutions in each residual unit.
         dropout: Dropout probability.
-        norm: 'batch', or 'instance', which does not depend on the batch and so suits small ones and many processes.
+        norm: 'batch', or, for 'subpixel', 'instance', which does not depend on how processes share a batch.
         dice_weight: Weight of the Dice loss.
         bce_weight: Weight of the binary cross-entropy.
         smooth: Smoothing of the Dice loss.
@@ -173,10 +174,11 @@ class Trainer:
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
         self._build_network()
         uids = read_processed_list(self.data_dir)
-        do_once(lambda: self._claim_output(overwrite))
+        self._check_output(overwrite)
         self.split = self._split(uids)
         self.preprocessing = self._check_data()
         self._build_data()
+        do_once(self._start_output)
 
     # ---- before training
 
@@ -236,22 +238,27 @@ class Trainer:
             loss=self.validation_loss,
         )
 
-    def _claim_output(self, overwrite: bool) -> None:
-        """Refuses a folder that holds a run, or clears it of one."""
+    def _old_files(self) -> list[Path]:
+        """Checkpoints and logs of an earlier run."""
         old = [*self.checkpoint_dir.glob("*.pth"), *self.output_dir.glob("logs_*/events*"), self.output_dir / "log.csv"]
-        old = [path for path in old if path.is_file()]
-        if not old or self.resume:
-            return
-        if not overwrite:
+        return [path for path in old if path.is_file()]
+
+    def _check_output(self, overwrite: bool) -> None:
+        """Refuses a folder that holds a run."""
+        if self._old_files() and not (self.resume or overwrite):
             raise FileExistsError(
                 f"{self.output_dir} holds a training run; go on with it by resume=True (--resume true), replace it by "
                 "overwrite=True (--overwrite true), or name another output_dir"
             )
-        for path in old:
+
+    def _start_output(self) -> None:
+        """Clears the folder of an earlier run, unless this one goes on with it, and writes the split."""
+        for path in [] if self.resume else self._old_files():
             path.unlink()
+        write_json(self.checkpoint_dir / "split.json", self.split)
 
     def _split(self, uids: list[str]) -> dict[str, Any]:
-        """The split beside the checkpoints, made if need be."""
+        """The split of a run that goes on, or a new one."""
         path = self.checkpoint_dir / "split.json"
         names = ("validation_fraction", "seed", "fold")
         split = make_split(self.data_dir, uids, **{name: self.settings[name] for name in names})
@@ -259,8 +266,6 @@ class Trainer:
             old = read_split(path)
             check(old == split, f"{path} is not the split of these scans and settings; start anew with overwrite=True")
             return old
-        if not process_rank():
-            write_json(path, split)
         sizes = ", ".join(f"{len(split[part])} {part}" for part in ("train", "validation", "test"))
         logger.info("scans: %s", sizes)
         return split
@@ -299,6 +304,7 @@ class Trainer:
         """
         if self.resume:
             self._load_newest()
+            check(len(set(gather_objects(self.epoch))) == 1, "all processes must see the same files in output_dir")
         logs = self.output_dir / f"logs_{time.strftime('%Y%m%d-%H%M%S')}"
         self.writer = None if process_rank() else SummaryWriter(str(logs))
         try:
@@ -319,6 +325,7 @@ class Trainer:
         self.scheduler.step()
         self.epoch += 1
         last = self.epoch == self.num_epochs
+        copy_from_first(self.network.buffers())  # batch norm's statistics, of which the first process writes its own
         result = self.validator.run_validation() if last or self.epoch % self.validation_interval == 0 else None
         end = time.perf_counter()
         self._record(train_loss, result, rate, {"seconds": end - start, "validation_seconds": end - trained})
@@ -505,7 +512,10 @@ class Trainer:
         self.sampler.load_state_dict(checkpoint["sampler"])
         self.epoch, self.best, self.log = checkpoint["epoch"], tuple(checkpoint["best"]), checkpoint["log"]
         self.min_score = checkpoint["min_score"]
-        states = checkpoint["random"][process_rank() % len(checkpoint["random"])]
+        if len(checkpoint["random"]) == process_count():  # else each keeps what its own seed gave
+            self._set_random_state(checkpoint["random"][process_rank()])
+
+    def _set_random_state(self, states: dict[str, Any]) -> None:
         random.setstate(states["python"])
         name, keys, *rest = states["numpy"]
         np.random.set_state((name, np.asarray(keys, np.uint32), *rest))

@@ -6,7 +6,6 @@ LUNA16's ``annotations.csv`` and of ITK. The order changes in ``Geometry`` and i
 
 from __future__ import annotations
 
-import atexit
 import importlib.util
 import inspect
 import json
@@ -16,10 +15,12 @@ import os
 import random
 import re
 import sqlite3
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -526,8 +527,8 @@ class ProcessedScan:
 
     Args:
         seriesuid: The scan's name.
-        image: float16 (z, y, x) in [0, 1], memory-mapped.
-        mask: uint8 (z, y, x), 1 = nodule, memory-mapped.
+        image: float16 (z, y, x) in [0, 1].
+        mask: uint8 (z, y, x), 1 = nodule.
         metadata: The fields of ``<seriesuid>_metadata.json``.
     """
 
@@ -561,8 +562,8 @@ def read_metadata(data_dir: str | Path, seriesuid: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_processed(data_dir: str | Path, seriesuid: str) -> ProcessedScan:
-    """Opens a processed scan without loading its voxels.
+def read_processed(data_dir: str | Path, seriesuid: str, in_memory: bool = False) -> ProcessedScan:
+    """Opens a processed scan; its voxels are read now where they shall be ``in_memory``, else when they are used.
 
     Raises:
         FileNotFoundError: A file of the scan is missing.
@@ -573,7 +574,7 @@ def read_processed(data_dir: str | Path, seriesuid: str) -> ProcessedScan:
         path = Path(data_dir) / kind / f"{seriesuid}.npy"
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; run python preprocess.py first")
-        arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
+        arrays.append(np.load(path, mmap_mode=None if in_memory else "r", allow_pickle=False))
     if arrays[0].shape != arrays[1].shape or arrays[0].ndim != 3:
         raise ValueError(f"image {arrays[0].shape} and mask {arrays[1].shape} of {seriesuid} differ; run preprocess.py")
     return ProcessedScan(seriesuid, arrays[0], arrays[1], read_metadata(data_dir, seriesuid))
@@ -668,22 +669,31 @@ def join_processes(device: torch.device) -> torch.device:
     """Joins the processes that ``torchrun`` started, once; does nothing in a process that it did not start.
 
     Returns:
-        ``device``, or this process's own GPU in place of 'cuda'.
+        ``device``, or this process's own GPU where it is a GPU and there are several processes.
+
+    Raises:
+        ValueError: There are more processes than GPUs.
     """
     import torch
     from torch import distributed
 
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not distributed.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        check(rank < count, f"this machine has {count} GPUs; start torchrun with --nproc_per_node {count}")
+        device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(distributed.destroy_process_group)
-        if process_rank():
-            logging.getLogger().setLevel(logging.ERROR)  # what the first process says is said once
+        # A process that is done with its scans waits for the others; torchrun itself notices one that died.
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return device
+
+
+def leave_processes() -> None:
+    """Leaves the processes that ``join_processes`` joined; to be called when all went well, since it waits for them."""
+    if (distributed := sys.modules.get("torch.distributed")) and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def process_count() -> int:
@@ -711,10 +721,23 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def do_once(work: Callable[[], Any]) -> None:
-    """Runs ``work`` in the first process, while the others wait."""
+    """Runs ``work`` in the first process, while the others wait; what it raises is raised in all of them."""
+    error = None
     if not process_rank():
-        work()
-    gather_objects(None)
+        try:
+            work()
+        except Exception as raised:  # noqa: BLE001 - raised again, in all processes
+            error = raised
+    if first := gather_objects(error)[0]:
+        raise first
+
+
+def copy_from_first(tensors: Iterable[torch.Tensor]) -> None:
+    """Gives tensors the values that they have in the first process."""
+    from torch import distributed
+
+    for tensor in tensors if process_count() > 1 else ():
+        distributed.broadcast(tensor, 0)
 
 
 def gather_samples(figures: torch.Tensor) -> torch.Tensor:
@@ -796,10 +819,14 @@ def parse_command_line(
 
 def run_main(work: Callable[[list[str] | None], int], argv: list[str] | None) -> int:
     """Runs a script's work; a user's mistake ends in one clear line and exit status 1, not in a traceback."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")  # to stderr
+    first = os.environ.get("RANK", "0") == "0"  # of those that torchrun started; what it says is said once
+    level = logging.INFO if first else logging.ERROR
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s")  # to stderr
     logging.captureWarnings(True)
     try:
-        return work(argv)
+        status = work(argv)
+        leave_processes()
+        return status
     except (ValueError, OSError, ImportError) as error:
         logger.error("%s", error)
         logger.debug("traceback", exc_info=True)

@@ -365,7 +365,7 @@ class ExaminedScan:
         annotated, truth, count = scan.metadata["nodules"], np.asarray(scan.mask), len(found.scores) - 1
         boxes = [nodule_crop(scan.geometry, nodule) for nodule in annotated]
         crops = [Overlap.of(found.labels[box], truth[box], count) for box in boxes]
-        unlabelled = replace(found, labels=found.labels[:0])  # counted; a scan's array is too large to be kept
+        unlabelled = replace(found, labels=found.labels[:0].copy())  # counted; a scan's array is too large to be kept
         on_excluded = np.zeros(count + 1, bool)
         if excluded is not None:
             ours = excluded[excluded["seriesuid"] == scan.seriesuid]

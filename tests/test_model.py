@@ -447,3 +447,22 @@ def test_checkpoint_that_would_run_code_is_refused_without_running_it(tmp_path):
     with pytest.raises(ValueError, match=r"harmful\.pth is damaged or no checkpoint"):
         load_checkpoint(tmp_path / "harmful.pth")
     assert not victim.exists()
+
+
+def test_default_network_refuses_a_norm_that_would_fix_its_logits():
+    with pytest.raises(ValueError, match="must have batch norm"):
+        small_network(norm="instance")
+
+
+def test_unknown_norm_is_refused():
+    with pytest.raises(ValueError, match="norm must be 'batch' or 'instance', not 'group'"):
+        small_network(norm="group")
+
+
+def test_instance_norm_makes_samples_independent_of_each_other():
+    torch.manual_seed(0)
+    images = torch.rand(2, 1, 16, 16, 16)
+    network = SubpixelUNet(channels=(4, 8, 8), strides=(2, 1), num_res_units=0, dropout=0.0, norm="instance").train()
+    assert torch.allclose(network(images)[:1], network(images[:1]), atol=1e-5)
+    with pytest.raises(ValueError, match="instance norm needs some size above 4"):
+        network.check_size((4, 4, 4))
