@@ -63,6 +63,7 @@ SIZES_MM = {"< 6 mm": (0.0, 6.0), "6-10 mm": (6.0, 10.0 + 1e-9), "> 10 mm": (10.
 UNKNOWN_DIAMETER_MM = 10.0  # of a finding with a diameter of -1, as in the official script
 CROP_MARGIN_MM = 5.0  # around an annotated nodule, for its own Dice
 NEARLY_AS_GOOD = 0.005  # of mean Dice, when a score is chosen
+SCORE_DRAWS = 100  # of the scans, when a score is chosen
 FP_PER_SCAN = 2.0 ** np.arange(-3, 4)  # 1/8 ... 8, where LUNA16 reads the curve
 _GRID = 2.0 ** (np.arange(-48, 49) / 16)  # the same range in finer steps, for the picture
 _POINTS = np.append(np.arange(0, 97, 16), 97)  # in what _read_curve returns: FP_PER_SCAN, then the CPM
@@ -411,19 +412,24 @@ class ExaminedScan:
 def choose_min_score(scans: Sequence[ExaminedScan]) -> float:
     """The score from which nodules should stay in the mask: best for the mean Dice per scan where it is defined.
 
-    Of the scores around the best one that are nearly as good it takes the middle, which carries over to other scans
-    better than an edge. Without any Dice it is 0.
+    A single scan can decide which score is best, so it is the mean of what draws of the scans with replacement choose
+    (bagging, Breiman 1996). Without any Dice it is 0.
     """
     scores = np.linspace(0, 1, 101)
     dice = np.array([[scan.dice(score) for scan in scans] for score in scores])
-    defined = np.isfinite(dice)
-    means = np.where(defined, dice, 0).sum(axis=1) / np.maximum(defined.sum(axis=1), 1)
-    best = int(means.argmax())
-    if not means[best]:
-        return 0.0
-    poor = np.flatnonzero(means < means[best] - NEARLY_AS_GOOD)
-    first, last = max(poor[poor < best], default=-1) + 1, min(poor[poor > best], default=len(scores)) - 1
-    return float(scores[(first + last) // 2])
+    drawn = np.random.default_rng(0).multinomial(len(scans), np.full(len(scans), 1 / len(scans)), size=SCORE_DRAWS).T
+    defined = np.isfinite(dice) @ drawn  # (scores, draws)
+    means = np.nan_to_num(dice) @ drawn / np.maximum(defined, 1)
+    chosen = [scores[_middle_of_best(mean)] for mean in means.T if mean.any()]
+    return float(np.mean(chosen)) if chosen else 0.0
+
+
+def _middle_of_best(values: np.ndarray) -> int:
+    """Middle of the range around the highest value in which all are nearly as high."""
+    best = int(values.argmax())
+    poor = np.flatnonzero(values < values[best] - NEARLY_AS_GOOD)
+    first, last = max(poor[poor < best], default=-1) + 1, min(poor[poor > best], default=len(values)) - 1
+    return (first + last) // 2
 
 
 def nodule_crop(geometry: Geometry, nodule: dict[str, Any]) -> tuple[slice, slice, slice]:
