@@ -5,6 +5,7 @@ import math
 import random
 import runpy
 import shutil
+import threading
 
 import matplotlib.image
 import numpy as np
@@ -17,7 +18,15 @@ from scipy import ndimage
 from torch import nn
 
 import infer
-from infer import MAX_CANDIDATES, WINDOW_BATCH, NoduleInferencer, choose_scans, extract_nodules, find_candidates
+from infer import (
+    MAX_CANDIDATES,
+    WINDOW_BATCH,
+    NoduleInferencer,
+    choose_scans,
+    extract_nodules,
+    find_candidates,
+    map_scans,
+)
 from model import LungNodule3DUNet, load_checkpoint, save_checkpoint
 from preprocess import LUNA16Preprocessor
 from train import Trainer
@@ -1137,3 +1146,76 @@ def test_command_line_infers_one_raw_scan(run_dir, tmp_path, capsys):
 def test_command_line_without_a_checkpoint_ends_with_status_1(tmp_path, caplog):
     assert infer.main([f"--checkpoint_path={tmp_path / 'none.pth'}", "--device=cpu"]) == 1
     assert "run python train.py first" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------------- many scans
+
+
+def test_scans_come_back_in_order(processed_dir):
+    uids = read_processed_list(processed_dir)[::-1]
+    assert map_scans(processed_dir, uids, lambda s: s.seriesuid, lambda s, uid: (s.seriesuid, uid), "test") == [
+        (uid, uid) for uid in uids
+    ]
+    assert map_scans(processed_dir, [], len, max, "test") == []
+
+
+def test_last_scan_is_finished_while_the_network_computes_the_next(processed_dir):
+    uids = read_processed_list(processed_dir)[:2]
+    second_begun = threading.Event()
+
+    def compute(scan):
+        if scan.seriesuid == uids[1]:
+            second_begun.set()
+
+    def finish(scan, computed):
+        return second_begun.wait(timeout=30)
+
+    assert map_scans(processed_dir, uids, compute, finish, "test") == [True, True]
+
+
+def test_next_scan_is_read_while_the_network_computes(processed_dir, monkeypatch):
+    uids = read_processed_list(processed_dir)[:2]
+    second_read = threading.Event()
+
+    def read(data_dir, uid, in_memory):
+        if uid == uids[1]:
+            second_read.set()
+        return read_processed(data_dir, uid, in_memory)
+
+    monkeypatch.setattr(infer, "read_processed", read)
+    waited = map_scans(
+        processed_dir, uids, lambda scan: second_read.wait(timeout=30), lambda scan, computed: computed, "test"
+    )
+    assert waited == [True, True]
+
+
+def test_no_more_than_three_scans_are_in_memory(processed_dir, monkeypatch):
+    uids = read_processed_list(processed_dir) * 3
+    lock, alive, most = threading.Lock(), 0, 0
+
+    def count(change):
+        nonlocal alive, most
+        with lock:
+            alive += change
+            most = max(most, alive)
+
+    def read(data_dir, uid, in_memory):
+        count(1)
+        return read_processed(data_dir, uid, in_memory)
+
+    monkeypatch.setattr(infer, "read_processed", read)
+    map_scans(processed_dir, uids, lambda scan: None, lambda scan, computed: count(-1), "test")
+    assert (alive, most <= 3) == (0, True)
+
+
+def test_error_of_any_stage_is_raised(processed_dir):
+    uids = read_processed_list(processed_dir)
+
+    def fail(*given):
+        raise OSError("disk full")
+
+    for compute, finish in ((fail, lambda scan, computed: None), (lambda scan: None, fail)):
+        with pytest.raises(OSError, match="disk full"):
+            map_scans(processed_dir, uids, compute, finish, "test")
+    with pytest.raises(FileNotFoundError):
+        map_scans(processed_dir, [*uids, "1.2.3"], lambda scan: None, lambda scan, computed: None, "test")
