@@ -24,6 +24,7 @@ import numpy.typing as npt
 import pandas as pd
 import SimpleITK as sitk
 import torch
+from monai.data.utils import compute_importance_map
 from monai.inferers import sliding_window_inference
 from scipy import ndimage, sparse
 from scipy.sparse import csgraph
@@ -82,6 +83,7 @@ OUTSIDE_LOGIT = -20.0  # where no network looked: a probability of 2e-9
 RESULT_FILES = ("predicted_masks/*", "visualizations/*", "*_nodules.*", "inference_summary.*", "candidates.csv")
 CANDIDATE_THRESHOLD = 0.1  # a spot that reaches it is a candidate
 MAX_CANDIDATES = 100  # a scan, LUNA16's limit
+LOOK_SIGMA = 0.25  # of the window, how far from its middle another look counts
 SURROUNDINGS_MM = 3.0  # that a candidate is scored with
 SURELY_BACKGROUND = 0.02  # probabilities up to this say nothing of how a candidate fades out
 NECK_MM = 1.0  # a component is split where it is thinner by this than on both sides
@@ -125,8 +127,9 @@ class NoduleInferencer:
         threshold: Probability from which a voxel counts as nodule.
         min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the one that the training chose on
             its validation scans, and 0 (all stay) for a live network.
-        mirrors: Mirror images, 0 to 7, whose probabilities are averaged with those of the scan itself; null takes the
-            number that the training chose min_score with, and 0 for a live network.
+        mirrors: Mirror images, 0 to 7, whose probabilities are averaged with those of the scan itself; a network
+            trained on patches looks again only at what may be a nodule. null takes the number that the training chose
+            min_score with, and 0 for a live network.
         mixed_precision: Compute in half precision where the hardware gains by it.
         overwrite: Replace the results of another checkpoint or other thresholds in output_dir.
         model: A live network instead of a checkpoint.
@@ -181,11 +184,12 @@ class NoduleInferencer:
 
         A network trained on patches slides over the image, or over ``box`` alone (half-open, z, y, x); the logits
         outside of it are OUTSIDE_LOGIT. The windows go to the device one batch at a time; image and logits stay where
-        the image is, so that a scan of any length fits. The network's training mode is left as it was.
+        the image is, so that a scan of any length fits. With ``mirrors`` it looks again at what may be a nodule. The
+        network's training mode is left as it was.
         """
         with evaluation_mode(self.model), torch.inference_mode():
             if self.window is None:
-                return self._forward(image)
+                return self._forward(image, self.mirrors)
             lower, upper = box or ((0, 0, 0), image.shape[2:])
             inside: Any = (..., *(slice(a, b) for a, b in zip(lower, upper, strict=True)))
             logits = torch.full_like(image, OUTSIDE_LOGIT, dtype=torch.float32)
@@ -199,20 +203,43 @@ class NoduleInferencer:
                 sw_device=self.device,
                 device=image.device,
             )
+            if self.mirrors:
+                for one, its_logits in zip(image[inside], logits[inside], strict=True):
+                    self._look_again(one[None], its_logits[0])
             return logits
 
-    def _forward(self, image: Tensor) -> Tensor:
-        """Logits of one batch, padded with air to a size that the network takes and cropped again."""
+    def _look_again(self, image: Tensor, logits: Tensor) -> None:
+        """Looks again at what may be a nodule, in the middle of a window and in mirror images, and averages all looks.
+
+        Args:
+            image: (1, 1, Z, Y, X).
+            logits: (Z, Y, X) of the first look, changed in place; the less, the farther from the middle of a window.
+        """
+        assert self.window is not None
+        size = np.minimum(self.window, logits.shape)
+        weight = compute_importance_map(tuple(size), "gaussian", LOOK_SIGMA, device=logits.device)
+        weight *= (1 + self.mirrors) / (2 + self.mirrors)  # so many of all looks are new
+        for middle in _middles_of_spots(logits.cpu().numpy(), size // 2)[:MAX_CANDIDATES]:
+            lower = np.clip(middle - size // 2, 0, logits.shape - size)
+            crop = tuple(slice(a, a + n) for a, n in zip(lower, size, strict=True))
+            again = self._forward(image[:, :, *crop], self.mirrors)[0, 0].to(logits.device).sigmoid()
+            logits[crop] = torch.logit(torch.lerp(logits[crop].sigmoid(), again, weight), eps=PROBABILITY_EPS)
+
+    def _forward(self, image: Tensor, mirrors: int = 0) -> Tensor:
+        """Logits of one batch, padded with air to a size that the network takes and cropped again.
+
+        With mirrors, those of the mean probability of the images and so many mirror images of them.
+        """
         divisor = self.model.divisor if isinstance(self.model, SegmentationNetwork) else 1
         shape = image.shape[2:]
         padding = [n for size in reversed(shape) for n in (0, -size % divisor)]
         image = functional.pad(image.to(self.device).float(), padding)
         logits = self._look(image, ())
-        if self.mirrors:
+        if mirrors:
             total = logits.sigmoid()
-            for axes in MIRRORS[1 : 1 + self.mirrors]:
+            for axes in MIRRORS[1 : 1 + mirrors]:
                 total += self._look(image, axes).sigmoid()
-            logits = torch.logit(total / (1 + self.mirrors), eps=PROBABILITY_EPS)
+            logits = torch.logit(total / (1 + mirrors), eps=PROBABILITY_EPS)
         return logits[..., : shape[0], : shape[1], : shape[2]]
 
     def _look(self, image: Tensor, axes: Sequence[int]) -> Tensor:
@@ -483,9 +510,7 @@ def map_scans(
         silent = True if process_rank() else None
         for index in tqdm(range(len(mine)), desc=desc, unit="scan", disable=silent, leave=leave):
             scan = reading.pop().result()
-            reading += [
-                reader.submit(read_processed, data_dir, uid, in_memory=True) for uid in mine[index + 1 : index + 2]
-            ]
+            reading += [reader.submit(read, uid) for uid in mine[index + 1 : index + 2]]
             computed = compute(scan)
             if finished:
                 finished[-1].result()
@@ -635,6 +660,20 @@ def _components(mask: np.ndarray) -> list[np.ndarray]:
     order = np.argsort(labels, kind="stable")
     borders = np.flatnonzero(np.diff(labels[order])) + 1
     return np.split(np.stack([z, y, x], axis=1)[order], borders) if len(flat) else []
+
+
+def _middles_of_spots(logits: np.ndarray, step: np.ndarray) -> list[np.ndarray]:
+    """Middles, int (3,), of all spots that may be a nodule in a map (z, y, x), the likeliest first.
+
+    What is larger than a box of ``step`` voxels has one in each that it reaches into.
+    """
+    spots = _components(logits >= math.log(CANDIDATE_THRESHOLD / (1 - CANDIDATE_THRESHOLD)))
+    middles = []
+    for voxels in sorted(spots, key=lambda voxels: -logits[tuple(voxels.T)].max()):
+        boxes = np.unique((voxels - voxels.min(axis=0)) // step, axis=0, return_inverse=True)[1].ravel()
+        parts = [voxels[boxes == box] for box in range(boxes.max() + 1)]
+        middles += [(part.min(axis=0) + part.max(axis=0) + 1) // 2 for part in parts]
+    return middles
 
 
 def _find(numbers: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

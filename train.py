@@ -94,7 +94,7 @@ class Trainer:
         validation_interval: Epochs between validations; the last epoch is always validated.
         threshold: Probability from which a voxel counts as nodule in validation.
         mirrors: Mirror images, 0 to 7, whose probabilities validation and later inference average with those of the
-            scan itself; 3 take four times as long.
+            scan itself, or with patches of what may be a nodule.
         patch_size: Train on patches of this shape (z, y, x), e.g. '[96,96,96]'; null trains on whole scans.
         patches_per_scan: Patches an epoch, for each scan on average.
         nodule_share: Share of the patches that hold a nodule; each nodule is equally likely.

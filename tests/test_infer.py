@@ -128,17 +128,82 @@ def test_probabilities_of_mirror_images_are_averaged(live, mirrors, leaning):
         assert [abs(end) > 0.15 for end in ends] == [bool(lean) for lean in leaning]
 
 
-def test_mirror_images_slide_with_the_window(live):
-    image = np.random.default_rng(0).random((12, 16, 16), dtype=np.float32)
-    found = live(Local(), window=(8, 8, 8), mirrors=3).predict_probability(image)
-    np.testing.assert_allclose(found, live(Local()).predict_probability(image), atol=1e-6)
+class Counting(nn.Module):
+    """Logits of the brightness alone, up to a lean; counts the images it is given."""
 
-
-class Local(nn.Module):
-    """Logits that depend on the voxel alone."""
+    def __init__(self, lean=0.0):
+        super().__init__()
+        self.lean, self.seen = lean, []
 
     def forward(self, image):
-        return 4 * image - 2
+        self.seen += list(image[:, 0])
+        return 10 * image - 8 + self.lean * torch.linspace(-1, 1, image.shape[-1])
+
+
+def spotted(*spots):
+    """Image (24, 24, 24) of air with bright voxels."""
+    image = np.zeros((24, 24, 24), np.float32)
+    for spot in spots:
+        image[tuple(spot)] = 1
+    return image
+
+
+def test_window_looks_again_at_spots_in_their_middle_and_in_mirror_images(live):
+    network = Counting()
+    live(network, window=(8, 8, 8)).predict_probability(spotted((5, 12, 15)))
+    first = len(network.seen)
+    live(network, window=(8, 8, 8), mirrors=3).predict_probability(spotted((5, 12, 15)))
+    again = network.seen[2 * first :]
+    assert [np.argwhere(np.asarray(window)).tolist() for window in again] == [
+        [[4, 4, 4]],
+        [[4, 4, 3]],
+        [[4, 3, 4]],
+        [[3, 4, 4]],
+    ]
+
+
+def test_all_looks_at_a_spot_count_alike_and_what_is_no_spot_stays(live):
+    def probability(image, mirrors):
+        return live(Counting(1.0), window=(9, 9, 9), mirrors=mirrors).predict_probability(image)
+
+    once, again = (probability(spotted((12, 12, 14)), mirrors) for mirrors in (0, 2))
+    in_the_middle = 1 / (1 + np.exp(-2))  # where the network leans to no side
+    assert abs(once[12, 12, 14] - in_the_middle) > 0.01
+    assert again[12, 12, 14] == pytest.approx((once[12, 12, 14] + 3 * in_the_middle) / 4, abs=1e-6)
+    changed = np.argwhere(once != again)
+    assert (changed.min(axis=0) >= (8, 8, 10)).all() and (changed.max(axis=0) <= (16, 16, 18)).all()
+    np.testing.assert_array_equal(probability(spotted(), 2), probability(spotted(), 0))
+
+
+def test_no_look_goes_beyond_the_box(live):
+    network = Counting()
+    inferencer = live(network, window=(8, 8, 8), mirrors=1)
+    probability = inferencer.predict_probability(spotted((2, 3, 4)), ((0, 0, 0), (12, 4, 20)))
+    assert (probability[12:] < 1e-8).all() and (probability[:, 4:] < 1e-8).all()
+    assert {tuple(window.shape) for window in network.seen[-2:]} == {(8, 4, 8)}
+
+
+def test_wide_spot_is_looked_at_in_parts_and_no_scan_more_often_than_it_may_have_candidates(live):
+    network = Counting()
+    image = spotted()
+    image[10:12, 10:12, 2:22] = 1
+    inferencer = live(network, window=(8, 8, 8), mirrors=1)
+    inferencer.predict_probability(image)
+    middles = infer._middles_of_spots(10 * image - 8, np.array([4, 4, 4]))
+    assert [middle.tolist() for middle in middles] == [[11, 11, x] for x in (4, 8, 12, 16, 20)]
+    network.seen.clear()
+    inferencer.predict_probability(spotted(*3 * np.argwhere(np.ones((8, 8, 8)))))
+    assert len(network.seen) == 4**3 + 2 * MAX_CANDIDATES
+
+
+def test_likeliest_spot_is_looked_at_first():
+    logits = np.full((9, 9, 9), -9.0)
+    logits[1, 1, 1], logits[7, 7, 7], logits[1, 7, 1] = 0.0, 2.0, -3.0
+    assert [m.tolist() for m in infer._middles_of_spots(logits, np.full(3, 4))] == [[7, 7, 7], [1, 1, 1]]
+
+
+def test_wholly_empty_map_has_no_spots():
+    assert infer._middles_of_spots(np.full((4, 4, 4), -9.0), np.full(3, 2)) == []
 
 
 def test_checkpoint_knows_the_number_of_mirror_images(processed_dir, tmp_path):
