@@ -316,11 +316,9 @@ class LUNA16Dataset(Dataset):
                 nodule_points(fields), [n["diameter_mm"] for n in fields["nodules"] if n["voxels"]], strict=True
             )
         ]
-        self._scans: dict[int, ProcessedScan] = {}  # opened once, not once a sample
         self.in_memory = self._fits_in_memory() if in_memory is None else in_memory
-        if self.in_memory:
-            for index in range(len(self)):
-                self._scans[index] = read_processed(self.data_dir, self.seriesuids[index], in_memory=True)
+        kept = self.seriesuids if self.in_memory else []
+        self._scans = [read_processed(self.data_dir, uid, in_memory=True) for uid in kept]
 
     def _fits_in_memory(self) -> bool:
         voxels = sum(math.prod(fields["shape_zyx"]) for fields in self.metadata)
@@ -332,9 +330,8 @@ class LUNA16Dataset(Dataset):
         return fits
 
     def _scan(self, index: int) -> ProcessedScan:
-        if index not in self._scans:
-            self._scans[index] = read_processed(self.data_dir, self.seriesuids[index])
-        return self._scans[index]
+        # A file that stayed open would be one too many with LUNA16's 888 scans.
+        return self._scans[index] if self.in_memory else read_processed(self.data_dir, self.seriesuids[index])
 
     def __len__(self) -> int:
         return len(self.seriesuids)

@@ -40,6 +40,7 @@ from utils import (
     Geometry,
     ProcessedScan,
     Shape,
+    UserError,
     Vector,
     atomic_path,
     autocast_dtype,
@@ -107,12 +108,14 @@ class ScanResult:
     Args:
         seriesuid: Name of the scan.
         part: 'train', 'validation', 'test', 'new' or 'unknown'.
+        source: File or folder that the scan was read from.
         nodules: One dict a nodule, most probable first.
         marks: All scored candidates, in LUNA16's submission format.
     """
 
     seriesuid: str
     part: str
+    source: str
     nodules: list[dict[str, Any]]
     marks: pd.DataFrame
 
@@ -213,17 +216,21 @@ class NoduleInferencer:
 
         Args:
             image: (1, 1, Z, Y, X).
-            logits: (Z, Y, X) of the first look, changed in place; the less, the farther from the middle of a window.
+            logits: (Z, Y, X) of the first look, changed in place. A look counts the less, the farther a voxel is from
+                the middle of its window.
         """
         assert self.window is not None
         size = np.minimum(self.window, logits.shape)
-        weight = compute_importance_map(tuple(size), "gaussian", LOOK_SIGMA, device=logits.device)
-        weight *= (1 + self.mirrors) / (2 + self.mirrors)  # so many of all looks are new
-        for middle in _middles_of_spots(logits.cpu().numpy(), size // 2)[:MAX_CANDIDATES]:
+        weight = (1 + self.mirrors) * compute_importance_map(tuple(size), "gaussian", LOOK_SIGMA, logits.device)
+        total, weights = logits.sigmoid(), torch.ones_like(logits)
+        for middle in _middles_of_spots(logits.cpu().numpy(), size // 2):
             lower = np.clip(middle - size // 2, 0, logits.shape - size)
             crop = tuple(slice(a, a + n) for a, n in zip(lower, size, strict=True))
-            again = self._forward(image[:, :, *crop], self.mirrors)[0, 0].to(logits.device).sigmoid()
-            logits[crop] = torch.logit(torch.lerp(logits[crop].sigmoid(), again, weight), eps=PROBABILITY_EPS)
+            again = self._forward(image[:, :, *crop], self.mirrors)[0, 0].to(logits.device)
+            total[crop] += weight * again.sigmoid()
+            weights[crop] += weight
+        looked = weights > 1
+        logits[looked] = torch.logit(total[looked] / weights[looked], eps=PROBABILITY_EPS)
 
     def _forward(self, image: Tensor, mirrors: int = 0) -> Tensor:
         """Logits of one batch, padded with air to a size that the network takes and cropped again.
@@ -245,8 +252,14 @@ class NoduleInferencer:
     def _look(self, image: Tensor, axes: Sequence[int]) -> Tensor:
         """float32 logits of images flipped along axes (z, y, x), flipped back."""
         dims = [axis + 2 for axis in axes]
-        with self._autocast():
-            logits = self.model(image.flip(dims) if dims else image)
+        try:
+            with self._autocast():
+                logits = self.model(image.flip(dims) if dims else image)
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError(
+                f"CUDA is out of memory for {' x '.join(map(str, image.shape[2:]))} voxels at a time; free the GPU of "
+                "other programs, or set device='cpu' (--device cpu)"
+            ) from error
         return logits.float().flip(dims) if dims else logits.float()
 
     def _autocast(self) -> torch.autocast:
@@ -333,6 +346,7 @@ class NoduleInferencer:
         for uid in parts:
             self.check_prepared_alike(read_processed(data_dir, uid))
         do_once(self._claim_output)
+        source = str(Path(data_dir).resolve())
 
         def predict(scan: ProcessedScan) -> np.ndarray:
             return self.predict_probability(scan.image, scan.lung_box)
@@ -340,7 +354,7 @@ class NoduleInferencer:
         def write(scan: ProcessedScan, probability: np.ndarray) -> ScanResult:
             found = self.segment(probability, scan.geometry)
             uid = scan.seriesuid
-            return self._write_scan(uid, parts[uid], scan.image, scan.geometry, found, scan.mask)
+            return self._write_scan(uid, parts[uid], source, scan.image, scan.geometry, found, scan.mask)
 
         results = map_scans(data_dir, list(parts), predict, write, desc="inference")
         return self._write_summary(results)
@@ -360,15 +374,16 @@ class NoduleInferencer:
         """
         if self.preprocessing is None:
             raise RuntimeError("a raw scan needs the preprocessing of a checkpoint; build NoduleInferencer from one")
-        name = scan_name(path)
+        name, source = scan_name(path), str(Path(path).resolve())
         scan = read_scan(path)
         self._claim_output()
+        self._claim_name(name, source)
         prepared = self.preprocessing.prepare(scan)
         if prepared.lung_source == "none" and self.preprocessing.mask_lungs:
             logger.warning("%s: no lungs were found; is it a chest CT in HU?", path)
         probability = self.predict_probability(prepared.array, prepared.lung_box)
         found = self.segment(probability, prepared.grid)
-        result = self._write_scan(name, "new", prepared.array, prepared.grid, found, None)
+        result = self._write_scan(name, "new", source, prepared.array, prepared.grid, found, None)
         own_mask = resample(
             prepared.grid.image(found.mask), Geometry.from_image(scan), linear=False, pixel_type=sitk.sitkUInt8
         )
@@ -430,10 +445,22 @@ class NoduleInferencer:
                     old.unlink()
         write_json(path, {"checkpoint": str(self.checkpoint_path)} | decides)
 
+    def _claim_name(self, name: str, source: str) -> None:
+        """Refuses a raw scan whose results would replace those of another one with the same file name."""
+        path = self.output_dir / "inference_summary.json"
+        scans = json.loads(path.read_text(encoding="utf-8"))["scans"] if path.is_file() else {}
+        other = scans.get(name, {}).get("source", source)
+        if other != source and not self.overwrite:
+            raise FileExistsError(
+                f"{self.output_dir} holds results of another {name}, {other}; name another output_dir, or replace them "
+                "with overwrite=True (--overwrite true)"
+            )
+
     def _write_scan(
         self,
         uid: str,
         part: str,
+        source: str,
         image: np.ndarray,
         geometry: Geometry,
         found: Segmentation,
@@ -446,7 +473,7 @@ class NoduleInferencer:
         figure = draw_overlay(np.asarray(image, np.float32), geometry, mask, nodules, truth, title=uid)
         with atomic_path(self.output_dir / "visualizations" / f"{uid}.png") as temporary:
             figure.savefig(temporary)
-        return ScanResult(uid, part, nodules, nodule_table(uid, found.candidates)[list(CANDIDATE_COLUMNS)])
+        return ScanResult(uid, part, source, nodules, found.marks(uid))
 
     def _write_summary(self, results: Sequence[ScanResult], keep: bool = False) -> pd.DataFrame:
         """Writes the tables of all scans of a run; ``keep`` adds them to those of earlier runs in the folder."""
@@ -455,6 +482,7 @@ class NoduleInferencer:
         for result in results:
             scans[result.seriesuid] = {
                 "part": result.part,
+                "source": result.source,
                 "nodules": result.nodules,
                 "largest_diameter_mm": max((n["diameter_mm"] for n in result.nodules), default=None),
                 "highest_probability": max((n["probability"] for n in result.nodules), default=None),
@@ -561,7 +589,7 @@ class Segmentation:
     Args:
         labels: int32 (z, y, x); every nodule of the mask has a number from 1, 0 is background.
         candidates: Nodule dicts, as ``extract_nodules`` gives them, of all that might be a nodule: those of the map's
-            voxels above the threshold, then the likeliest fainter spots, up to MAX_CANDIDATES together.
+            voxels above the threshold, and where these are fewer than MAX_CANDIDATES, the likeliest fainter spots.
         numbers: For each candidate its number in ``labels``, 0 for one that is not in the mask.
     """
 
@@ -592,6 +620,11 @@ class Segmentation:
     def nodules(self) -> list[dict[str, Any]]:
         """The candidates in the mask, the likeliest first."""
         return [found for found, number in zip(self.candidates, self.numbers, strict=True) if number]
+
+    def marks(self, uid: str) -> pd.DataFrame:
+        """The likeliest MAX_CANDIDATES candidates in LUNA16's submission format."""
+        likeliest = sorted(self.candidates, key=lambda found: -found["probability"])[:MAX_CANDIDATES]
+        return nodule_table(uid, likeliest)[list(CANDIDATE_COLUMNS)]
 
 
 def extract_nodules(
@@ -662,18 +695,21 @@ def _components(mask: np.ndarray) -> list[np.ndarray]:
     return np.split(np.stack([z, y, x], axis=1)[order], borders) if len(flat) else []
 
 
-def _middles_of_spots(logits: np.ndarray, step: np.ndarray) -> list[np.ndarray]:
-    """Middles, int (3,), of all spots that may be a nodule in a map (z, y, x), the likeliest first.
+def _middles_of_spots(logits: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """Middles, int (n, 3), of up to MAX_CANDIDATES spots that may be a nodule in a map (z, y, x), the likeliest first.
 
-    What is larger than a box of ``step`` voxels has one in each that it reaches into.
+    What is wider than ``step`` voxels is divided into boxes that are not, and each that is not empty has a middle.
     """
     spots = _components(logits >= math.log(CANDIDATE_THRESHOLD / (1 - CANDIDATE_THRESHOLD)))
-    middles = []
-    for voxels in sorted(spots, key=lambda voxels: -logits[tuple(voxels.T)].max()):
-        boxes = np.unique((voxels - voxels.min(axis=0)) // step, axis=0, return_inverse=True)[1].ravel()
-        parts = [voxels[boxes == box] for box in range(boxes.max() + 1)]
-        middles += [(part.min(axis=0) + part.max(axis=0) + 1) // 2 for part in parts]
-    return middles
+    spots.sort(key=lambda voxels: -logits[tuple(voxels.T)].max())
+    middles = np.empty((0, 3))
+    for voxels in spots[:MAX_CANDIDATES]:
+        lower, width = voxels.min(axis=0), np.ptp(voxels, axis=0) + 1
+        parts = -(-width // np.maximum(step, 1))
+        boxes = ((voxels - lower) / width * parts).astype(int)
+        filled = np.unravel_index(np.unique(np.ravel_multi_index(tuple(boxes.T), parts)), parts)
+        middles = np.concatenate([middles, lower + (np.stack(filled, axis=1) + 0.5) / parts * width])
+    return middles[:MAX_CANDIDATES].astype(int)
 
 
 def _find(numbers: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

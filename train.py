@@ -29,6 +29,7 @@ from dataset import Augmentation, LUNA16Dataset, PatchSampler, ScanSampler, augm
 from model import NETWORKS, DiceBCELoss, SegmentationNetwork, load_checkpoint, place, save_checkpoint
 from utils import (
     Shape,
+    UserError,
     atomic_path,
     autocast_dtype,
     check,
@@ -300,7 +301,7 @@ class Trainer:
             The table of ``log.csv``: one row an epoch.
 
         Raises:
-            RuntimeError: CUDA is out of memory (the message names remedies), or no step of an epoch had a finite loss.
+            UserError: CUDA is out of memory (the message names remedies), or no step of an epoch had a finite loss.
         """
         if self.resume:
             self._load_newest()
@@ -311,7 +312,7 @@ class Trainer:
             while self.epoch < self.num_epochs:
                 self._run_epoch()
         except torch.cuda.OutOfMemoryError as error:
-            raise RuntimeError(OUT_OF_MEMORY.format(**self.settings)) from error
+            raise UserError(OUT_OF_MEMORY.format(**self.settings)) from error
         finally:
             if self.writer is not None:
                 self.writer.close()
@@ -354,9 +355,7 @@ class Trainer:
                     bar.set_postfix(loss=f"{np.mean(known):.4f}" if known else "none", dice=f"{dice:.3f}")
             known += self._read_losses(pending)
         if not known:
-            raise RuntimeError(
-                "no step of this epoch had a finite loss; lower learning_rate or set mixed_precision=False"
-            )
+            raise UserError("no step of this epoch had a finite loss; lower learning_rate or set mixed_precision=False")
         return float(np.mean(known))
 
     def _read_losses(self, pending: list[tuple[dict[str, Any], Tensor]]) -> list[float]:

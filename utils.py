@@ -817,6 +817,10 @@ def parse_command_line(
     return [{name: values[name] for name in wanted} for wanted in names]
 
 
+class UserError(RuntimeError):
+    """What went wrong and can be mended by the user; the message says how."""
+
+
 def run_main(work: Callable[[list[str] | None], int], argv: list[str] | None) -> int:
     """Runs a script's work; a user's mistake ends in one clear line and exit status 1, not in a traceback."""
     first = os.environ.get("RANK", "0") == "0"  # of those that torchrun started; what it says is said once
@@ -827,7 +831,7 @@ def run_main(work: Callable[[list[str] | None], int], argv: list[str] | None) ->
         status = work(argv)
         leave_processes()
         return status
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, UserError) as error:
         logger.error("%s", error)
         logger.debug("traceback", exc_info=True)
         return 1

@@ -31,7 +31,6 @@ from infer import (
     draw_overlay,
     find_candidates,
     map_scans,
-    nodule_table,
 )
 from utils import (
     ANNOTATION_COLUMNS,
@@ -63,6 +62,7 @@ SIZES_MM = {"< 6 mm": (0.0, 6.0), "6-10 mm": (6.0, 10.0 + 1e-9), "> 10 mm": (10.
 UNKNOWN_DIAMETER_MM = 10.0  # of a finding with a diameter of -1, as in the official script
 CROP_MARGIN_MM = 5.0  # around an annotated nodule, for its own Dice
 NEARLY_AS_GOOD = 0.005  # of mean Dice, when a score is chosen
+MUCH_WORSE = 0.1  # of mean Dice, likewise
 SCORE_DRAWS = 100  # of the scans, when a score is chosen
 FP_PER_SCAN = 2.0 ** np.arange(-3, 4)  # 1/8 ... 8, where LUNA16 reads the curve
 _GRID = 2.0 ** (np.arange(-48, 49) / 16)  # the same range in finer steps, for the picture
@@ -263,7 +263,7 @@ class Validator:
         rows = {scan.seriesuid: scan.row(min_score) for scan in scans}
         table = pd.DataFrame([{"seriesuid": uid, "part": part} | rows.get(uid, {}) for uid, part in parts.items()])
         nodules = [row for scan in scans for row in scan.nodule_rows(min_score)]
-        marks = [nodule_table(scan.seriesuid, scan.found.candidates)[list(CANDIDATE_COLUMNS)] for scan in scans]
+        marks = [scan.found.marks(scan.seriesuid) for scan in scans]
         result = ValidationResult(
             table,
             pd.DataFrame(nodules, columns=NODULE_COLUMNS),
@@ -413,15 +413,19 @@ def choose_min_score(scans: Sequence[ExaminedScan]) -> float:
     """The score from which nodules should stay in the mask: best for the mean Dice per scan where it is defined.
 
     A single scan can decide which score is best, so it is the mean of what draws of the scans with replacement choose
-    (bagging, Breiman 1996). Without any Dice it is 0.
+    (bagging, Breiman 1996). Where they choose so differently that their mean is poor, it is the best of all scans
+    together. Without any Dice it is 0.
     """
     scores = np.linspace(0, 1, 101)
     dice = np.array([[scan.dice(score) for scan in scans] for score in scores])
-    drawn = np.random.default_rng(0).multinomial(len(scans), np.full(len(scans), 1 / len(scans)), size=SCORE_DRAWS).T
-    defined = np.isfinite(dice) @ drawn  # (scores, draws)
-    means = np.nan_to_num(dice) @ drawn / np.maximum(defined, 1)
-    chosen = [scores[_middle_of_best(mean)] for mean in means.T if mean.any()]
-    return float(np.mean(chosen)) if chosen else 0.0
+    draws = np.random.default_rng(0).multinomial(len(scans), np.full(len(scans), 1 / len(scans)), size=SCORE_DRAWS)
+    draws = np.vstack([np.ones(len(scans), int), draws]).T  # all scans, then the draws of them
+    means = np.nan_to_num(dice) @ draws / np.maximum(np.isfinite(dice) @ draws, 1)  # (scores, draws)
+    if not means[:, 0].any():
+        return 0.0
+    best, *chosen = (float(scores[_middle_of_best(mean)]) for mean in means.T if mean.any())
+    mean = float(np.mean(chosen))
+    return best if np.interp(mean, scores, means[:, 0]) < means[:, 0].max() - MUCH_WORSE else mean
 
 
 def _middle_of_best(values: np.ndarray) -> int:
@@ -842,9 +846,15 @@ def score_predictions(
     for uids, what in ((marked, "marks in"), (scans, "a result for")):
         twice = pd.Index(uids)[pd.Index(uids).duplicated()]
         check(twice.empty, f"two files have {what} the scan {next(iter(twice), None)}; each fold must be there once")
-    curve = froc(
-        pd.concat(tables), read_table(annotations_path, ANNOTATION_COLUMNS), read_excluded(excluded_path), scans
-    )
+    annotations = read_table(annotations_path, ANNOTATION_COLUMNS)
+    elsewhere = set(annotations["seriesuid"]) - set(scans)
+    if elsewhere:
+        logger.warning(
+            "%d scans with nodules of %s were not searched, and their nodules are not counted; is a fold missing?",
+            len(elsewhere),
+            annotations_path,
+        )
+    curve = froc(pd.concat(tables), annotations, read_excluded(excluded_path), scans)
     write_froc(curve, output_dir)
     return curve
 

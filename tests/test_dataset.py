@@ -516,6 +516,13 @@ def test_scans_in_memory_give_the_same_samples_without_their_files(processed_dir
         assert torch.equal(kept[key]["mask"], mapped[key]["mask"])
 
 
+def test_no_file_of_a_scan_stays_open(processed_dir, uids):
+    dataset = LUNA16Dataset(processed_dir, uids)
+    before = psutil.Process().num_fds()
+    samples = [dataset[index] for index in range(len(uids))]
+    assert psutil.Process().num_fds() == before and len(samples) == len(uids)
+
+
 @pytest.mark.parametrize(("free", "kept"), [(2.01, True), (1.99, False)])
 def test_scans_are_kept_in_memory_where_half_of_it_is_free(processed_dir, uids, monkeypatch, caplog, free, kept):
     caplog.set_level("INFO")

@@ -196,6 +196,27 @@ def test_wide_spot_is_looked_at_in_parts_and_no_scan_more_often_than_it_may_have
     assert len(network.seen) == 4**3 + 2 * MAX_CANDIDATES
 
 
+class Changing(nn.Module):
+    """Gives bright voxels another probability each time it looks."""
+
+    def __init__(self, *probabilities):
+        super().__init__()
+        self.left = list(probabilities)
+
+    def forward(self, image):
+        return torch.where(image > 0, torch.logit(torch.tensor(self.left.pop(0))), -10.0)
+
+
+@pytest.mark.parametrize("again", [(0.2, 0.4, 0.6), (0.6, 0.2, 0.4)])
+def test_looks_at_neighbouring_spots_count_alike_in_any_order(live, monkeypatch, again):
+    monkeypatch.setattr(infer, "LOOK_SIGMA", 1e3)  # a look counts the same all over its window
+    network = Changing(0.9, *np.repeat(again, 2))
+    image = spotted((12, 12, 3), (12, 12, 12), (12, 12, 20))
+    probability = live(network, window=(24, 24, 24), mirrors=1).predict_probability(image)
+    assert not network.left
+    assert probability[12, 12, 12] == pytest.approx((0.9 + 2 * sum(again)) / 7, abs=1e-4)
+
+
 def test_likeliest_spot_is_looked_at_first():
     logits = np.full((9, 9, 9), -9.0)
     logits[1, 1, 1], logits[7, 7, 7], logits[1, 7, 1] = 0.0, 2.0, -3.0
@@ -203,7 +224,7 @@ def test_likeliest_spot_is_looked_at_first():
 
 
 def test_wholly_empty_map_has_no_spots():
-    assert infer._middles_of_spots(np.full((4, 4, 4), -9.0), np.full(3, 2)) == []
+    assert not len(infer._middles_of_spots(np.full((4, 4, 4), -9.0), np.full(3, 2)))
 
 
 def test_checkpoint_knows_the_number_of_mirror_images(processed_dir, tmp_path):
@@ -686,6 +707,16 @@ def test_at_most_100_candidates_are_kept_those_of_the_mask_first():
     assert sum(c["center_voxel"][1] == 76 for c in candidates) == 10
 
 
+def test_scan_has_at_most_100_marks_the_likeliest_of_a_mask_of_more_nodules():
+    probability = np.zeros((3, 81, 81), np.float32)
+    probability[1, 4::6, 4::6] = np.linspace(0.6, 0.99, 169).reshape(13, 13)
+    found = find_candidates(probability, Geometry(probability.shape, (0.0, 0.0, 0.0), (4.0, 4.0, 4.0)), 0.5)
+    marks = found.marks("1.2.3")
+    assert (len(found.nodules), len(marks)) == (169, 100)
+    assert marks["probability"].tolist() == sorted((n["probability"] for n in found.nodules), reverse=True)[:100]
+    assert list(marks) == ["seriesuid", "coordX", "coordY", "coordZ", "probability"]
+
+
 def test_candidates_in_the_mask_are_the_nodules_of_the_mask():
     probability = np.zeros((24, 24, 60), np.float32)
     probability[ball_mask(UNIT, [(8, 12, 12), (17, 12, 12)], 10.0, probability.shape)] = 0.8
@@ -1027,6 +1058,20 @@ def chest_runs(run_dir, tmp_path_factory):
         mask = sitk.ReadImage(str(folder / "predicted_masks" / "chest.nii.gz"))
         runs[flipped] = sitk.ReadImage(str(path)), mask, nodule, folder
     return runs
+
+
+def test_other_scan_of_the_same_file_name_is_not_replaced(trained, tmp_path):
+    for patient in ("A", "B"):
+        (tmp_path / patient).mkdir()
+    inferencer, first = trained(Nothing()), write_chest(tmp_path / "A" / "ct.mha")
+    for _ in range(2):
+        inferencer.infer_scan(first)  # again is no other
+    second = write_chest(tmp_path / "B" / "ct.mha")
+    with pytest.raises(FileExistsError, match=r"holds results of another ct, .*A.ct\.mha; name another output_dir"):
+        inferencer.infer_scan(second)
+    trained(Nothing(), overwrite=True).infer_scan(second)
+    summary = json.loads((inferencer.output_dir / "inference_summary.json").read_text())
+    assert summary["scans"]["ct"]["source"] == str(second)
 
 
 @pytest.mark.parametrize("flipped", [False, True])

@@ -17,7 +17,7 @@ import train
 from infer import NoduleInferencer
 from model import SubpixelUNet, load_checkpoint
 from train import Trainer
-from utils import read_processed_list, read_split
+from utils import UserError, read_processed_list, read_split
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = {**TINY, "device": "cpu", "mixed_precision": False}
@@ -202,7 +202,7 @@ def test_loss_that_is_not_finite_is_reported_by_scan_and_leaves_no_trace(process
 
 def test_training_on_nothing_finite_ends_with_advice(processed_dir, tmp_path):
     data = spoil(processed_dir, tmp_path / "data", read_processed_list(processed_dir))
-    with pytest.raises(RuntimeError, match="lower learning_rate"):
+    with pytest.raises(UserError, match="lower learning_rate"):
         Trainer(data, tmp_path / "run", num_epochs=1, augmentation=None, **CPU).train()
 
 
@@ -211,7 +211,7 @@ def test_out_of_memory_names_the_remedies(processed_dir, tmp_path, monkeypatch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Trainer, "_step", step)
-    with pytest.raises(RuntimeError, match=r"batch_size \(now 2\).*channels.*target_size"):
+    with pytest.raises(UserError, match=r"batch_size \(now 2\).*channels.*target_size"):
         Trainer(processed_dir, tmp_path, **CPU).train()
 
 

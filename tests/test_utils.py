@@ -19,6 +19,7 @@ import utils
 from utils import (
     ANNOTATION_COLUMNS,
     Geometry,
+    UserError,
     atomic_path,
     autocast_dtype,
     check,
@@ -1044,7 +1045,7 @@ class TestRunMain:
     def test_returns_the_status_of_the_work(self, status):
         assert run_main(lambda argv: status, None) == status
 
-    @pytest.mark.parametrize("error", [ValueError, FileNotFoundError, OSError, ImportError])
+    @pytest.mark.parametrize("error", [ValueError, FileNotFoundError, OSError, ImportError, UserError])
     def test_mistake_of_the_user_gives_status_1_and_one_line(self, error, caplog):
         assert run_main(lambda argv: raise_(error("lungs must be given")), None) == 1
         assert [(record.levelname, record.getMessage()) for record in caplog.records] == [

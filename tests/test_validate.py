@@ -257,6 +257,14 @@ def test_chosen_score_gives_up_a_nodule_that_would_cost_more_than_it_brings():
     assert 0.5 < choose_min_score(scans) < 0.9
 
 
+def test_chosen_score_is_no_mean_of_two_that_exclude_each_other():
+    low, high, empty = examined(10, (0.2, 10, 10)), examined(10, (0.9, 10, 10)), examined(0, (0.6, 5, 0))
+    scans = [low] * 7 + [high] * 9 + [empty] * 10
+    chosen = choose_min_score(scans)
+    means = [np.nanmean([scan.dice(score) for scan in scans]) for score in (0.1, chosen, 0.8)]
+    assert means[1] == max(means)
+
+
 def test_chosen_score_without_any_dice_keeps_all():
     assert choose_min_score([examined(0)]) == 0
     assert choose_min_score([examined(10, (0.9, 3, 0))]) == 0
@@ -913,6 +921,13 @@ def test_folds_are_joined_over_the_scans_that_each_scored(challenge):
     curve = score("fold*/candidates.csv")
     assert curve.counts["scans"] == 5  # training rows are left out
     assert curve.sensitivities.tolist() == EXPECTED
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_missing_fold_is_told(challenge, caplog, missing):
+    write_two_folds(challenge)
+    score("fold0/candidates.csv" if missing else "fold*/candidates.csv")
+    assert ("scans with nodules of annotations.csv were not searched" in caplog.text) == missing
 
 
 def test_pattern_may_be_absolute(challenge):
