@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from infer import WINDOW_OVERLAP, NoduleInferencer, extract_nodules
 from model import LungNodule3DUNet, place
 from preprocess import LUNA16Preprocessor
 from train import Trainer
-from utils import ANNOTATION_COLUMNS, CANDIDATE_COLUMNS, Geometry, read_processed_list, select_device
+from utils import ANNOTATION_COLUMNS, CANDIDATE_COLUMNS, Geometry, autocast_dtype, read_processed_list, select_device
 from validate import froc
 
 SHAPE = (64, 256, 256)
@@ -58,6 +59,7 @@ class Bench:
     def __init__(self, folder: Path, device: torch.device, repeats: int) -> None:
         self.folder, self.device, self.repeats = folder, device, repeats
         self.step: tuple[float, float] | None = None  # FLOP and seconds of a training step, once measured
+        self.half = autocast_dtype(device, mixed_precision=True)  # what the networks here compute in
         self._prepared: LUNA16Preprocessor | None = None
 
     @property
@@ -85,6 +87,16 @@ class Bench:
     def processed(self) -> Path:
         """The two scans, prepared."""
         return self.preprocessor.output_dir
+
+    @property
+    def plain_precisions(self) -> dict[str, torch.dtype | None]:
+        """What the plain networks compute in: half precision on a GPU; on a CPU float32, as is usual, and then half."""
+        full = {} if self.device.type == "cuda" else {"plain in float32": None}
+        return full | ({f"plain in {str(self.half)[6:]}": self.half} if self.half else {})
+
+    def autocast(self, dtype: torch.dtype | None) -> torch.autocast:
+        """Of the plain networks."""
+        return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def compare(self, ours: Callable[[], Any], plain: Callable[[], Any]) -> tuple[float, float, float]:
         """Median seconds of either, and the median ratio plain / ours, of pairs run in turn after a warm-up."""
@@ -153,7 +165,7 @@ def preprocessing(bench: Bench) -> Iterator[tuple]:
         yield "preprocessing", "s/scan", 1, *bench.compare(lambda: maker.process_single_scan(uid), plain)
 
 
-def plain_loader(bench: Bench) -> DataLoader:
+def plain_loader(bench: Bench, repeats: int) -> DataLoader:
     """The brief's augmentation by MONAI's dictionary transforms, in the process that asks for a batch."""
     both = ["image", "mask"]
     steps = [
@@ -172,19 +184,22 @@ def plain_loader(bench: Bench) -> DataLoader:
     files = [
         {"image": bench.processed / "images" / f"{uid}.npy", "mask": bench.processed / "masks" / f"{uid}.npy"}
         for uid in read_processed_list(bench.processed)
-    ] * 4
+    ] * repeats
     workers = 4 if bench.device.type == "cuda" else 0
     return DataLoader(
-        Dataset(files, transforms.Compose(steps)), batch_size=BATCH_SIZE, shuffle=True, num_workers=workers
+        Dataset(files, transforms.Compose(steps).set_random_state(0)),
+        batch_size=BATCH_SIZE,
+        shuffle=True,
+        num_workers=workers,
     )
 
 
 def loading(bench: Bench) -> Iterator[tuple]:
     """Seconds a sample of 64 x 256 x 256, read and augmented."""
-    uids = read_processed_list(bench.processed) * 4
+    uids = read_processed_list(bench.processed) * 8
     sampler = ScanSampler(len(uids), seed=0)
     loader = make_loader(LUNA16Dataset(bench.processed, uids, Augmentation()), sampler, BATCH_SIZE, 4, bench.device)
-    theirs = plain_loader(bench)
+    theirs = plain_loader(bench, 8)
 
     def ours() -> None:
         sampler.epoch += 1
@@ -216,8 +231,8 @@ def training(bench: Bench) -> Iterator[tuple]:
     torch.manual_seed(0)
     network = UNet(spatial_dims=3, in_channels=1, out_channels=1, norm="BATCH", **NETWORK).to(bench.device)
     loss, optimizer = DiceCELoss(sigmoid=True), torch.optim.AdamW(network.parameters(), 1e-4)
-    scaler = torch.amp.GradScaler(bench.device.type, enabled=bench.device.type == "cuda")
-    theirs = plain_loader(bench)
+    scaler = torch.amp.GradScaler(bench.device.type, enabled=bench.half == torch.float16)
+    theirs = plain_loader(bench, 4)
     waited = []
 
     def ours() -> None:
@@ -232,11 +247,11 @@ def training(bench: Bench) -> Iterator[tuple]:
         figures.cpu()
         waited.append(waiting / (time.perf_counter() - begin))
 
-    def plain() -> None:
+    def plain(dtype: torch.dtype | None) -> None:
         for batch in theirs:
             image, mask = batch["image"].to(bench.device), batch["mask"].to(bench.device)
             optimizer.zero_grad()
-            with torch.autocast(bench.device.type, torch.float16, enabled=scaler.is_enabled()):
+            with bench.autocast(dtype):
                 value = loss(network(image), mask)
             scaler.scale(value).backward()
             scaler.step(optimizer)
@@ -246,9 +261,10 @@ def training(bench: Bench) -> Iterator[tuple]:
     with FlopCounterMode(display=False) as counter:
         trainer._step(next(iter(trainer.loader)))
     steps = len(uids) // BATCH_SIZE
-    measured = bench.compare(ours, plain)
+    for name, dtype in bench.plain_precisions.items():
+        measured = bench.compare(ours, partial(plain, dtype))
+        yield f"training step with data, {name}", "s/step", steps, *measured
     bench.step = counter.get_total_flops(), measured[0] / steps
-    yield "training step with data", "s/step", steps, *measured
     share = statistics.median(waited[1:])
     yield "  share of it that waits for data", "", 1, share, float("nan"), float("nan")
 
@@ -261,15 +277,17 @@ def inference(bench: Bench) -> Iterator[tuple]:
     theirs = UNet(spatial_dims=3, in_channels=1, out_channels=1, norm="BATCH", **NETWORK).to(bench.device).eval()
     image = np.random.default_rng(0).random((280, 288, 352), np.float32).astype(np.float16)
 
-    def plain() -> np.ndarray:
-        with torch.no_grad():
+    def plain(dtype: torch.dtype | None) -> np.ndarray:
+        with torch.no_grad(), bench.autocast(dtype):
             tensor = torch.from_numpy(image.astype(np.float32))[None, None]
             logits = sliding_window_inference(
                 tensor, WINDOW, 4, theirs, WINDOW_OVERLAP, "gaussian", sw_device=bench.device, device="cpu"
             )
-            return torch.sigmoid(logits)[0, 0].numpy()
+            return torch.sigmoid(logits)[0, 0].float().numpy()
 
-    yield "inference", "s/scan", 1, *bench.compare(lambda: inferencer.predict_probability(image), plain)
+    for name, dtype in bench.plain_precisions.items():
+        measured = bench.compare(lambda: inferencer.predict_probability(image), partial(plain, dtype))
+        yield f"inference, {name}", "s/scan", 1, *measured
 
 
 def extraction(bench: Bench) -> Iterator[tuple]:
@@ -300,7 +318,12 @@ def extraction(bench: Bench) -> Iterator[tuple]:
 
     ours = extract_nodules(mask, geometry, probability)
     assert len(ours) == len(plain()) == 50
-    yield "nodule extraction", "s/scan", 1, *bench.compare(lambda: extract_nodules(mask, geometry, probability), plain)
+    yield (
+        "extraction of 50 nodules",
+        "s/scan",
+        1,
+        *bench.compare(lambda: extract_nodules(mask, geometry, probability), plain),
+    )
 
 
 def make_marks(count: int) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
@@ -368,10 +391,10 @@ ROWS = {
 # ------------------------------------------------------------------------------------------------- the whole table
 
 
-def ceilings(device: torch.device) -> tuple[float, float]:
-    """What the machine can do at best: matrix products of bf16 (FLOP/s), and copies in memory (bytes/s)."""
+def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """What the machine can do at best: matrix products (FLOP/s), and copies in memory (bytes/s)."""
     size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    a = torch.randn(size, size, device=device, dtype=dtype)
     block, copy = torch.ones(2, 2**28, dtype=torch.uint8, device=device)
     rates = []
     for work, amount in ((lambda: a @ a, 2 * size**3), (lambda: copy.copy_(block), 2 * block.nbytes)):
@@ -402,14 +425,16 @@ def main(rows: list[str] = list(ROWS), device: str = "cpu", repeats: int = 3) ->
     chosen = select_device(device)
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "CPU"
     print(f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"{'':<36}{'here':>10}{'plain':>10}{'':>10}{'ratio':>8}")
+    print(f"{'':<46}{'here':>10}{'plain':>10}{'':>10}{'ratio':>8}")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), chosen, repeats)
         for row in rows:
             for label, unit, count, ours, plain, ratio in ROWS[row](bench):
-                print(f"{label:<36}{ours / count:>10.4f}{plain / count:>10.4f} {unit:<9}{ratio:>8.1f}", flush=True)
-        flops, copied = ceilings(chosen)
-        print(f"ceilings: {flops / 1e12:.2f} TFLOP/s of bf16 matrix products, {copied / 1e9:.1f} GB/s of copies")
+                print(f"{label:<46}{ours / count:>10.4f}{plain / count:>10.4f} {unit:<9}{ratio:>8.1f}", flush=True)
+        dtype = bench.half or torch.float32
+        flops, copied = ceilings(chosen, dtype)
+        products = f"{flops / 1e12:.2f} TFLOP/s of {str(dtype)[6:]} matrix products"
+        print(f"ceilings: {products}, {copied / 1e9:.1f} GB/s of copies")
         if bench.step is not None:
             done, seconds = bench.step
             print(f"training step: {done / 1e12:.2f} TFLOP, {done / seconds / flops:.0%} of that ceiling")

@@ -1,122 +1,153 @@
 """How time, memory and disk grow with scans and voxels, measured at three sizes each and drawn.
 
-python tests/growth.py --output growth.png
+python tests/growth.py --output tests/growth.png
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import pandas as pd
+import psutil
 from jsonargparse import auto_cli
 
 from data.phantom import write_phantoms
+from preprocess import LUNA16Preprocessor
 from tests.benchmark import NETWORK, WINDOW, enlarge, make_marks
+from utils import find_scans, read_scan, write_image
 
-SLICES = (100, 200, 400)  # of 512 x 512
-SCANS = (4, 8, 16)
-GRIDS = (96, 192, 288)  # voxels along each side
-MARKED_SCANS = (222, 444, 888)
+LOOK_EVERY = 0.02  # seconds between two looks at the memory
 
 
-def preprocess_slices(folder: Path, slices: int) -> tuple[float, float]:
-    """Seconds and disk (MB) of one scan of 512 x 512 x ``slices`` on the 1 mm grid."""
-    from preprocess import LUNA16Preprocessor
-    from utils import find_scans, read_scan, write_image
-
-    uid, path = next(iter(find_scans(folder / "raw").items()))
-    for name in ("raw", "seg-lungs-LUNA16"):
-        image = read_scan(folder / name / path.name, constant=name != "raw")
-        write_image(folder / f"{slices}" / name / path.name, enlarge(image, (512, 512, slices), linear=name == "raw"))
-    maker = LUNA16Preprocessor(
-        folder / f"{slices}" / "raw",
+def preprocessor(folder: Path, num_processes: int) -> LUNA16Preprocessor:
+    """Onto the 1 mm grid, cropped to the lungs."""
+    return LUNA16Preprocessor(
+        folder / "raw",
         folder / "annotations.csv",
-        folder / f"{slices}" / "seg-lungs-LUNA16",
-        folder / f"{slices}" / "processed",
+        folder / "seg-lungs-LUNA16",
+        folder / "processed",
         target_size=None,
         crop_to_lungs=True,
-        num_processes=1,
+        num_processes=num_processes,
     )
-    start = time.perf_counter()
-    maker.process_single_scan(uid)
-    return time.perf_counter() - start, disk_mb(maker.output_dir)
 
 
-def preprocess_scans(folder: Path, scans: int) -> tuple[float, float]:
-    """Seconds and disk (MB) of so many scans of 128 x 128 x 60, on two processes."""
-    from preprocess import LUNA16Preprocessor
+def prepare_slices(folder: Path, slices: int) -> None:
+    """One scan of 512 x 512 x ``slices``."""
+    write_phantoms(folder, num_scans=1, size_xyz=(256, 256, 120), min_diameter_mm=8)
+    for name in ("raw", "seg-lungs-LUNA16"):
+        for path in find_scans(folder / name).values():
+            image = read_scan(path, constant=name != "raw")
+            write_image(path, enlarge(image, (512, 512, slices), linear=name == "raw"))
 
-    write_phantoms(folder / f"{scans} scans", num_scans=scans, size_xyz=(128, 128, 60), min_diameter_mm=8)
-    source = folder / f"{scans} scans"
-    maker = LUNA16Preprocessor(
-        source / "raw",
-        source / "annotations.csv",
-        source / "seg-lungs-LUNA16",
-        source / "processed",
-        target_size=None,
-        crop_to_lungs=True,
-        num_processes=2,
-    )
-    start = time.perf_counter()
+
+def preprocess_slices(folder: Path, slices: int) -> Path:
+    """Prepares it in this process."""
+    maker = preprocessor(folder, num_processes=1)
+    maker.process_single_scan(next(iter(maker.scans)))
+    return maker.output_dir
+
+
+def prepare_scans(folder: Path, scans: int) -> None:
+    """So many scans of 128 x 128 x 60."""
+    write_phantoms(folder, num_scans=scans, size_xyz=(128, 128, 60), min_diameter_mm=8)
+
+
+def preprocess_scans(folder: Path, scans: int) -> Path:
+    """Prepares them in two processes."""
+    maker = preprocessor(folder, num_processes=2)
     maker.process_all()
-    return time.perf_counter() - start, disk_mb(maker.output_dir)
+    return maker.output_dir
 
 
-def infer_grid(folder: Path, size: int) -> tuple[float, float]:
-    """Seconds, and disk (MB) of the mask, of the nodules of a grid of ``size`` along each side."""
+def prepare_grid(folder: Path, size: int) -> None:
+    """A grid of ``size`` voxels along each side."""
+    np.save(folder / "grid.npy", np.random.default_rng(0).random((size,) * 3, np.float32).astype(np.float16))
+
+
+def infer_grid(folder: Path, size: int) -> Path:
+    """Its probability map."""
     from infer import NoduleInferencer
     from model import LungNodule3DUNet
 
     inferencer = NoduleInferencer(device="cpu", model=LungNodule3DUNet(**NETWORK).eval(), window=WINDOW)
-    image = np.random.default_rng(0).random((size,) * 3, np.float32).astype(np.float16)
+    np.save(folder / "map.npy", inferencer.predict_probability(np.load(folder / "grid.npy")))
+    return folder / "map.npy"
+
+
+def prepare_marks(folder: Path, scans: int) -> None:
+    """The marks of so many scans, 56 each."""
+    for name, table in zip(("marks", "nodules"), make_marks(scans), strict=False):
+        table.to_csv(folder / f"{name}.csv", index=False)
+
+
+def score_marks(folder: Path, scans: int) -> Path:
+    """Their FROC."""
+    from validate import froc, write_froc
+
+    marks, nodules = (pd.read_csv(folder / f"{name}.csv", dtype={"seriesuid": str}) for name in ("marks", "nodules"))
+    write_froc(froc(marks, nodules, None, [f"1.2.{index}" for index in range(scans)]), folder / "froc")
+    return folder / "froc"
+
+
+class Panel(NamedTuple):
+    """A step of the work: what is made ready for it, what is measured, at which sizes."""
+
+    title: str
+    prepare: Callable[[Path, int], None]
+    work: Callable[[Path, int], Path]
+    sizes: tuple[int, int, int]
+    unit: str
+
+
+PANELS = (
+    Panel("preprocessing of one scan", prepare_slices, preprocess_slices, (100, 200, 400), "slices of 512 x 512"),
+    Panel("preprocessing of a data set", prepare_scans, preprocess_scans, (8, 16, 32), "scans of 128 x 128 x 60"),
+    Panel("probability map of a grid", prepare_grid, infer_grid, (96, 192, 288), "voxels along each side"),
+    Panel("FROC with 1000 bootstraps", prepare_marks, score_marks, (222, 444, 888), "scans"),
+)
+
+
+def measure(panel: Panel, size: int) -> tuple[float, float, float]:
+    """Seconds, memory (MB, the most that the process and its own took together) and disk (MB) of what it wrote."""
+    context, peak = multiprocessing.get_context("spawn"), 0.0
+    with tempfile.TemporaryDirectory() as name:
+        panel.prepare(Path(name), size)
+        with ProcessPoolExecutor(1, context) as pool:
+            future = pool.submit(_timed, panel.work, Path(name), size)
+            while not future.done():
+                peak = max(peak, _memory_of_children())
+                time.sleep(LOOK_EVERY)
+            seconds, result = future.result()
+        files = [result] if result.is_file() else [path for path in result.rglob("*") if path.is_file()]
+        return seconds, peak / 1e6, sum(path.stat().st_size for path in files) / 1e6
+
+
+def _timed(work: Callable[[Path, int], Path], folder: Path, size: int) -> tuple[float, Path]:
     start = time.perf_counter()
-    mask = inferencer.predict(image)
-    return time.perf_counter() - start, mask.nbytes / 1e6
+    result = work(folder, size)
+    return time.perf_counter() - start, result
 
 
-def score_scans(folder: Path, scans: int) -> tuple[float, float]:
-    """Seconds, and disk (MB) of the marks, of the FROC of so many scans with 56 marks each."""
-    from validate import froc
-
-    marks, nodules, uids = make_marks(scans)
-    marks.to_csv(folder / f"marks{scans}.csv")
-    start = time.perf_counter()
-    froc(marks, nodules, None, uids)
-    return time.perf_counter() - start, disk_mb(folder / f"marks{scans}.csv")
-
-
-PANELS: dict[str, tuple[Callable, tuple[int, ...], str]] = {
-    "preprocessing of one scan": (preprocess_slices, SLICES, "slices of 512 x 512"),
-    "preprocessing of a data set": (preprocess_scans, SCANS, "scans of 128 x 128 x 60"),
-    "nodules of one grid": (infer_grid, GRIDS, "voxels along each side"),
-    "FROC with 1000 bootstraps": (score_scans, MARKED_SCANS, "scans"),
-}
-
-
-def disk_mb(path: Path) -> float:
-    """Size of a file, or of all files below a folder."""
-    return sum(p.stat().st_size for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()) / 1e6
-
-
-def measure(work: Callable, folder: Path, size: int) -> tuple[float, float, float]:
-    """Seconds, peak memory (MB, of the process and its largest child) and disk (MB), in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measured, (work, folder, size))
-
-
-def _measured(work: Callable, folder: Path, size: int) -> tuple[float, float, float]:
-    seconds, disk = work(folder, size)
-    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return seconds, max(peaks) / 1000, disk
+def _memory_of_children() -> float:
+    """Bytes of all processes below this one; what several share is counted once."""
+    total = 0.0
+    for process in psutil.Process().children(recursive=True):
+        try:
+            total += process.memory_full_info().pss
+        except psutil.Error:  # it has just ended
+            continue
+    return total
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
@@ -124,10 +155,11 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 8), dpi=100, layout="constrained", facecolor="white")
-    for axes, (step, rows) in zip(figure.subplots(2, 2).flat, table.groupby("step", sort=False), strict=True):
-        axes.set_title(step)
-        for column, color in (("seconds", "C0"), ("memory_mb", "C1"), ("disk_mb", "C2")):
-            axes.plot(rows["size"], rows[column], "o-", color=color, label=column.replace("_mb", ", MB"))
+    for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        rows = table[table["step"] == panel.title]
+        axes.set_title(panel.title)
+        for column, color in (("seconds", "C0"), ("memory, MB", "C1"), ("disk, MB", "C2")):
+            axes.plot(rows["size"], rows[column], "o-", color=color, label=column)
             for size, value in zip(rows["size"], rows[column], strict=True):
                 axes.annotate(f"{value:.3g}", (size, value), (0, 6), textcoords="offset points", ha="center")
         axes.set_xscale("log", base=2)
@@ -135,29 +167,25 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         axes.set_xticks(rows["size"], [str(size) for size in rows["size"]])
         axes.minorticks_off()
         axes.margins(0.12, 0.15)
-        axes.set_xlabel(PANELS[step][2])
+        axes.set_xlabel(panel.unit)
         axes.grid(color="0.9")
         axes.legend(frameon=False)
     figure.savefig(path)
 
 
-def main(output: Path = Path("growth.png")) -> None:
+def main(output: Path = Path("tests/growth.png")) -> None:
     """Measures, prints the table and draws it.
 
     Args:
         output: Picture to write.
     """
     rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_phantoms(folder, num_scans=1, size_xyz=(256, 256, 120), min_diameter_mm=8)
-        for step, (work, sizes, _) in PANELS.items():
-            for size in sizes:
-                rows.append((step, size, *measure(work, folder, size)))
-                print(
-                    f"{step:<30}{size:>6}{rows[-1][2]:>10.2f} s{rows[-1][3]:>8.0f} MB{rows[-1][4]:>9.2f} MB", flush=True
-                )
-    draw(pd.DataFrame(rows, columns=["step", "size", "seconds", "memory_mb", "disk_mb"]), output)
+    for panel in PANELS:
+        for size in panel.sizes:
+            seconds, memory, disk = measure(panel, size)
+            print(f"{panel.title:<30}{size:>6}{seconds:>10.2f} s{memory:>8.0f} MB{disk:>9.2f} MB on disk", flush=True)
+            rows.append((panel.title, size, seconds, memory, disk))
+    draw(pd.DataFrame(rows, columns=["step", "size", "seconds", "memory, MB", "disk, MB"]), output)
 
 
 if __name__ == "__main__":
