@@ -443,9 +443,18 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, values: Any) -> None:
-    """Writes JSON that a person can read: one field a line, lists of numbers on one line."""
-    text = json.dumps(values, indent=1)
+    """Writes JSON that a person can read: one field a line, lists of numbers on one line; NaN becomes null."""
+    text = json.dumps(_without_nan(values), indent=1, allow_nan=False)
     write_text(path, re.sub(r"\[\n[-+.\deE,\s]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n")
+
+
+def _without_nan(values: Any) -> Any:
+    """The same with None for each NaN, which JSON does not know."""
+    if isinstance(values, dict):
+        return {key: _without_nan(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_without_nan(value) for value in values]
+    return None if isinstance(values, float) and math.isnan(values) else values
 
 
 def write_csv(path: str | Path, table: pd.DataFrame) -> None:

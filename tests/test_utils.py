@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 import sqlite3
 from contextlib import closing
@@ -615,6 +616,12 @@ def test_written_text_is_utf8(tmp_path):
 def test_written_json_reads_back(tmp_path):
     write_json(tmp_path / "a.json", {"origin": [1.5, 2.0]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"origin": [1.5, 2.0]}
+
+
+def test_json_has_null_for_what_is_not_a_number(tmp_path):
+    write_json(tmp_path / "a.json", {"dice": math.nan, "rows": [(np.float64("nan"), 1.5, "x")]})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"dice": None, "rows": [[None, 1.5, "x"]]}
 
 
 def test_written_json_keeps_lists_of_numbers_on_one_line(tmp_path):
