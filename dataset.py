@@ -317,8 +317,7 @@ class LUNA16Dataset(Dataset):
             )
         ]
         self.in_memory = self._fits_in_memory() if in_memory is None else in_memory
-        kept = self.seriesuids if self.in_memory else []
-        self._scans = [read_processed(self.data_dir, uid, in_memory=True) for uid in kept]
+        self._scans = [self._open(index) for index in range(len(self))] if self.in_memory else []
 
     def _fits_in_memory(self) -> bool:
         voxels = sum(math.prod(fields["shape_zyx"]) for fields in self.metadata)
@@ -329,9 +328,12 @@ class LUNA16Dataset(Dataset):
         logger.info("training scans take %.1f GB of %.1f GB free memory: %s", needed / 1e9, free / 1e9, where)
         return fits
 
+    def _open(self, index: int) -> ProcessedScan:
+        return read_processed(self.data_dir, self.seriesuids[index], self.in_memory, self.metadata[index])
+
     def _scan(self, index: int) -> ProcessedScan:
         # A file that stayed open would be one too many with LUNA16's 888 scans.
-        return self._scans[index] if self.in_memory else read_processed(self.data_dir, self.seriesuids[index])
+        return self._scans[index] if self.in_memory else self._open(index)
 
     def __len__(self) -> int:
         return len(self.seriesuids)

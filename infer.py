@@ -223,7 +223,7 @@ class NoduleInferencer:
         size = np.minimum(self.window, logits.shape)
         weight = (1 + self.mirrors) * compute_importance_map(tuple(size), "gaussian", LOOK_SIGMA, logits.device)
         total, weights = logits.sigmoid(), torch.ones_like(logits)
-        for middle in _middles_of_spots(logits.cpu().numpy(), size // 2):
+        for middle in _middles_of_spots(total.cpu().numpy(), size // 2):
             lower = np.clip(middle - size // 2, 0, logits.shape - size)
             crop = tuple(slice(a, a + n) for a, n in zip(lower, size, strict=True))
             again = self._forward(image[:, :, *crop], self.mirrors)[0, 0].to(logits.device)
@@ -346,18 +346,17 @@ class NoduleInferencer:
         for uid in parts:
             self.check_prepared_alike(read_processed(data_dir, uid))
         do_once(self._claim_output)
-        source = str(Path(data_dir).resolve())
+        finish = partial(self._finish, parts, str(Path(data_dir).resolve()))
+        return self._write_summary(map_scans(data_dir, list(parts), self._predict, finish, desc="inference"))
 
-        def predict(scan: ProcessedScan) -> np.ndarray:
-            return self.predict_probability(scan.image, scan.lung_box)
+    def _predict(self, scan: ProcessedScan) -> np.ndarray:
+        """Probability (z, y, x) of a processed scan."""
+        return self.predict_probability(scan.image, scan.lung_box)
 
-        def write(scan: ProcessedScan, probability: np.ndarray) -> ScanResult:
-            found = self.segment(probability, scan.geometry)
-            uid = scan.seriesuid
-            return self._write_scan(uid, parts[uid], source, scan.image, scan.geometry, found, scan.mask)
-
-        results = map_scans(data_dir, list(parts), predict, write, desc="inference")
-        return self._write_summary(results)
+    def _finish(self, parts: dict[str, str], source: str, scan: ProcessedScan, probability: np.ndarray) -> ScanResult:
+        """Nodules, files and picture of a processed scan."""
+        uid, found = scan.seriesuid, self.segment(probability, scan.geometry)
+        return self._write_scan(uid, parts[uid], source, scan.image, scan.geometry, found, scan.mask)
 
     def infer_scan(self, path: str | Path) -> list[dict[str, Any]]:
         """Finds the nodules of a raw scan, and writes files, picture and the mask in the scan's own grid.
@@ -445,11 +444,14 @@ class NoduleInferencer:
                     old.unlink()
         write_json(path, {"checkpoint": str(self.checkpoint_path)} | decides)
 
+    def _earlier_scans(self) -> dict[str, dict[str, Any]]:
+        """{name: what the summary says of it} of the scans whose results are in output_dir."""
+        path = self.output_dir / "inference_summary.json"
+        return json.loads(path.read_text(encoding="utf-8"))["scans"] if path.is_file() else {}
+
     def _claim_name(self, name: str, source: str) -> None:
         """Refuses a raw scan whose results would replace those of another one with the same file name."""
-        path = self.output_dir / "inference_summary.json"
-        scans = json.loads(path.read_text(encoding="utf-8"))["scans"] if path.is_file() else {}
-        other = scans.get(name, {}).get("source", source)
+        other = self._earlier_scans().get(name, {}).get("source", source)
         if other != source and not self.overwrite:
             raise FileExistsError(
                 f"{self.output_dir} holds results of another {name}, {other}; name another output_dir, or replace them "
@@ -477,8 +479,7 @@ class NoduleInferencer:
 
     def _write_summary(self, results: Sequence[ScanResult], keep: bool = False) -> pd.DataFrame:
         """Writes the tables of all scans of a run; ``keep`` adds them to those of earlier runs in the folder."""
-        path = self.output_dir / "inference_summary.json"
-        scans = json.loads(path.read_text(encoding="utf-8"))["scans"] if keep and path.is_file() else {}
+        scans = self._earlier_scans() if keep else {}
         for result in results:
             scans[result.seriesuid] = {
                 "part": result.part,
@@ -498,7 +499,8 @@ class NoduleInferencer:
             "min_score": self.min_score,
             "mirrors": self.mirrors,
         }
-        write_objects(path.with_suffix(".npy"), origin | {"scans": scans})
+        path = self.output_dir / "inference_summary.npy"
+        write_objects(path, origin | {"scans": scans})
         write_csv(path.with_suffix(".csv"), summary)
         marks = [result.marks for result in results]
         path = self.output_dir / "candidates.csv"
@@ -695,13 +697,13 @@ def _components(mask: np.ndarray) -> list[np.ndarray]:
     return np.split(np.stack([z, y, x], axis=1)[order], borders) if len(flat) else []
 
 
-def _middles_of_spots(logits: np.ndarray, step: np.ndarray) -> np.ndarray:
+def _middles_of_spots(probability: np.ndarray, step: np.ndarray) -> np.ndarray:
     """Middles, int (n, 3), of up to MAX_CANDIDATES spots that may be a nodule in a map (z, y, x), the likeliest first.
 
     What is wider than ``step`` voxels is divided into boxes that are not, and each that is not empty has a middle.
     """
-    spots = _components(logits >= math.log(CANDIDATE_THRESHOLD / (1 - CANDIDATE_THRESHOLD)))
-    spots.sort(key=lambda voxels: -logits[tuple(voxels.T)].max())
+    spots = _components(probability >= CANDIDATE_THRESHOLD)
+    spots.sort(key=lambda voxels: -probability[tuple(voxels.T)].max())
     middles = np.empty((0, 3))
     for voxels in spots[:MAX_CANDIDATES]:
         lower, width = voxels.min(axis=0), np.ptp(voxels, axis=0) + 1

@@ -170,9 +170,14 @@ class Trainer:
         self.best: tuple[float, float] = (-math.inf, -math.inf)  # Dice, negative loss
         self.min_score = 0.0  # that the last validation chose
         self.log: list[dict[str, float]] = []
+        self._prepare(overwrite)
 
-        seed_everything(seed)
-        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    # ---- before training
+
+    def _prepare(self, overwrite: bool) -> None:
+        """All that comes before the first step; an earlier run in output_dir is deleted last."""
+        seed_everything(self.settings["seed"])
+        torch.use_deterministic_algorithms(self.settings["deterministic"], warn_only=True)
         self._build_network()
         uids = read_processed_list(self.data_dir)
         self._check_output(overwrite)
@@ -180,8 +185,6 @@ class Trainer:
         self.preprocessing = self._check_data()
         self._build_data()
         do_once(self._start_output)
-
-    # ---- before training
 
     def _check_settings(self) -> None:
         for name in ("num_epochs", "batch_size", "checkpoint_interval", "validation_interval"):

@@ -571,8 +571,16 @@ def read_metadata(data_dir: str | Path, seriesuid: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_processed(data_dir: str | Path, seriesuid: str, in_memory: bool = False) -> ProcessedScan:
-    """Opens a processed scan; its voxels are read now where they shall be ``in_memory``, else when they are used.
+def read_processed(
+    data_dir: str | Path, seriesuid: str, in_memory: bool = False, metadata: dict[str, Any] | None = None
+) -> ProcessedScan:
+    """Opens a processed scan.
+
+    Args:
+        data_dir: Folder that preprocess.py wrote.
+        seriesuid: The scan.
+        in_memory: Read its voxels now, not when they are used.
+        metadata: What ``read_metadata`` gave, where it is known already.
 
     Raises:
         FileNotFoundError: A file of the scan is missing.
@@ -586,7 +594,7 @@ def read_processed(data_dir: str | Path, seriesuid: str, in_memory: bool = False
         arrays.append(np.load(path, mmap_mode=None if in_memory else "r", allow_pickle=False))
     if arrays[0].shape != arrays[1].shape or arrays[0].ndim != 3:
         raise ValueError(f"image {arrays[0].shape} and mask {arrays[1].shape} of {seriesuid} differ; run preprocess.py")
-    return ProcessedScan(seriesuid, arrays[0], arrays[1], read_metadata(data_dir, seriesuid))
+    return ProcessedScan(seriesuid, arrays[0], arrays[1], metadata or read_metadata(data_dir, seriesuid))
 
 
 def read_processed_list(data_dir: str | Path) -> list[str]:

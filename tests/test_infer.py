@@ -189,7 +189,7 @@ def test_wide_spot_is_looked_at_in_parts_and_no_scan_more_often_than_it_may_have
     image[10:12, 10:12, 2:22] = 1
     inferencer = live(network, window=(8, 8, 8), mirrors=1)
     inferencer.predict_probability(image)
-    middles = infer._middles_of_spots(10 * image - 8, np.array([4, 4, 4]))
+    middles = infer._middles_of_spots(image, np.array([4, 4, 4]))
     assert [middle.tolist() for middle in middles] == [[11, 11, x] for x in (4, 8, 12, 16, 20)]
     network.seen.clear()
     inferencer.predict_probability(spotted(*3 * np.argwhere(np.ones((8, 8, 8)))))
@@ -218,13 +218,13 @@ def test_looks_at_neighbouring_spots_count_alike_in_any_order(live, monkeypatch,
 
 
 def test_likeliest_spot_is_looked_at_first():
-    logits = np.full((9, 9, 9), -9.0)
-    logits[1, 1, 1], logits[7, 7, 7], logits[1, 7, 1] = 0.0, 2.0, -3.0
-    assert [m.tolist() for m in infer._middles_of_spots(logits, np.full(3, 4))] == [[7, 7, 7], [1, 1, 1]]
+    probability = np.zeros((9, 9, 9))
+    probability[1, 1, 1], probability[7, 7, 7], probability[1, 7, 1] = 0.5, 0.9, 0.05
+    assert [m.tolist() for m in infer._middles_of_spots(probability, np.full(3, 4))] == [[7, 7, 7], [1, 1, 1]]
 
 
 def test_wholly_empty_map_has_no_spots():
-    assert not len(infer._middles_of_spots(np.full((4, 4, 4), -9.0), np.full(3, 2)))
+    assert not len(infer._middles_of_spots(np.zeros((4, 4, 4)), np.full(3, 2)))
 
 
 def test_checkpoint_knows_the_number_of_mirror_images(processed_dir, tmp_path):
