@@ -220,7 +220,11 @@ def scan_suffix(path: str | Path) -> str:
     for suffix in SCAN_SUFFIXES:
         if name.endswith(suffix):
             return suffix
-    raise ValueError(f"a scan must be one of {', '.join(SCAN_SUFFIXES)}, not {Path(path).name!r}")
+    remedy = "; write a DICOM series as one file first, e.g. by dcm2niix -z y FOLDER"
+    is_dicom = name.endswith((".dcm", ".ima")) or Path(path).is_dir()
+    raise ValueError(
+        f"a scan must be one of {', '.join(SCAN_SUFFIXES)}, not {Path(path).name!r}{remedy if is_dicom else ''}"
+    )
 
 
 def scan_name(path: str | Path) -> str:

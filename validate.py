@@ -550,6 +550,7 @@ def draw_distribution(table: pd.DataFrame) -> Figure:
         right.scatter(position + jitter.uniform(-0.12, 0.12, len(values)), values, s=18, alpha=0.6)
     right.set_xticks(range(2), [f"{name}\nn = {int(chosen.sum())}" for name, chosen in groups.items()])
     right.set_xlim(-0.6, 1.6)
+    right.set_ylim(-0.3, max(1.0, right.get_ylim()[1]))
     right.yaxis.get_major_locator().set_params(integer=True)
     right.grid(axis="y", alpha=0.3)
     right.set_title("false-positive nodules of each scan", fontsize=11)

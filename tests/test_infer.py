@@ -1150,6 +1150,13 @@ def test_file_that_is_no_scan_is_refused(trained, tmp_path):
         trained().infer_scan(tmp_path / "picture.png")
 
 
+@pytest.mark.parametrize("name", ["series", "IM0001.dcm"])
+def test_dicom_is_refused_with_the_way_out(trained, tmp_path, name):
+    (tmp_path / "series").mkdir()
+    with pytest.raises(ValueError, match=r"one of \.mhd.*; write a DICOM series as one file first"):
+        trained().infer_scan(tmp_path / name)
+
+
 def test_missing_scan_is_an_error(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.mhd does not exist"):
         trained().infer_scan(tmp_path / "none.mhd")
