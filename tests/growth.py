@@ -158,18 +158,19 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         rows = table[table["step"] == panel.title]
         axes.set_title(panel.title)
-        for column, color in (("seconds", "C0"), ("memory, MB", "C1"), ("disk, MB", "C2")):
+        for column, color, above in (("seconds", "C0", -14), ("memory, MB", "C1", 6), ("disk, MB", "C2", -14)):
             axes.plot(rows["size"], rows[column], "o-", color=color, label=column)
             for size, value in zip(rows["size"], rows[column], strict=True):
-                axes.annotate(f"{value:.3g}", (size, value), (0, 6), textcoords="offset points", ha="center")
+                text = f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+                axes.annotate(text, (size, value), (0, above), textcoords="offset points", ha="center")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(rows["size"], [str(size) for size in rows["size"]])
         axes.minorticks_off()
-        axes.margins(0.12, 0.15)
+        axes.margins(0.12, 0.2)
         axes.set_xlabel(panel.unit)
         axes.grid(color="0.9")
-        axes.legend(frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path)
 
 
