@@ -657,12 +657,14 @@ def extract_nodules(
 def find_candidates(probability: np.ndarray, geometry: Geometry, threshold: float) -> Segmentation:
     """All that might be a nodule: those of the mask, and fainter spots that do not reach the threshold.
 
+    What a nodule encloses on all sides belongs to it, too.
+
     Args:
         probability: Float (z, y, x).
         geometry: Where its voxels lie.
         threshold: Probability from which a voxel belongs to the mask.
     """
-    parts = _nodule_voxels(probability >= threshold, geometry)
+    parts = _nodule_voxels(_without_holes(probability >= threshold), geometry)
     labels = np.zeros(probability.shape, np.int32)
     for number, voxels in enumerate(parts, start=1):
         labels[tuple(voxels.T)] = number
@@ -719,6 +721,22 @@ def _find(numbers: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarr
     place = np.minimum(np.searchsorted(numbers, wanted), len(numbers) - 1)
     there = numbers[place] == wanted if len(numbers) else np.zeros(0, bool)
     return np.flatnonzero(there), place[there]
+
+
+def _without_holes(mask: np.ndarray) -> np.ndarray:
+    """A bool mask (z, y, x) in which all that a component encloses on all sides is filled."""
+    filled = mask.copy()
+    for voxels in _components(mask):
+        steps = np.diff(voxels, axis=0)
+        has_gap = ((steps[:, :2] == 0).all(axis=1) & (steps[:, 2] > 1)).any()  # in a row, as each hole makes one
+        if has_gap:
+            lower = voxels.min(axis=0)
+            part = np.zeros(np.ptp(voxels, axis=0) + 1, bool)
+            part[tuple((voxels - lower).T)] = True
+            outside = ndimage.label(np.pad(~part, 1, constant_values=True))[0]
+            holes = np.argwhere(outside[1:-1, 1:-1, 1:-1] > 1)  # 1 is all around
+            filled[tuple((holes + lower).T)] = True
+    return filled
 
 
 def _nodule_voxels(mask: np.ndarray, geometry: Geometry) -> list[np.ndarray]:

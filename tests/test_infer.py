@@ -678,6 +678,29 @@ def test_faint_border_of_a_nodule_is_no_candidate_of_its_own():
     assert marks_of(find_candidates(probability, geometry, 0.5)) == [(4.0, True)]
 
 
+def test_hole_in_a_nodule_belongs_to_it():
+    probability, geometry = spots((15, 15, 40), shell=(3, 3, 3, 0.9), other=(3, 3, 30, 0.9))
+    probability[4, 4, 4] = 0.05
+    found = find_candidates(probability, geometry, 0.5)
+    assert [nodule["volume_voxels"] for nodule in found.nodules] == [27, 27]
+    assert found.mask[4, 4, 4]
+
+
+def test_what_lies_in_a_hole_is_no_nodule_of_its_own():
+    inner, core = (ball_mask(UNIT, [(12, 12, 12)], size, (25, 25, 25)) for size in (14.0, 6.0))
+    outer = ball_mask(UNIT, [(12, 12, 12)], 20.0, (25, 25, 25))
+    probability = np.where(core | (outer & ~inner), 0.9, 0.05).astype(np.float32)
+    found = find_candidates(probability, Geometry(outer.shape, (0.0, 0.0, 0.0), UNIT), 0.5)
+    np.testing.assert_array_equal(found.mask, outer)
+    assert len(found.nodules) == 1
+
+
+def test_notch_that_opens_to_one_side_stays_open():
+    probability, geometry = spots((15, 15, 15), cube=(3, 3, 3, 0.9))
+    probability[3:5, 4, 4] = 0.05
+    assert find_candidates(probability, geometry, 0.5).mask.sum() == 25
+
+
 def test_nothing_faint_is_a_candidate():
     probability, geometry = spots((9, 9, 9), spot=(3, 3, 3, infer.CANDIDATE_THRESHOLD - 0.01))
     found = find_candidates(probability, geometry, 0.5)
