@@ -91,8 +91,6 @@ NECK_MM = 1.0  # a component is split where it is thinner by this than on both s
 SMALLEST_SPLIT = 30  # voxels
 ROUND = 0.92  # what is as round as this is one nodule
 MOST_SPARSE_VOXELS = 2_000_000  # with more the array is labelled as a whole
-SMALLEST_NODULE_MM3 = 14.1  # a sphere of 3 mm; LUNA16 has no smaller nodule
-TYPICAL_DIAMETER_MM = 6.0  # false spots are rarely wider than this
 LARGEST_NODULE_MM3 = 113_000  # a sphere of 60 mm; nothing larger is a nodule, and splitting it would take long
 MAX_PICTURED = 6  # findings drawn for a scan
 TRUTH_COLOR, PREDICTION_COLOR = "#35d0ff", "#ff9f1c"
@@ -802,11 +800,10 @@ def _describe(
 
 
 def _score(voxels: np.ndarray, geometry: Geometry, probability: np.ndarray) -> float:
-    """How likely a candidate is a nodule, in [0, 1], by the mean probability in and around it, roundness and size.
+    """How likely a candidate is a nodule, in [0, 1]: the mean probability in and around it, times its roundness.
 
     Where the network hesitates, it is often at a vessel: the probability fades out slowly around it, and the candidate
-    is longer than thick. The highest probability tells neither. What has less volume than the smallest nodule counts
-    only for its share of that; n times as wide as a typical one it counts like n hints, all of which must be wrong.
+    is longer than thick. The highest probability tells neither.
 
     Args:
         voxels: (m, 3) indices (z, y, x) of the candidate.
@@ -818,9 +815,7 @@ def _score(voxels: np.ndarray, geometry: Geometry, probability: np.ndarray) -> f
     values = probability[tuple(slice(a, b) for a, b in zip(lower, upper, strict=True))].astype(np.float32)
     values = values[values > SURELY_BACKGROUND]
     certainty = float(values.mean()) if len(values) else 0.0
-    volume_mm3 = len(voxels) * geometry.voxel_volume_mm3
-    hint = min(1.0, certainty * _roundness(voxels, geometry) * min(1.0, volume_mm3 / SMALLEST_NODULE_MM3))
-    return 1 - (1 - hint) ** max(1.0, sphere_diameter(volume_mm3) / TYPICAL_DIAMETER_MM)
+    return min(1.0, certainty * _roundness(voxels, geometry))
 
 
 def sphere_diameter(volume: float) -> float:

@@ -466,17 +466,6 @@ def test_probability_lies_in_0_to_1(extract, value):
     assert (nodule["probability"] > 0) == (value > 0)
 
 
-def test_wide_nodule_counts_like_so_many_hints(extract):
-    mask = np.zeros((40, 40, 80), np.uint8)
-    for z, x, width in ((20, 20, 24), (20, 60, 6), (4, 4, 4)):
-        half = width // 2
-        mask[z - half : z + half, 20 - half : 20 + half, x - half : x + half] = 1
-    wide, typical, small = extract(mask, ORIGIN, UNIT, np.where(mask, 0.6, 0.0))
-    assert wide["probability"] == pytest.approx(1 - 0.4 ** (wide["diameter_mm"] / 6), abs=1e-6)
-    assert typical["probability"] == pytest.approx(1 - 0.4 ** (typical["diameter_mm"] / 6), abs=1e-6)
-    assert small["probability"] == pytest.approx(0.6, abs=1e-6)  # nearer to 5 than to 6 mm
-
-
 def test_surer_of_two_equal_nodules_has_the_higher_probability(extract):
     mask = np.zeros((8, 10, 60), np.uint8)
     mask[2:5, 3:7, 6:8] = mask[2:5, 3:7, 46:48] = 1
@@ -506,13 +495,6 @@ def test_spot_that_fades_out_has_a_lower_probability_than_a_sharp_one(extract):
     assert (sharp["center_voxel"][0], fading["center_voxel"][0]) == (6, 31)
     assert sharp["probability"] == pytest.approx(0.9)
     assert fading["probability"] < 0.3
-
-
-def test_spot_below_3_mm_counts_for_its_share_of_that_volume(extract):
-    probability = np.zeros((8, 8, 8), np.float32)
-    probability[3:5, 3:5, 3:5] = 0.9  # 8 mm³ of the 14.1 mm³ of a ball of 3 mm
-    (spot,) = extract(probability >= 0.5, (0, 0, 0), UNIT, probability)
-    assert spot["probability"] == pytest.approx(0.9 * 8 / 14.1)
 
 
 @pytest.mark.parametrize("dense", [False, True])
