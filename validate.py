@@ -576,6 +576,8 @@ class FROC:
             diameter_mm, and probability of its best hit, NaN if missed.
         counts: scans, nodules, tp, fp, fn (over all thresholds); marks ignored as unlisted (their scan), over_limit,
             repeated (hits) and on_excluded.
+        cpm_draws: (n,) CPM of each bootstrap. Two results for the same scans, nodules and seed drew the same scans, so
+            the difference of their draws is paired.
     """
 
     sensitivities: np.ndarray
@@ -587,6 +589,7 @@ class FROC:
     tps: np.ndarray
     nodules: pd.DataFrame
     counts: dict[str, int]
+    cpm_draws: np.ndarray
 
     def table(self) -> pd.DataFrame:
         """Rows 0.125 ... 8 and cpm; columns fp_per_scan (text), sensitivity, lower, upper."""
@@ -769,6 +772,7 @@ def _build_curve(
             curves.append(_read_curve(*_cumulate(events, scan_weights), scans, total))
     fps, tps = _cumulate(events, np.ones(scans, int))
     curve = _read_curve(fps, tps, scans, len(nodules))
+    cpm_draws = np.array([drawn[-1] for drawn in curves])
     samples = np.sort(curves or [np.full_like(curve, np.nan)], axis=0)
     lower, upper = samples[len(samples) // 40], samples[len(samples) * 39 // 40]  # the official script's ranks for 95 %
     grid = {"sensitivity": curve, "mean": samples.mean(axis=0), "lower": lower, "upper": upper}
@@ -776,7 +780,7 @@ def _build_curve(
     intervals = np.column_stack([lower, upper])[_POINTS]
     thresholds = np.append(np.inf, marks["probability"].to_numpy()[last])
     at_points, cpm = curve[_POINTS[:-1]], float(curve[-1])
-    return FROC(at_points, cpm, intervals, band, thresholds, fps, tps, nodules.drop(columns="scan"), counts)
+    return FROC(at_points, cpm, intervals, band, thresholds, fps, tps, nodules.drop(columns="scan"), counts, cpm_draws)
 
 
 def _cumulate(events: tuple[np.ndarray, ...], scan_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

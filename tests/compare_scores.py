@@ -11,6 +11,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import pandas as pd
 from jsonargparse import auto_cli
 from tqdm import tqdm
@@ -33,7 +34,7 @@ def compare(
     excluded_path: Path = Path("data/phantom/test/annotations_excluded.csv"),
     device: str = "cuda",
 ) -> None:
-    """Prints CPM and sensitivities of each score.
+    """Prints CPM and sensitivities of each score, and how the score used differs on the same draws of scans.
 
     Args:
         data_dir: Folder of processed scans that training never saw.
@@ -54,10 +55,21 @@ def compare(
                 found = find_candidates(probability, scan.geometry, inferencer.threshold)
             marks[name].append(nodule_table(uid, found.candidates))
     annotations = pd.DataFrame(nodules, columns=NODULE_COLUMNS[:-1])
-    for name, tables in marks.items():
-        curve = froc(pd.concat(tables), annotations, read_excluded(excluded_path), uids)
-        low, high = curve.intervals[-1]
-        print(f"{name:<20} CPM {curve.cpm:.3f} (95 % interval {low:.3f} to {high:.3f})  {curve.sensitivities.round(3)}")
+    curves = {
+        name: froc(pd.concat(tables), annotations, read_excluded(excluded_path), uids) for name, tables in marks.items()
+    }
+    used = curves["the score used"]
+    for name, curve in curves.items():
+        print(f"{name:<20} {interval(curve.cpm, curve.cpm_draws)}  {curve.sensitivities.round(3)}")
+        if curve is not used:
+            more = interval(used.cpm - curve.cpm, used.cpm_draws - curve.cpm_draws)
+            print(f"{'':<20} {more} is what the score used has more")
+
+
+def interval(value: float, draws: np.ndarray) -> str:
+    """A CPM, or a paired difference of two, with its 95 % interval of the bootstraps over scans."""
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return f"CPM {value:.4f} (95 % interval {low:.4f} to {high:.4f})"
 
 
 if __name__ == "__main__":

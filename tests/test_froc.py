@@ -258,6 +258,16 @@ def test_interval_is_the_same_for_the_same_seed() -> None:
     pd.testing.assert_frame_equal(first.band, second.band)
 
 
+def test_draws_of_two_results_are_paired() -> None:
+    """Scan a's nodule is found by both and b's by the second alone, so that no draw makes the first one better."""
+    nodules = findings(("a", 0.0, 10.0), ("b", 0.0, 10.0))
+    both, first = marks(("a", 0.0, 0.9), ("b", 0.0, 0.9)), marks(("a", 0.0, 0.9))
+    one, two = (froc(found, nodules, None, list("abc"), num_bootstraps=50) for found in (first, both))
+    assert len(one.cpm_draws) == len(two.cpm_draws) > 40  # the others drew no nodule
+    assert set(two.cpm_draws) == {1.0}
+    assert {0.0, 0.5, 1.0} <= set(one.cpm_draws)
+
+
 def test_without_bootstraps_the_interval_is_nan() -> None:
     assert np.isnan(score(marks(("a", 0.0, 0.9))).intervals).all()
 
