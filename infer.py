@@ -588,8 +588,8 @@ class Segmentation:
 
     Args:
         labels: int32 (z, y, x); every nodule of the mask has a number from 1, 0 is background.
-        candidates: Nodule dicts, as ``extract_nodules`` gives them, of all that might be a nodule: those of the map's
-            voxels above the threshold, and where these are fewer than MAX_CANDIDATES, the likeliest fainter spots.
+        candidates: Nodule dicts, as ``extract_nodules`` gives them, of all that might be a nodule: those of the mask,
+            and where these are fewer than MAX_CANDIDATES, the likeliest fainter spots.
         numbers: For each candidate its number in ``labels``, 0 for one that is not in the mask.
     """
 
@@ -632,6 +632,8 @@ def extract_nodules(
 ) -> list[dict[str, Any]]:
     """Nodules of a mask: connected components (26 neighbours), touching nodules split; the likeliest first.
 
+    The mask is taken as it is: holes stay, which ``find_candidates`` fills.
+
     Args:
         mask: (z, y, x), nodule where not 0.
         geometry: Where its voxels lie.
@@ -660,9 +662,9 @@ def find_candidates(probability: np.ndarray, geometry: Geometry, threshold: floa
     Args:
         probability: Float (z, y, x).
         geometry: Where its voxels lie.
-        threshold: Probability from which a voxel belongs to the mask.
+        threshold: Probability from which a voxel belongs to the mask by itself.
     """
-    parts = _nodule_voxels(_without_holes(probability >= threshold), geometry)
+    parts = _nodule_voxels(_without_holes(probability >= threshold, geometry), geometry)
     labels = np.zeros(probability.shape, np.int32)
     for number, voxels in enumerate(parts, start=1):
         labels[tuple(voxels.T)] = number
@@ -721,8 +723,12 @@ def _find(numbers: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.flatnonzero(there), place[there]
 
 
-def _without_holes(mask: np.ndarray) -> np.ndarray:
-    """A bool mask (z, y, x) in which all that a component encloses on all sides is filled."""
+def _without_holes(mask: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """A bool mask (z, y, x) in which all that a component encloses on all sides is filled.
+
+    A shell that would be larger than any nodule stays hollow: what lies in it may be a nodule.
+    """
+    largest = LARGEST_NODULE_MM3 / geometry.voxel_volume_mm3
     filled = mask.copy()
     for voxels in _components(mask):
         steps = np.diff(voxels, axis=0)
@@ -733,7 +739,8 @@ def _without_holes(mask: np.ndarray) -> np.ndarray:
             part[tuple((voxels - lower).T)] = True
             outside = ndimage.label(np.pad(~part, 1, constant_values=True))[0]
             holes = np.argwhere(outside[1:-1, 1:-1, 1:-1] > 1)  # 1 is all around
-            filled[tuple((holes + lower).T)] = True
+            if len(voxels) + len(holes) <= largest:
+                filled[tuple((holes + lower).T)] = True
     return filled
 
 
@@ -802,8 +809,8 @@ def _describe(
 def _score(voxels: np.ndarray, geometry: Geometry, probability: np.ndarray) -> float:
     """How likely a candidate is a nodule, in [0, 1]: the mean probability in and around it, times its roundness.
 
-    Where the network hesitates, it is often at a vessel: the probability fades out slowly around it, and the candidate
-    is longer than thick. The highest probability tells neither.
+    Voxels up to SURELY_BACKGROUND do not count. Where the network hesitates, it is often at a vessel: the probability
+    fades out slowly around it, and the candidate is longer than thick. The highest probability tells neither.
 
     Args:
         voxels: (m, 3) indices (z, y, x) of the candidate.

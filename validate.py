@@ -576,8 +576,8 @@ class FROC:
             diameter_mm, and probability of its best hit, NaN if missed.
         counts: scans, nodules, tp, fp, fn (over all thresholds); marks ignored as unlisted (their scan), over_limit,
             repeated (hits) and on_excluded.
-        cpm_draws: (n,) CPM of each bootstrap. Two results for the same scans, nodules and seed drew the same scans, so
-            the difference of their draws is paired.
+        cpm_draws: (n,) CPM of each bootstrap. Two results for the same ``seriesuids`` in the same order, nodules, seed
+            and number of bootstraps drew the same scans, so the difference of their draws is paired.
     """
 
     sensitivities: np.ndarray

@@ -36,6 +36,8 @@ def compare(
 ) -> None:
     """Prints CPM and sensitivities of each score, and how the score used differs on the same draws of scans.
 
+    Of more than 100 candidates in a scan, each score chooses its own.
+
     Args:
         data_dir: Folder of processed scans that training never saw.
         checkpoint_path: Checkpoint of train.py.
@@ -60,16 +62,11 @@ def compare(
     }
     used = curves["the score used"]
     for name, curve in curves.items():
-        print(f"{name:<20} {interval(curve.cpm, curve.cpm_draws)}  {curve.sensitivities.round(3)}")
+        low, high = curve.intervals[-1]
+        print(f"{name:<20} CPM {curve.cpm:.4f} (95 % interval {low:.4f} to {high:.4f})  {curve.sensitivities.round(3)}")
         if curve is not used:
-            more = interval(used.cpm - curve.cpm, used.cpm_draws - curve.cpm_draws)
-            print(f"{'':<20} {more} is what the score used has more")
-
-
-def interval(value: float, draws: np.ndarray) -> str:
-    """A CPM, or a paired difference of two, with its 95 % interval of the bootstraps over scans."""
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return f"CPM {value:.4f} (95 % interval {low:.4f} to {high:.4f})"
+            low, high = np.quantile(used.cpm_draws - curve.cpm_draws, [0.025, 0.975])
+            print(f"{'':<20} the score used has {used.cpm - curve.cpm:.4f} ({low:.4f} to {high:.4f}, paired) more")
 
 
 if __name__ == "__main__":

@@ -466,6 +466,14 @@ def test_probability_lies_in_0_to_1(extract, value):
     assert (nodule["probability"] > 0) == (value > 0)
 
 
+@pytest.mark.parametrize("width", [2, 6, 20])
+def test_size_of_a_nodule_does_not_change_its_probability(extract, width):
+    mask = np.zeros((30, 30, 30), np.uint8)
+    mask[4 : 4 + width, 4 : 4 + width, 4 : 4 + width] = 1
+    (nodule,) = extract(mask, ORIGIN, UNIT, np.where(mask, 0.6, 0.0))
+    assert nodule["probability"] == pytest.approx(0.6)
+
+
 def test_surer_of_two_equal_nodules_has_the_higher_probability(extract):
     mask = np.zeros((8, 10, 60), np.uint8)
     mask[2:5, 3:7, 6:8] = mask[2:5, 3:7, 46:48] = 1
@@ -675,6 +683,16 @@ def test_what_lies_in_a_hole_is_no_nodule_of_its_own():
     found = find_candidates(probability, Geometry(outer.shape, (0.0, 0.0, 0.0), UNIT), 0.5)
     np.testing.assert_array_equal(found.mask, outer)
     assert len(found.nodules) == 1
+
+
+def test_shell_larger_than_any_nodule_stays_hollow():
+    shape, middle = (40, 40, 40), (20 * 2.0,) * 3
+    spacing = (2.0, 2.0, 2.0)
+    outer, inner, nodule = (ball_mask(spacing, [middle], size, shape) for size in (72.0, 64.0, 10.0))
+    probability = np.where(nodule, 0.95, np.where(outer & ~inner, 0.6, 0.0)).astype(np.float32)
+    found = find_candidates(probability, Geometry(shape, (0.0, 0.0, 0.0), spacing), 0.5)
+    assert found.nodules[0]["center_world"] == pytest.approx(middle)
+    assert found.nodules[0]["volume_voxels"] == np.count_nonzero(nodule)
 
 
 def test_notch_that_opens_to_one_side_stays_open():
