@@ -888,14 +888,17 @@ def draw_overlay(
     if truth is not None:
         lines.append(Line2D([], [], color=TRUTH_COLOR, label="annotation"))
     axes = figure.subplots(len(shown), 4, squeeze=False, width_ratios=[1.25, 1, 1, 1])
-    axes[0, 3].legend(handles=lines, loc="upper right", fontsize=10)
+    if findings:
+        axes[0, 3].legend(handles=lines, loc="upper right", fontsize=10)
     for row, (label, finding) in zip(axes, shown, strict=True):
         _draw_finding(row, label, finding, image, geometry, mask, truth)
     return figure
 
 
 def _middle(shape_zyx: Sequence[int]) -> dict[str, Any]:
-    return {"center_voxel": [(n - 1) / 2 for n in reversed(shape_zyx)], "diameter_mm": 0.0}
+    """What is drawn where nothing was found: whole slices, the sagittal one through a lung."""
+    z, y, x = shape_zyx
+    return {"center_voxel": [(x - 1) / 4, (y - 1) / 2, (z - 1) / 2], "diameter_mm": 0.0}
 
 
 def _box_slices(bbox: Sequence[int]) -> tuple[slice, slice, slice]:
@@ -916,16 +919,19 @@ def _draw_finding(
     center_mm = np.asarray(center_zyx) * geometry.spacing_zyx
     reach = max(20.0, 1.2 * finding["diameter_mm"])  # half the zoomed width in mm
     views = [(0, None, label), (0, reach, f"axial, {2 * reach:.0f} mm"), (1, reach, "coronal"), (2, reach, "sagittal")]
-    for axes, (axis, zoom, name) in zip(row, views, strict=True):
+    if not finding["diameter_mm"]:  # nothing to look at closely
+        views = [(0, None, label), (1, None, "coronal"), (2, None, "sagittal")]
+        row[3].set_axis_off()
+    for axes, (axis, zoom, name) in zip(row, views, strict=False):
         planes = [None if array is None else np.take(array, index[axis], axis) for array in (image, mask, truth)]
         _draw_plane(axes, planes, [geometry.spacing_zyx[a] for a in range(3) if a != axis])
         axes.set_title(name, fontsize=11)
         rows, columns = [center_mm[a] for a in range(3) if a != axis]
         if axis:
             axes.invert_yaxis()  # head up
-        if zoom is None:
+        if zoom is None and finding["diameter_mm"]:
             _point_at(axes, columns, rows, finding["diameter_mm"], label)
-        else:
+        elif zoom is not None:
             axes.set_xlim(columns - zoom, columns + zoom)
             axes.set_ylim((rows - zoom, rows + zoom) if axis else (rows + zoom, rows - zoom))
 
@@ -948,8 +954,6 @@ def _draw_plane(axes: Axes, planes: Sequence[np.ndarray | None], spacing: Sequen
 
 
 def _point_at(axes: Axes, x: float, y: float, diameter: float, label: str) -> None:
-    if not diameter:
-        return
     left, right = axes.get_xlim()
     side = -1 if x > (left + right) / 2 else 1
     axes.annotate(

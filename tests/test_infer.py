@@ -1033,6 +1033,16 @@ def test_picture_of_a_missed_nodule_says_so(processed_dir):
     assert figure.axes[0].get_title().startswith("missed")
 
 
+def test_picture_without_a_finding_shows_whole_slices(processed_dir):
+    scan = read_processed(processed_dir, read_processed_list(processed_dir)[0])
+    nothing = np.zeros(scan.mask.shape, np.uint8)
+    figure = infer.draw_overlay(np.asarray(scan.image, np.float32), scan.geometry, nothing, [], None, "scan")
+    assert [axes.get_title() for axes in figure.axes if axes.axison] == ["no nodule found", "coronal", "sagittal"]
+    for axes, height in zip(figure.axes, (nothing.shape[1], nothing.shape[0], nothing.shape[0]), strict=False):
+        step = scan.geometry.spacing_zyx[1 if height == nothing.shape[1] else 0]
+        assert abs(np.diff(axes.get_ylim())[0]) == pytest.approx(height * step)
+
+
 # -------------------------------------------------------------------------------------------------------- infer_scan
 
 BALL_CENTER, BALL_RADIUS_MM = (-60.0, 12.0, -20.0), 16.0
