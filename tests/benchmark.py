@@ -42,7 +42,10 @@ from utils import ANNOTATION_COLUMNS, CANDIDATE_COLUMNS, Geometry, autocast_dtyp
 from validate import froc
 
 SHAPE = (64, 256, 256)
-NETWORK: dict[str, Any] = {"channels": (16, 32, 64, 128), "strides": (2, 2, 2), "num_res_units": 2, "dropout": 0.1}
+UNITS: dict[str, Any] = {"num_res_units": 2, "dropout": 0.1}
+SMALL_NETWORK = {"channels": (16, 32, 64, 128), "strides": (2, 2, 2)} | UNITS  # for a CPU
+NETWORK = {"channels": (32, 64, 128, 256, 512), "strides": (2, 2, 2, 2)} | UNITS  # train.py's default, for a GPU
+STEPS = 100 * 355  # of train.py's default training on LUNA16
 WINDOW = (96, 96, 96)
 BATCH_SIZE = 2
 
@@ -58,6 +61,7 @@ class Bench:
 
     def __init__(self, folder: Path, device: torch.device, repeats: int) -> None:
         self.folder, self.device, self.repeats = folder, device, repeats
+        self.network = NETWORK if device.type == "cuda" else SMALL_NETWORK
         self.step: tuple[float, float] | None = None  # FLOP and seconds of a training step, once measured
         self.half = autocast_dtype(device, mixed_precision=True)  # what the networks here compute in
         self._prepared: LUNA16Preprocessor | None = None
@@ -222,14 +226,14 @@ def training(bench: Bench) -> Iterator[tuple]:
         device=str(bench.device),
         validation_fraction=0.5,
         overwrite=True,
-        **NETWORK,
+        **bench.network,
     )
     uids = read_processed_list(bench.processed) * 4
     dataset = LUNA16Dataset(bench.processed, uids, Augmentation())
     trainer.sampler = ScanSampler(len(uids), seed=0)
     trainer.loader = make_loader(dataset, trainer.sampler, BATCH_SIZE, 4, bench.device)
     torch.manual_seed(0)
-    network = UNet(spatial_dims=3, in_channels=1, out_channels=1, norm="BATCH", **NETWORK).to(bench.device)
+    network = UNet(spatial_dims=3, in_channels=1, out_channels=1, norm="BATCH", **bench.network).to(bench.device)
     loss, optimizer = DiceCELoss(sigmoid=True), torch.optim.AdamW(network.parameters(), 1e-4)
     scaler = torch.amp.GradScaler(bench.device.type, enabled=bench.half == torch.float16)
     theirs = plain_loader(bench, 4)
@@ -272,9 +276,9 @@ def training(bench: Bench) -> Iterator[tuple]:
 def inference(bench: Bench) -> Iterator[tuple]:
     """Seconds for a scan of 280 x 288 x 352 voxels in windows of 96, the overlap the same."""
     torch.manual_seed(0)
-    network = place(LungNodule3DUNet(**NETWORK), bench.device).eval()
+    network = place(LungNodule3DUNet(**bench.network), bench.device).eval()
     inferencer = NoduleInferencer(device=str(bench.device), model=network, window=WINDOW)
-    theirs = UNet(spatial_dims=3, in_channels=1, out_channels=1, norm="BATCH", **NETWORK).to(bench.device).eval()
+    theirs = UNet(spatial_dims=3, in_channels=1, out_channels=1, norm="BATCH", **bench.network).to(bench.device).eval()
     image = np.random.default_rng(0).random((280, 288, 352), np.float32).astype(np.float16)
 
     def plain(dtype: torch.dtype | None) -> np.ndarray:
@@ -437,7 +441,8 @@ def main(rows: list[str] = list(ROWS), device: str = "cpu", repeats: int = 3) ->
         print(f"ceilings: {products}, {copied / 1e9:.1f} GB/s of copies")
         if bench.step is not None:
             done, seconds = bench.step
-            print(f"training step: {done / 1e12:.2f} TFLOP, {done / seconds / flops:.0%} of that ceiling")
+            share = f"{done / seconds / flops:.0%} of that ceiling"
+            print(f"training step: {done / 1e12:.2f} TFLOP, {share}; {STEPS} steps: {STEPS * seconds / 3600:.1f} h")
     if chosen.type == "cuda":
         print(f"peak memory of all rows: {torch.cuda.max_memory_allocated(chosen) / 2**30:.2f} GiB")
 
