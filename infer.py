@@ -728,20 +728,25 @@ def _without_holes(mask: np.ndarray, geometry: Geometry) -> np.ndarray:
 
     A shell that would be larger than any nodule stays hollow: what lies in it may be a nodule.
     """
-    largest = LARGEST_NODULE_MM3 / geometry.voxel_volume_mm3
     filled = mask.copy()
     for voxels in _components(mask):
         steps = np.diff(voxels, axis=0)
         has_gap = ((steps[:, :2] == 0).all(axis=1) & (steps[:, 2] > 1)).any()  # in a row, as each hole makes one
-        if has_gap:
-            lower = voxels.min(axis=0)
-            part = np.zeros(np.ptp(voxels, axis=0) + 1, bool)
-            part[tuple((voxels - lower).T)] = True
-            outside = ndimage.label(np.pad(~part, 1, constant_values=True))[0]
-            holes = np.argwhere(outside[1:-1, 1:-1, 1:-1] > 1)  # 1 is all around
-            if len(voxels) + len(holes) <= largest:
-                filled[tuple((holes + lower).T)] = True
+        if not has_gap:
+            continue
+        part, lower = _in_a_box(voxels)
+        holes = lower + np.argwhere(ndimage.label(part == 0)[0] > 1)  # 1 is all around
+        if (len(voxels) + len(holes)) * geometry.voxel_volume_mm3 <= LARGEST_NODULE_MM3:
+            filled[tuple(holes.T)] = True
     return filled
+
+
+def _in_a_box(voxels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 array (z, y, x) of one component (m, 3) with an empty voxel all around, and the index of its corner."""
+    lower = voxels.min(axis=0) - 1
+    box = np.zeros(np.ptp(voxels, axis=0) + 3, np.uint8)
+    box[tuple((voxels - lower).T)] = 1
+    return box, lower
 
 
 def _nodule_voxels(mask: np.ndarray, geometry: Geometry) -> list[np.ndarray]:
@@ -760,17 +765,14 @@ def _nodule_voxels(mask: np.ndarray, geometry: Geometry) -> list[np.ndarray]:
 
 def _split_at_necks(voxels: np.ndarray, geometry: Geometry) -> list[np.ndarray]:
     """Voxels (m, 3) of each thick part of one component: watershed of its distance map in mm."""
-    lower = voxels.min(axis=0) - 1
-    inside = tuple((voxels - lower).T)
-    part = np.zeros(np.ptp(voxels, axis=0) + 3, np.uint8)
-    part[inside] = 1
+    part, lower = _in_a_box(voxels)
     basins = sitk.MorphologicalWatershed(
         signed_distance(Geometry(part.shape, geometry.origin, geometry.spacing).image(part)),
         level=NECK_MM,
         markWatershedLine=False,
         fullyConnected=True,
     )
-    basin = sitk.GetArrayViewFromImage(basins)[inside]
+    basin = sitk.GetArrayViewFromImage(basins)[tuple((voxels - lower).T)]
     return [voxels[basin == number] for number in np.unique(basin)]
 
 
@@ -929,11 +931,11 @@ def _draw_finding(
         rows, columns = [center_mm[a] for a in range(3) if a != axis]
         if axis:
             axes.invert_yaxis()  # head up
-        if zoom is None and finding["diameter_mm"]:
-            _point_at(axes, columns, rows, finding["diameter_mm"], label)
-        elif zoom is not None:
+        if zoom is not None:
             axes.set_xlim(columns - zoom, columns + zoom)
             axes.set_ylim((rows - zoom, rows + zoom) if axis else (rows + zoom, rows - zoom))
+        elif finding["diameter_mm"]:
+            _point_at(axes, columns, rows, finding["diameter_mm"], label)
 
 
 def _draw_plane(axes: Axes, planes: Sequence[np.ndarray | None], spacing: Sequence[float]) -> None:

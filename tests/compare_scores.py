@@ -57,9 +57,8 @@ def compare(
                 found = find_candidates(probability, scan.geometry, inferencer.threshold)
             marks[name].append(nodule_table(uid, found.candidates))
     annotations = pd.DataFrame(nodules, columns=NODULE_COLUMNS[:-1])
-    curves = {
-        name: froc(pd.concat(tables), annotations, read_excluded(excluded_path), uids) for name, tables in marks.items()
-    }
+    excluded = read_excluded(excluded_path)
+    curves = {name: froc(pd.concat(tables), annotations, excluded, uids) for name, tables in marks.items()}
     used = curves["the score used"]
     for name, curve in curves.items():
         low, high = curve.intervals[-1]

@@ -1038,9 +1038,9 @@ def test_picture_without_a_finding_shows_whole_slices(processed_dir):
     nothing = np.zeros(scan.mask.shape, np.uint8)
     figure = infer.draw_overlay(np.asarray(scan.image, np.float32), scan.geometry, nothing, [], None, "scan")
     assert [axes.get_title() for axes in figure.axes if axes.axison] == ["no nodule found", "coronal", "sagittal"]
-    for axes, height in zip(figure.axes, (nothing.shape[1], nothing.shape[0], nothing.shape[0]), strict=False):
-        step = scan.geometry.spacing_zyx[1 if height == nothing.shape[1] else 0]
-        assert abs(np.diff(axes.get_ylim())[0]) == pytest.approx(height * step)
+    for axes, rows in zip(figure.axes, (1, 0, 0), strict=False):  # y upright, then z
+        height_mm = nothing.shape[rows] * scan.geometry.spacing_zyx[rows]
+        assert abs(np.diff(axes.get_ylim())[0]) == pytest.approx(height_mm)
 
 
 # -------------------------------------------------------------------------------------------------------- infer_scan
