@@ -651,7 +651,7 @@ def extract_nodules(
     check(mask.ndim == 3, f"mask must have three axes (z, y, x), not shape {mask.shape}")
     if probability is not None:
         check(np.shape(probability) == mask.shape, f"probability {np.shape(probability)} and mask {mask.shape} differ")
-    return [nodule for _, nodule in _describe(_nodule_voxels(mask != 0, geometry), geometry, probability)]
+    return [nodule for _, nodule in _describe(_nodule_voxels(_components(mask != 0), geometry), geometry, probability)]
 
 
 def find_candidates(probability: np.ndarray, geometry: Geometry, threshold: float) -> Segmentation:
@@ -664,7 +664,7 @@ def find_candidates(probability: np.ndarray, geometry: Geometry, threshold: floa
         geometry: Where its voxels lie.
         threshold: Probability from which a voxel belongs to the mask by itself.
     """
-    parts = _nodule_voxels(_without_holes(probability >= threshold, geometry), geometry)
+    parts = _nodule_voxels(_filled_components(probability >= threshold, geometry), geometry)
     labels = np.zeros(probability.shape, np.int32)
     for number, voxels in enumerate(parts, start=1):
         labels[tuple(voxels.T)] = number
@@ -723,22 +723,30 @@ def _find(numbers: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.flatnonzero(there), place[there]
 
 
-def _without_holes(mask: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """A bool mask (z, y, x) in which all that a component encloses on all sides is filled.
+def _filled_components(mask: np.ndarray, geometry: Geometry) -> list[np.ndarray]:
+    """Voxels (m, 3) of each component of a bool mask (z, y, x), with all that it encloses on all sides.
 
     A shell that would be larger than any nodule stays hollow: what lies in it may be a nodule.
     """
+    components = _components(mask)
+    holes = [hole for voxels in components for hole in _holes(voxels, geometry)]
+    if not holes:
+        return components
     filled = mask.copy()
-    for voxels in _components(mask):
-        steps = np.diff(voxels, axis=0)
-        has_gap = ((steps[:, :2] == 0).all(axis=1) & (steps[:, 2] > 1)).any()  # in a row, as each hole makes one
-        if not has_gap:
-            continue
-        part, lower = _in_a_box(voxels)
-        holes = lower + np.argwhere(ndimage.label(part == 0)[0] > 1)  # 1 is all around
-        if (len(voxels) + len(holes)) * geometry.voxel_volume_mm3 <= LARGEST_NODULE_MM3:
-            filled[tuple(holes.T)] = True
-    return filled
+    filled[tuple(np.transpose(holes))] = True
+    return _components(filled)  # a component in the hole of another one is part of it now
+
+
+def _holes(voxels: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Voxels (n, 3) that a component (m, 3) encloses, none where it would be larger than any nodule with them."""
+    none = voxels[:0]
+    steps = np.diff(voxels, axis=0)
+    has_gap = ((steps[:, 2] > 1) & (steps[:, 0] == 0) & (steps[:, 1] == 0)).any()  # in a row, as each hole makes one
+    if not has_gap:
+        return none
+    part, lower = _in_a_box(voxels)
+    holes = lower + np.argwhere(ndimage.label(part == 0)[0] > 1)  # 1 is all around
+    return holes if (len(voxels) + len(holes)) * geometry.voxel_volume_mm3 <= LARGEST_NODULE_MM3 else none
 
 
 def _in_a_box(voxels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -749,11 +757,11 @@ def _in_a_box(voxels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return box, lower
 
 
-def _nodule_voxels(mask: np.ndarray, geometry: Geometry) -> list[np.ndarray]:
-    """Voxels (m, 3) of each component; one that has a neck between two thick parts becomes two nodules."""
+def _nodule_voxels(components: Sequence[np.ndarray], geometry: Geometry) -> list[np.ndarray]:
+    """Voxels (m, 3) of each nodule: a component, or its parts where it has a neck between two thick ones."""
     largest = LARGEST_NODULE_MM3 / geometry.voxel_volume_mm3
     parts = []
-    for voxels in _components(mask):
+    for voxels in components:
         shape = np.ptp(voxels, axis=0) + 1
         may_have_neck = min(shape) >= 3 and SMALLEST_SPLIT < len(voxels) < largest
         if may_have_neck and _roundness(voxels, geometry) < ROUND:
