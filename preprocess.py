@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Raised whenever the same settings begin to give other arrays, so that a second run redoes what an older version left.
-PROCESSING_VERSION = 2
+PROCESSING_VERSION = 3
 MaskSource = Literal["sphere", "lidc"]
 LUNG_LABELS = (3, 4)  # of seg-lungs-LUNA16; 5 is the trachea
 CENTER = ANNOTATION_COLUMNS[:4]  # seriesuid and centre
@@ -201,16 +201,17 @@ class Preprocessing:
 
     def _window(self, scan: sitk.Image, grid: Geometry) -> np.ndarray:
         """HU window on the grid as float16 in [0, 1]; HU is clipped before anything is averaged."""
-        clipped = sitk.Clamp(scan, scan.GetPixelID(), self.hu_min, self.hu_max)
         array = np.empty(grid.shape_zyx, np.float16)
-        for part, values in resample_mean(clipped, grid, fill=self.hu_min):
+        for part, values in resample_mean(scan, grid, fill=self.hu_min, limits=(self.hu_min, self.hu_max)):
             values -= self.hu_min
             values /= self.hu_max - self.hu_min
             array[part] = np.clip(values, 0, 1, out=values)
         return array
 
 
-def resample_mean(image: sitk.Image, grid: Geometry, fill: float) -> Iterator[tuple[slice, np.ndarray]]:
+def resample_mean(
+    image: sitk.Image, grid: Geometry, fill: float, limits: tuple[float, float] | None = None
+) -> Iterator[tuple[slice, np.ndarray]]:
     """Resamples once, averaging over the source voxels that a grid voxel covers.
 
     Each grid voxel is the mean of linear samples spaced no wider than the source voxels. It works for any direction
@@ -220,19 +221,24 @@ def resample_mean(image: sitk.Image, grid: Geometry, fill: float) -> Iterator[tu
         image: Source image.
         grid: Target geometry; identity direction.
         fill: Value outside of the source.
+        limits: Lowest and highest value, to which the source is clipped before anything is averaged.
 
     Yields:
         (slice over z, float32 (z, y, x)): the grid in slabs, so that memory stays bounded.
     """
     source = Geometry.from_image(image)
+    if limits is not None and not source.is_axis_aligned:
+        image = sitk.Clamp(image, sitk.sitkFloat32, *limits)
     ratio = np.asarray(grid.spacing) / source.spacing_along_axes()
     factors = np.maximum(np.ceil(ratio - 1e-3), 1).astype(int)  # samples a voxel along x, y, z
     thickness = max(1, SLAB_VOXELS // (int(np.prod(grid.shape_zyx[1:])) * int(np.prod(factors))))
     for start in range(0, grid.shape_zyx[0], thickness):
         stop = min(start + thickness, grid.shape_zyx[0])
         slab = grid.cropped(((start, 0, 0), (stop, *grid.shape_zyx[1:])))
-        take = _average_axes if source.is_axis_aligned else _average_samples
-        yield slice(start, stop), take(image, slab, factors, fill)
+        if source.is_axis_aligned:
+            yield slice(start, stop), _average_axes(image, slab, factors, fill, limits)
+        else:
+            yield slice(start, stop), _average_samples(image, slab, factors, fill)
 
 
 def _average_samples(image: sitk.Image, slab: Geometry, factors: np.ndarray, fill: float) -> np.ndarray:
@@ -245,7 +251,9 @@ def _average_samples(image: sitk.Image, slab: Geometry, factors: np.ndarray, fil
     return sitk.GetArrayFromImage(fine)
 
 
-def _average_axes(image: sitk.Image, slab: Geometry, factors: np.ndarray, fill: float) -> np.ndarray:
+def _average_axes(
+    image: sitk.Image, slab: Geometry, factors: np.ndarray, fill: float, limits: tuple[float, float] | None
+) -> np.ndarray:
     """The same for a source along the world's axes, where it falls apart into one sparse matrix an axis.
 
     A sample outside of the source has no weight; against ``fill`` as zero that is what it has to be.
@@ -253,6 +261,8 @@ def _average_axes(image: sitk.Image, slab: Geometry, factors: np.ndarray, fill: 
     source = Geometry.from_image(image)
     weights, used = zip(*(_axis_weights(source, slab, axis, int(factors[2 - axis])) for axis in range(3)), strict=True)
     values = sitk.GetArrayViewFromImage(image)[used].astype(np.float32)
+    if limits is not None:
+        np.clip(values, *limits, out=values)
     values -= fill
     along_z, along_y, along_x = weights
     fewer_slices = along_z.shape[0] < along_z.shape[1]  # what makes the array smaller comes first
@@ -307,8 +317,10 @@ def _shrink(image: sitk.Image) -> sitk.Image:
 
 def select_lungs(labels: sitk.Image) -> sitk.Image | None:
     """Lungs of LUNA16's label image as a coarse binary mask; None where it has none."""
-    lungs = _shrink(sitk.BinaryThreshold(labels, min(LUNG_LABELS), max(LUNG_LABELS), 200, 0)) >= 100
-    return lungs if sitk.GetArrayViewFromImage(lungs).any() else None
+    values = sitk.GetArrayViewFromImage(labels)
+    inside = (values >= min(LUNG_LABELS)) & (values <= max(LUNG_LABELS))  # several times as fast as ITK's threshold
+    lungs = _shrink(Geometry.from_image(labels).image(inside * np.uint8(200))) >= 100
+    return lungs if inside.any() and sitk.GetArrayViewFromImage(lungs).any() else None
 
 
 def segment_lungs(scan: sitk.Image) -> sitk.Image | None:
@@ -352,8 +364,10 @@ def widen(lungs: sitk.Image, closing_mm: float, margin_mm: float) -> sitk.Image:
         Float image on a padded grid: the signed distance in mm to the border of the widened mask, negative inside. It
         can be sampled linearly on any grid.
     """
+    start_xyz, size_xyz = _mask_box(lungs)
+    box = sitk.RegionOfInterest(lungs, size_xyz.tolist(), start_xyz.tolist())  # nothing farther off can matter
     padding = [int(np.ceil((closing_mm + margin_mm) / spacing)) + 1 for spacing in lungs.GetSpacing()]
-    far = _distance_to(sitk.ConstantPad(lungs, padding, padding, 0)) > closing_mm
+    far = _distance_to(sitk.ConstantPad(box, padding, padding, 0)) > closing_mm
     return signed_distance(_distance_to(far) > closing_mm) - margin_mm
 
 
@@ -362,11 +376,17 @@ def _distance_to(mask: sitk.Image) -> sitk.Image:
     return sitk.SignedMaurerDistanceMap(mask, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
 
 
-def _mask_bounds(mask: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
-    """World box (x, y, z) in mm around a binary mask that is not empty."""
+def _mask_box(mask: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
+    """First voxel and size (x, y, z) of the box around a binary mask that is not empty."""
     shape = sitk.LabelShapeStatisticsImageFilter()
     shape.Execute(mask)
     start_xyz, size_xyz = np.split(np.asarray(shape.GetBoundingBox(1)), 2)
+    return start_xyz, size_xyz
+
+
+def _mask_bounds(mask: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
+    """World box (x, y, z) in mm around a binary mask that is not empty."""
+    start_xyz, size_xyz = _mask_box(mask)
     box = tuple(start_xyz[::-1].tolist()), tuple((start_xyz + size_xyz)[::-1].tolist())
     return Geometry.from_image(mask).cropped(box).bounds()
 
