@@ -77,6 +77,8 @@ logger = logging.getLogger(__name__)
 Subset = Literal["validation", "test", "train", "all", "new"]
 WINDOW_OVERLAP = 0.25  # of the window; 0.5 costs 2.7 times the windows
 WINDOW_BATCH = 4
+SCAN_BYTES = 32  # a voxel: image, logits, sums of windows and of further looks
+MEMORY_SHARE = 0.5  # of the GPU's free memory that these may take; the rest is for the windows
 PROBABILITY_EPS = 1e-7  # keeps the logit of a mean probability finite
 # Axes (z, y, x) that an image is flipped along for another look at it.
 MIRRORS = ((), (2,), (1,), (0,), (1, 2), (0, 1), (0, 2), (0, 1, 2))
@@ -184,9 +186,9 @@ class NoduleInferencer:
         """The tensor tier: float32 logits (B, 1, Z, Y, X) of images (B, 1, Z, Y, X) in [0, 1], of any size.
 
         A network trained on patches slides over the image, or over ``box`` alone (half-open, z, y, x); the logits
-        outside of it are OUTSIDE_LOGIT. The windows go to the device one batch at a time; image and logits stay where
-        the image is, so that a scan of any length fits. With ``mirrors`` it looks again at what may be a nodule. The
-        network's training mode is left as it was.
+        outside of it are OUTSIDE_LOGIT. The windows go to the device one batch at a time; the logits come to lie where
+        the image does. With ``mirrors`` it looks again at what may be a nodule. The network's training mode is left as
+        it was.
         """
         with evaluation_mode(self.model), torch.inference_mode():
             if self.window is None:
@@ -265,22 +267,35 @@ class NoduleInferencer:
         return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
     def to_tensor(self, image: npt.ArrayLike) -> Tensor:
-        """Checks an array (z, y, x) in [0, 1] and makes it a tensor (1, 1, Z, Y, X).
+        """Checks an array (z, y, x) in [0, 1] and makes it a float32 tensor (1, 1, Z, Y, X).
+
+        It lies on the device where all that is made of it fits there, else in main memory, so that a scan of any length
+        can be looked at.
 
         Raises:
             ValueError: It is no 3-D float array of that range.
         """
         array = np.asarray(image)
-        check(array.ndim == 3, f"image must have three axes (z, y, x), not shape {array.shape}")
+        check(array.ndim == 3 and array.size > 0, f"image must have three axes (z, y, x), not shape {array.shape}")
         check(
             array.dtype.kind == "f", f"image must be float in [0, 1], not {array.dtype}; give raw scans to infer_scan"
         )
-        low, high = float(array.min()), float(array.max())
+        small = np.array(array, np.float16 if array.dtype == np.float16 else np.float32)  # half as much to carry
+        tensor = torch.from_numpy(small).to(self._home_of(array.size)).float()
+        low, high = (float(limit) for limit in tensor.aminmax())
         check(
             low >= -0.01 and high <= 1.01,  # false for NaN, too
             f"image must lie in [0, 1], not [{low:g}, {high:g}]; give raw scans to infer_scan",
         )
-        return torch.from_numpy(np.array(array, np.float32))[None, None]
+        return tensor[None, None]
+
+    def _home_of(self, voxels: int) -> torch.device:
+        """Where a scan of so many voxels, its logits and their sums lie while windows slide over it."""
+        if self.device.type == "cpu":
+            return self.device
+        free = torch.cuda.mem_get_info(self.device)[0]
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return self.device if SCAN_BYTES * voxels <= MEMORY_SHARE * free else torch.device("cpu")
 
     def predict_probability(self, image: npt.ArrayLike, box: Box | None = None) -> np.ndarray:
         """Nodule probability, float32 (z, y, x), of a processed array (z, y, x) of any float type.

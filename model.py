@@ -282,9 +282,9 @@ def build_network(checkpoint: dict[str, Any]) -> SegmentationNetwork:
 
 
 def place(network: SegmentationNetwork, device: torch.device) -> SegmentationNetwork:
-    """Moves a network to its device, in the memory format that was measured to be the faster one there.
+    """Moves a network to its device, channels last: by measurement the faster memory format everywhere.
 
-    On CPUs oneDNN's 3-D convolutions of few channels are several times slower on contiguous arrays.
+    On CPUs oneDNN's 3-D convolutions of few channels are several times slower on contiguous arrays. On a GPU a step of
+    the default network takes half the time: batch norm reads whole lines, and cuDNN need not turn its arrays around.
     """
-    memory_format = torch.channels_last_3d if device.type == "cpu" else torch.preserve_format
-    return network.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+    return network.to(device=device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]

@@ -689,6 +689,8 @@ def select_device(device: str | torch.device) -> torch.device:
 def join_processes(device: torch.device) -> torch.device:
     """Joins the processes that ``torchrun`` started, once; does nothing in a process that it did not start.
 
+    A caller who has called ``init_process_group`` himself has chosen backend and devices, too.
+
     Returns:
         ``device``, or this process's own GPU where it is a GPU and there are several processes.
 
@@ -698,16 +700,15 @@ def join_processes(device: torch.device) -> torch.device:
     import torch
     from torch import distributed
 
-    if not distributed.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+    if distributed.is_initialized() or not distributed.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         return device
     if device.type == "cuda":
         rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         check(rank < count, f"this machine has {count} GPUs; start torchrun with --nproc_per_node {count}")
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
-    if not distributed.is_initialized():
-        # A process that is done with its scans waits for the others; torchrun itself notices one that died.
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    # A process that is done with its scans waits for the others; torchrun itself notices one that died.
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return device
 
 

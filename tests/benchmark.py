@@ -7,6 +7,7 @@ python tests/benchmark.py --device cuda
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
@@ -30,6 +31,8 @@ from monai.data import DataLoader, Dataset
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.phantom import make_phantom
@@ -62,7 +65,7 @@ class Bench:
     def __init__(self, folder: Path, device: torch.device, repeats: int) -> None:
         self.folder, self.device, self.repeats = folder, device, repeats
         self.network = NETWORK if device.type == "cuda" else SMALL_NETWORK
-        self.step: tuple[float, float] | None = None  # FLOP and seconds of a training step, once measured
+        self.step: tuple[float, float, float] | None = None  # FLOP, bytes and seconds of a training step, if measured
         self.half = autocast_dtype(device, mixed_precision=True)  # what the networks here compute in
         self._prepared: LUNA16Preprocessor | None = None
 
@@ -189,21 +192,24 @@ def plain_loader(bench: Bench, repeats: int) -> DataLoader:
         {"image": bench.processed / "images" / f"{uid}.npy", "mask": bench.processed / "masks" / f"{uid}.npy"}
         for uid in read_processed_list(bench.processed)
     ] * repeats
-    workers = 4 if bench.device.type == "cuda" else 0
+    workers = min(16, os.cpu_count() or 1) if bench.device.type == "cuda" else 0
     return DataLoader(
         Dataset(files, transforms.Compose(steps).set_random_state(0)),
         batch_size=BATCH_SIZE,
         shuffle=True,
         num_workers=workers,
+        pin_memory=workers > 0,
+        persistent_workers=workers > 0,
     )
 
 
 def loading(bench: Bench) -> Iterator[tuple]:
     """Seconds a sample of 64 x 256 x 256, read and augmented."""
-    uids = read_processed_list(bench.processed) * 8
+    repeats = 64 if bench.device.type == "cuda" else 8
+    uids = read_processed_list(bench.processed) * repeats
     sampler = ScanSampler(len(uids), seed=0)
     loader = make_loader(LUNA16Dataset(bench.processed, uids, Augmentation()), sampler, BATCH_SIZE, 4, bench.device)
-    theirs = plain_loader(bench, 8)
+    theirs = plain_loader(bench, repeats)
 
     def ours() -> None:
         sampler.epoch += 1
@@ -228,28 +234,29 @@ def training(bench: Bench) -> Iterator[tuple]:
         overwrite=True,
         **bench.network,
     )
-    uids = read_processed_list(bench.processed) * 4
-    dataset = LUNA16Dataset(bench.processed, uids, Augmentation())
+    repeats = 64 if bench.device.type == "cuda" else 4  # so many that starting an epoch does not count for much
+    uids = read_processed_list(bench.processed) * repeats
+    dataset = LUNA16Dataset(bench.processed, uids, Augmentation(), in_memory=True)
     trainer.sampler = ScanSampler(len(uids), seed=0)
     trainer.loader = make_loader(dataset, trainer.sampler, BATCH_SIZE, 4, bench.device)
     torch.manual_seed(0)
     network = UNet(spatial_dims=3, in_channels=1, out_channels=1, norm="BATCH", **bench.network).to(bench.device)
     loss, optimizer = DiceCELoss(sigmoid=True), torch.optim.AdamW(network.parameters(), 1e-4)
     scaler = torch.amp.GradScaler(bench.device.type, enabled=bench.half == torch.float16)
-    theirs = plain_loader(bench, 4)
+    theirs = plain_loader(bench, repeats)
     waited = []
 
     def ours() -> None:
         trainer.epoch += 1
         trainer.sampler.epoch = trainer.epoch
-        waiting = 0.0
-        begin = start = time.perf_counter()
+        times = [now(bench.device)]
         for batch in trainer.loader:
-            waiting += time.perf_counter() - start
+            times.append(now(bench.device))
             figures = trainer._step(batch)
-            start = time.perf_counter()
+            times.append(now(bench.device))
         figures.cpu()
-        waited.append(waiting / (time.perf_counter() - begin))
+        waiting = sum(seconds_between(*pair) for pair in zip(times[::2], times[1::2], strict=False))
+        waited.append(waiting / seconds_between(times[0], times[-1]))
 
     def plain(dtype: torch.dtype | None) -> None:
         for batch in theirs:
@@ -262,15 +269,15 @@ def training(bench: Bench) -> Iterator[tuple]:
             scaler.update()
             value.item()
 
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, ByteCounter() as moved, peak_memory(bench.device) as peak:
         trainer._step(next(iter(trainer.loader)))
     steps = len(uids) // BATCH_SIZE
     for name, dtype in bench.plain_precisions.items():
         measured = bench.compare(ours, partial(plain, dtype))
         yield f"training step with data, {name}", "s/step", steps, *measured
-    bench.step = counter.get_total_flops(), measured[0] / steps
-    share = statistics.median(waited[1:])
-    yield "  share of it that waits for data", "", 1, share, float("nan"), float("nan")
+    bench.step = counter.get_total_flops(), moved.total, measured[0] / steps
+    yield "  share of it that waits for data", "", 1, statistics.median(waited[1:]), math.nan, math.nan
+    yield from (("  peak memory of the GPU", "GiB", 1, gibibytes, math.nan, math.nan) for gibibytes in peak)
 
 
 def inference(bench: Bench) -> Iterator[tuple]:
@@ -283,15 +290,16 @@ def inference(bench: Bench) -> Iterator[tuple]:
 
     def plain(dtype: torch.dtype | None) -> np.ndarray:
         with torch.no_grad(), bench.autocast(dtype):
-            tensor = torch.from_numpy(image.astype(np.float32))[None, None]
-            logits = sliding_window_inference(
-                tensor, WINDOW, 4, theirs, WINDOW_OVERLAP, "gaussian", sw_device=bench.device, device="cpu"
-            )
-            return torch.sigmoid(logits)[0, 0].float().numpy()
+            tensor = torch.from_numpy(image.astype(np.float32))[None, None].to(bench.device)
+            logits = sliding_window_inference(tensor, WINDOW, 4, theirs, WINDOW_OVERLAP, "gaussian")
+            return torch.sigmoid(logits)[0, 0].float().cpu().numpy()
 
     for name, dtype in bench.plain_precisions.items():
         measured = bench.compare(lambda: inferencer.predict_probability(image), partial(plain, dtype))
         yield f"inference, {name}", "s/scan", 1, *measured
+    with peak_memory(bench.device) as peak:
+        inferencer.predict_probability(image)
+    yield from (("  peak memory of the GPU", "GiB", 1, gibibytes, math.nan, math.nan) for gibibytes in peak)
 
 
 def extraction(bench: Bench) -> Iterator[tuple]:
@@ -412,6 +420,46 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     return rates[0], rates[1]
 
 
+class ByteCounter(TorchDispatchMode):
+    """Counts the bytes that operations read and write, each array once an operation; a view moves nothing."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operation and counts its arrays."""
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            arrays = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            self.total += sum(array.nbytes for array in arrays)
+        return result
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[list[float]]:
+    """Yields a list that then holds the most memory (GiB) that arrays took meanwhile; it stays empty on a CPU."""
+    found: list[float] = []
+    if device.type != "cuda":
+        yield found
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    yield found
+    found.append(torch.cuda.max_memory_allocated(device) / 2**30)
+
+
+def now(device: torch.device) -> Any:
+    """A point in the time of the device, for ``seconds_between``."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(first: Any, second: Any) -> float:
+    """Seconds between two points that the device has passed."""
+    return second - first if isinstance(first, float) else first.elapsed_time(second) / 1000
+
+
 def wait_for(device: torch.device) -> None:
     """Waits until the device has done what it was given."""
     if device.type == "cuda":
@@ -434,17 +482,17 @@ def main(rows: list[str] = list(ROWS), device: str = "cpu", repeats: int = 3) ->
         bench = Bench(Path(folder), chosen, repeats)
         for row in rows:
             for label, unit, count, ours, plain, ratio in ROWS[row](bench):
-                print(f"{label:<46}{ours / count:>10.4f}{plain / count:>10.4f} {unit:<9}{ratio:>8.1f}", flush=True)
+                other = f"{plain / count:>10.4f} {unit:<9}{ratio:>8.1f}" if math.isfinite(plain) else f"{'':>10} {unit}"
+                print(f"{label:<46}{ours / count:>10.4f}{other}".rstrip(), flush=True)
         dtype = bench.half or torch.float32
         flops, copied = ceilings(chosen, dtype)
         products = f"{flops / 1e12:.2f} TFLOP/s of {str(dtype)[6:]} matrix products"
         print(f"ceilings: {products}, {copied / 1e9:.1f} GB/s of copies")
         if bench.step is not None:
-            done, seconds = bench.step
-            share = f"{done / seconds / flops:.0%} of that ceiling"
-            print(f"training step: {done / 1e12:.2f} TFLOP, {share}; {STEPS} steps: {STEPS * seconds / 3600:.1f} h")
-    if chosen.type == "cuda":
-        print(f"peak memory of all rows: {torch.cuda.max_memory_allocated(chosen) / 2**30:.2f} GiB")
+            done, moved, seconds = bench.step
+            print(f"training step: {done / 1e12:.2f} TFLOP, {done / seconds / flops:.0%} of that ceiling")
+            print(f"  {moved / 1e9:.1f} GB read and written, {moved / seconds / copied:.0%} of that ceiling")
+            print(f"  {STEPS} steps: {STEPS * seconds / 3600:.2f} h")
 
 
 if __name__ == "__main__":
