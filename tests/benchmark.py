@@ -7,6 +7,7 @@ python tests/benchmark.py --device cuda
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import statistics
@@ -51,6 +52,7 @@ NETWORK = {"channels": (32, 64, 128, 256, 512), "strides": (2, 2, 2, 2)} | UNITS
 STEPS = 100 * 355  # of train.py's default training on LUNA16
 WINDOW = (96, 96, 96)
 BATCH_SIZE = 2
+WORKERS = 4  # train.py's default
 
 
 class Bench:
@@ -100,6 +102,11 @@ class Bench:
         """What the plain networks compute in: half precision on a GPU; on a CPU float32, as is usual, and then half."""
         full = {} if self.device.type == "cuda" else {"plain in float32": None}
         return full | ({f"plain in {str(self.half)[6:]}": self.half} if self.half else {})
+
+    @property
+    def plain_workers(self) -> list[int]:
+        """Processes that load data for the plain training: as many as here, and one a core."""
+        return [WORKERS, os.cpu_count() or 1] if self.device.type == "cuda" else [0]
 
     def autocast(self, dtype: torch.dtype | None) -> torch.autocast:
         """Of the plain networks."""
@@ -172,8 +179,8 @@ def preprocessing(bench: Bench) -> Iterator[tuple]:
         yield "preprocessing", "s/scan", 1, *bench.compare(lambda: maker.process_single_scan(uid), plain)
 
 
-def plain_loader(bench: Bench, repeats: int) -> DataLoader:
-    """The brief's augmentation by MONAI's dictionary transforms, in the process that asks for a batch."""
+def plain_loader(bench: Bench, repeats: int, workers: int) -> DataLoader:
+    """The same augmentation by MONAI's dictionary transforms; without workers, in the process that asks for a batch."""
     both = ["image", "mask"]
     steps = [
         transforms.LoadImaged(both, reader="NumpyReader"),
@@ -192,7 +199,6 @@ def plain_loader(bench: Bench, repeats: int) -> DataLoader:
         {"image": bench.processed / "images" / f"{uid}.npy", "mask": bench.processed / "masks" / f"{uid}.npy"}
         for uid in read_processed_list(bench.processed)
     ] * repeats
-    workers = min(16, os.cpu_count() or 1) if bench.device.type == "cuda" else 0
     return DataLoader(
         Dataset(files, transforms.Compose(steps).set_random_state(0)),
         batch_size=BATCH_SIZE,
@@ -208,8 +214,10 @@ def loading(bench: Bench) -> Iterator[tuple]:
     repeats = 64 if bench.device.type == "cuda" else 8
     uids = read_processed_list(bench.processed) * repeats
     sampler = ScanSampler(len(uids), seed=0)
-    loader = make_loader(LUNA16Dataset(bench.processed, uids, Augmentation()), sampler, BATCH_SIZE, 4, bench.device)
-    theirs = plain_loader(bench, repeats)
+    loader = make_loader(
+        LUNA16Dataset(bench.processed, uids, Augmentation()), sampler, BATCH_SIZE, WORKERS, bench.device
+    )
+    theirs = plain_loader(bench, repeats, bench.plain_workers[-1])
 
     def ours() -> None:
         sampler.epoch += 1
@@ -238,12 +246,11 @@ def training(bench: Bench) -> Iterator[tuple]:
     uids = read_processed_list(bench.processed) * repeats
     dataset = LUNA16Dataset(bench.processed, uids, Augmentation(), in_memory=True)
     trainer.sampler = ScanSampler(len(uids), seed=0)
-    trainer.loader = make_loader(dataset, trainer.sampler, BATCH_SIZE, 4, bench.device)
+    trainer.loader = make_loader(dataset, trainer.sampler, BATCH_SIZE, WORKERS, bench.device)
     torch.manual_seed(0)
     network = UNet(spatial_dims=3, in_channels=1, out_channels=1, norm="BATCH", **bench.network).to(bench.device)
     loss, optimizer = DiceCELoss(sigmoid=True), torch.optim.AdamW(network.parameters(), 1e-4)
     scaler = torch.amp.GradScaler(bench.device.type, enabled=bench.half == torch.float16)
-    theirs = plain_loader(bench, repeats)
     waited = []
 
     def ours() -> None:
@@ -258,8 +265,8 @@ def training(bench: Bench) -> Iterator[tuple]:
         waiting = sum(seconds_between(*pair) for pair in zip(times[::2], times[1::2], strict=False))
         waited.append(waiting / seconds_between(times[0], times[-1]))
 
-    def plain(dtype: torch.dtype | None) -> None:
-        for batch in theirs:
+    def plain(dtype: torch.dtype | None, loader: DataLoader) -> None:
+        for batch in loader:
             image, mask = batch["image"].to(bench.device), batch["mask"].to(bench.device)
             optimizer.zero_grad()
             with bench.autocast(dtype):
@@ -272,9 +279,10 @@ def training(bench: Bench) -> Iterator[tuple]:
     with FlopCounterMode(display=False) as counter, ByteCounter() as moved, peak_memory(bench.device) as peak:
         trainer._step(next(iter(trainer.loader)))
     steps = len(uids) // BATCH_SIZE
-    for name, dtype in bench.plain_precisions.items():
-        measured = bench.compare(ours, partial(plain, dtype))
-        yield f"training step with data, {name}", "s/step", steps, *measured
+    for (name, dtype), workers in itertools.product(bench.plain_precisions.items(), bench.plain_workers):
+        measured = bench.compare(ours, partial(plain, dtype, plain_loader(bench, repeats, workers)))
+        loaded = f", {workers} workers" if workers else ""
+        yield f"training step with data, {name}{loaded}", "s/step", steps, *measured
     bench.step = counter.get_total_flops(), moved.total, measured[0] / steps
     yield "  share of it that waits for data", "", 1, statistics.median(waited[1:]), math.nan, math.nan
     yield from (("  peak memory of the GPU", "GiB", 1, gibibytes, math.nan, math.nan) for gibibytes in peak)
@@ -477,13 +485,13 @@ def main(rows: list[str] = list(ROWS), device: str = "cpu", repeats: int = 3) ->
     chosen = select_device(device)
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "CPU"
     print(f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"{'':<46}{'here':>10}{'plain':>10}{'':>10}{'ratio':>8}")
+    print(f"{'':<58}{'here':>10}{'plain':>10}{'':>10}{'ratio':>8}")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), chosen, repeats)
         for row in rows:
             for label, unit, count, ours, plain, ratio in ROWS[row](bench):
                 other = f"{plain / count:>10.4f} {unit:<9}{ratio:>8.1f}" if math.isfinite(plain) else f"{'':>10} {unit}"
-                print(f"{label:<46}{ours / count:>10.4f}{other}".rstrip(), flush=True)
+                print(f"{label:<58}{ours / count:>10.4f}{other}".rstrip(), flush=True)
         dtype = bench.half or torch.float32
         flops, copied = ceilings(chosen, dtype)
         products = f"{flops / 1e12:.2f} TFLOP/s of {str(dtype)[6:]} matrix products"
