@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import psutil
@@ -23,10 +23,10 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from utils import (
-    ProcessedScan,
+    Geometry,
     Shape,
     Vector,
     check,
@@ -39,10 +39,12 @@ from utils import (
 
 logger = logging.getLogger(__name__)
 
+Cache = Literal["device", "memory", "files"]
+CPU = torch.device("cpu")
 NUM_FOLDS = 10
 PASTE = 1  # a stream of random numbers of its own
 PASTE_TRIES = 4  # places looked at
-MEMORY_SHARE = 0.5  # of the free memory that training scans may take
+MEMORY_SHARE = 0.5  # of the free memory, of the device or of the machine, that training scans may take
 JITTER = 0.375  # of the patch: how far a nodule may lie from the middle of its patch
 TISSUE_LEVEL = 0.4  # -440 HU; what is brighter is no lung
 MOST_TISSUE = 0.5  # of the voxels under a pasted nodule
@@ -255,14 +257,19 @@ def _apply_affine(image: Tensor, mask: Tensor, affine: np.ndarray, points: np.nd
     # affine_grid counts (x, y, z) in [-1, 1] from edge to edge.
     theta = (affine * half / half[:, None])[::-1, ::-1]
     theta = np.concatenate([theta, np.zeros((3, 1))], axis=1)
-    matrix = torch.from_numpy(theta.copy()).to(image)[None]
+    matrix = _send(torch.from_numpy(theta).to(image.dtype), image.device)[None]
     grid = functional.affine_grid(matrix, [1, 1, *shape.tolist()], align_corners=False)
     image = functional.grid_sample(image[None], grid, mode="bilinear", align_corners=False)[0]
     moved = functional.grid_sample(mask[None].to(image), grid, mode="nearest", align_corners=False)[0].to(mask.dtype)
     if points is not None and len(points):
-        z, y, x = torch.from_numpy(_move_points(points, tuple(shape.tolist()), affine)).to(mask.device).T
-        moved[0, z, y, x] = 1
+        z, y, x = _send(torch.from_numpy(_move_points(points, tuple(shape.tolist()), affine)), mask.device).T
+        moved[0].index_put_((z, y, x), moved.new_ones(()))  # a number would be sent, and waited for
     return image, moved
+
+
+def _send(few: Tensor, device: torch.device) -> Tensor:
+    """A few numbers on the device, without waiting for what it is at."""
+    return few.to(device, non_blocking=True)
 
 
 def _fade_nodules(image: Tensor, mask: Tensor, share: float) -> Tensor:
@@ -278,8 +285,8 @@ def _fade_nodules(image: Tensor, mask: Tensor, share: float) -> Tensor:
 class LUNA16Dataset(Dataset):
     """Processed scans, or patches of them, as samples.
 
-    A sample is a dict of ``image`` (1, Z, Y, X) float16 in [0, 1], ``mask`` (1, Z, Y, X) uint8, ``seriesuid``,
-    ``key`` and ``augmentation`` (drawn parameters for ``augment_batch``, or None).
+    A sample is a dict of ``image`` (1, Z, Y, X) float16 in [0, 1] and ``mask`` (1, Z, Y, X) uint8, which may be the
+    very voxels that are kept, ``seriesuid``, ``key``, and ``augmentation``: parameters for ``augment_batch``, or None.
 
     Args:
         data_dir: Folder that preprocess.py wrote.
@@ -287,8 +294,11 @@ class LUNA16Dataset(Dataset):
         augmentation: What to draw from; None for validation.
         seed: Seed of the draws.
         patch_size_zyx: Shape of the patches; None serves whole scans.
-        in_memory: Read all scans into memory now, where forked workers share them, instead of mapping their files when
-            they are asked for; None does so where they take no more than MEMORY_SHARE of the free memory.
+        cache: Where voxels are kept: on the 'device', so that none need be carried there any more; in 'memory', where
+            forked workers share them; or in their 'files', which are mapped when they are asked for. None takes the
+            first of these in which they take no more than MEMORY_SHARE of what is free; where nodules are pasted, which
+            is done in main memory, not the device.
+        device: That of the training.
 
     Raises:
         FileNotFoundError: A scan is not there.
@@ -301,7 +311,8 @@ class LUNA16Dataset(Dataset):
         augmentation: Augmentation | None = None,
         seed: int = 0,
         patch_size_zyx: Shape | None = None,
-        in_memory: bool | None = False,
+        cache: Cache | None = "files",
+        device: torch.device = CPU,
     ) -> None:
         self.data_dir = Path(data_dir)
         self.seriesuids = list(seriesuids)
@@ -316,24 +327,38 @@ class LUNA16Dataset(Dataset):
                 nodule_points(fields), [n["diameter_mm"] for n in fields["nodules"] if n["voxels"]], strict=True
             )
         ]
-        self.in_memory = self._fits_in_memory() if in_memory is None else in_memory
-        self._scans = [self._open(index) for index in range(len(self))] if self.in_memory else []
+        self.cache = self._choose_cache(device) if cache is None else cache
+        self._home = device if self.cache == "device" else CPU
+        self._scans = [self._open(index) for index in range(len(self))] if self.cache != "files" else []
 
-    def _fits_in_memory(self) -> bool:
-        voxels = sum(math.prod(fields["shape_zyx"]) for fields in self.metadata)
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun on this machine; each keeps all scans
-        needed, free = 3 * voxels * processes, psutil.virtual_memory().available  # float16 image, uint8 mask
+    def _choose_cache(self, device: torch.device) -> Cache:
+        needed = 3 * sum(math.prod(fields["shape_zyx"]) for fields in self.metadata)  # float16 image, uint8 mask
+        if device.type == "cuda" and (self.augmentation is None or not self.augmentation.paste_prob):
+            free = torch.cuda.mem_get_info(device)[0]
+            fits = needed <= MEMORY_SHARE * free
+            message = "training scans take %.1f GB of %.1f GB free memory of the GPU: %s"
+            logger.info(message, needed / 1e9, free / 1e9, "kept there" if fits else "too much")
+            if fits:
+                return "device"
+        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each process that torchrun started here keeps all
+        free = psutil.virtual_memory().available
         fits = needed <= MEMORY_SHARE * free
         where = "kept in memory" if fits else "read from their files as they are needed"
         logger.info("training scans take %.1f GB of %.1f GB free memory: %s", needed / 1e9, free / 1e9, where)
-        return fits
+        return "memory" if fits else "files"
 
-    def _open(self, index: int) -> ProcessedScan:
-        return read_processed(self.data_dir, self.seriesuids[index], self.in_memory, self.metadata[index])
+    def _open(self, index: int) -> tuple[Tensor, Tensor]:
+        scan = read_processed(self.data_dir, self.seriesuids[index], self.cache != "files", self.metadata[index])
+        return torch.from_numpy(scan.image).to(self._home), torch.from_numpy(scan.mask).to(self._home)
 
-    def _scan(self, index: int) -> ProcessedScan:
+    def _scan(self, index: int) -> tuple[Tensor, Tensor]:
+        """Image and mask (z, y, x) of a scan, where they are kept."""
         # A file that stayed open would be one too many with LUNA16's 888 scans.
-        return self._scans[index] if self.in_memory else self._open(index)
+        return self._scans[index] if self._scans else self._open(index)
+
+    def _spacing_zyx(self, index: int) -> Vector:
+        fields = self.metadata[index]
+        return Geometry(tuple(fields["shape_zyx"]), tuple(fields["origin"]), tuple(fields["spacing"])).spacing_zyx
 
     def __len__(self) -> int:
         return len(self.seriesuids)
@@ -355,13 +380,13 @@ class LUNA16Dataset(Dataset):
         scan, center_zyx, diameter_mm = self._nodules[rng.integers(len(self._nodules))]
         flips = tuple(slice(None, None, int(step)) for step in rng.choice([-1, 1], 3))
         donor = self._scan(scan)
-        reach = np.ceil(diameter_mm / 2 / np.asarray(donor.geometry.spacing_zyx)).astype(int) + 2
-        lower, upper = np.maximum(center_zyx - reach, 0), np.minimum(center_zyx + reach + 1, donor.image.shape)
+        reach = np.ceil(diameter_mm / 2 / np.asarray(self._spacing_zyx(scan))).astype(int) + 2
+        lower, upper = np.maximum(center_zyx - reach, 0), np.minimum(center_zyx + reach + 1, donor[0].shape)
         size, shape = upper - lower, np.asarray(image.shape)
         if (size > shape).any():
             return nowhere
         source = _box(lower, size)
-        pixels, nodule = donor.image[source][flips], donor.mask[source][flips]
+        pixels, nodule = (part[source].cpu().numpy()[flips] for part in donor)
         if not nodule.any():
             return nowhere
         moves = rng.uniform(-JITTER, JITTER, (PASTE_TRIES, 3)) * shape
@@ -380,8 +405,7 @@ class LUNA16Dataset(Dataset):
         """Sample of a key; a plain index is that scan, whole, in epoch 0."""
         if not isinstance(key, SampleKey):
             key = SampleKey(0, key, key)
-        scan = self._scan(key.scan)
-        image, mask, points = scan.image, scan.mask, nodule_points(scan.metadata)
+        (image, mask), points = self._scan(key.scan), nodule_points(self.metadata[key.scan])
         if key.center_zyx is not None and self.patch_size_zyx is not None:
             start = patch_start(key.center_zyx, image.shape, self.patch_size_zyx)
             image, mask = (cut_patch(array, start, self.patch_size_zyx) for array in (image, mask))
@@ -390,15 +414,20 @@ class LUNA16Dataset(Dataset):
             if self.augmentation is not None and not len(points):
                 rng = np.random.default_rng([self.seed, key.epoch, key.place, PASTE])
                 if rng.random() < self.augmentation.paste_prob:
-                    points = self._paste_nodule(image, mask, key.center_zyx - start, rng)
+                    pixels, nodules = image.cpu().numpy(), mask.cpu().numpy()
+                    points = self._paste_nodule(pixels, nodules, key.center_zyx - start, rng)
+                    image, mask = (torch.from_numpy(part).to(self._home) for part in (pixels, nodules))
+        elif self.cache == "files":
+            image, mask = image.clone(), mask.clone()  # lets go of the files
         drawn = None
         if self.augmentation is not None:
             rng = np.random.default_rng([self.seed, key.epoch, key.place])
-            drawn = self.augmentation.draw(rng, image.shape, scan.geometry.spacing_zyx, points)
+            z, y, x = image.shape
+            drawn = self.augmentation.draw(rng, (z, y, x), self._spacing_zyx(key.scan), points)
         return {
-            "image": torch.from_numpy(np.array(image))[None],
-            "mask": torch.from_numpy(np.array(mask))[None],
-            "seriesuid": scan.seriesuid,
+            "image": image[None],
+            "mask": mask[None],
+            "seriesuid": self.seriesuids[key.scan],
             "key": key,
             "augmentation": drawn,
         }
@@ -420,11 +449,12 @@ def patch_start(center_zyx: Sequence[int], shape_zyx: Sequence[int], patch_size_
     return np.clip(start, 0, np.maximum(np.asarray(shape_zyx) - patch_size_zyx, 0))
 
 
-def cut_patch(array: np.ndarray, start: np.ndarray, patch_size_zyx: Shape) -> np.ndarray:
+def cut_patch(array: Tensor, start: np.ndarray, patch_size_zyx: Shape) -> Tensor:
     """Copy of a patch; where the array is smaller than the patch, 0 (air) fills it up."""
-    patch = np.array(array[tuple(slice(a, a + n) for a, n in zip(start, patch_size_zyx, strict=True))])
-    missing = [(0, n - have) for n, have in zip(patch_size_zyx, patch.shape, strict=True)]
-    return np.pad(patch, missing) if any(after for _, after in missing) else patch
+    patch = array[_box(start, np.asarray(patch_size_zyx))]
+    missing = [n - have for n, have in zip(patch_size_zyx, patch.shape, strict=True)]
+    after = [count for size in reversed(missing) for count in (0, size)]
+    return functional.pad(patch, after) if any(missing) else patch.clone()
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -439,7 +469,8 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         f"the scans of a batch must have one shape, not {sorted(shapes)}; give preprocess.py a target_size",
     )
     return {
-        name: torch.stack([s[name] for s in samples]) if name in ("image", "mask") else [s[name] for s in samples]
+        # In a worker, default_collate stacks straight into the memory that the training process shares.
+        name: default_collate([s[name] for s in samples]) if name in ("image", "mask") else [s[name] for s in samples]
         for name in samples[0]
     }
 
@@ -600,16 +631,18 @@ def make_loader(
 ) -> DataLoader:
     """Loader of augmentable batches, shared by the processes; no more workers than cores.
 
-    Workers are forked on Linux, so that a caller's script needs no main guard.
+    Scans that are kept on the device need none: a batch is cut out of them there. Workers are forked on Linux, so that
+    a caller's script needs no main guard.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    workers = min(num_workers, cores) if device.type == "cuda" else 0  # on a CPU they would take the network's cores
+    carried = device.type == "cuda" and not (isinstance(dataset, LUNA16Dataset) and dataset.cache == "device")
+    workers = min(num_workers, cores) if carried else 0  # on a CPU they would take the network's cores
     return DataLoader(
         dataset,
         batch_sampler=SharedBatches(sampler, batch_size, process_rank(), process_count()),
         num_workers=workers,
         collate_fn=collate,
-        pin_memory=device.type == "cuda",
+        pin_memory=carried,
         persistent_workers=workers > 0,
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dataset import Augmentation, LUNA16Dataset, PatchSampler, ScanSampler, augment_batch, make_loader, make_split
+from dataset import (
+    Augmentation,
+    Cache,
+    LUNA16Dataset,
+    PatchSampler,
+    ScanSampler,
+    augment_batch,
+    make_loader,
+    make_split,
+)
 from model import NETWORKS, DiceBCELoss, SegmentationNetwork, load_checkpoint, place, save_checkpoint
 from utils import (
     Shape,
@@ -57,7 +66,7 @@ logger = logging.getLogger(__name__)
 AUGMENTATION = Augmentation()
 REPORT_EVERY = 10  # steps between reads of what lies on the device; each read makes the host wait for it
 # Settings that may differ between a run and its continuation: they do not change the result.
-FREE_SETTINGS = ("num_workers", "device", "checkpoint_interval", "in_memory")
+FREE_SETTINGS = ("num_workers", "device", "checkpoint_interval", "cache")
 OUT_OF_MEMORY = (
     "CUDA is out of memory. Use a smaller batch_size (now {batch_size}), fewer channels, as "
     "channels=(16, 32, 64, 128, 256) (now {channels}), or preprocess to a smaller target_size, as (48, 192, 192)"
@@ -102,7 +111,8 @@ class Trainer:
         warmup_epochs: Epochs over which the share of patches with a nodule falls from all to nodule_share.
         hard_share: Share of the other patches that are drawn again where the network erred.
         augmentation: How training scans are changed at random; null leaves them as they are.
-        in_memory: Keep the training scans in memory; null does so where they take no more than half of what is free.
+        cache: Where the training scans are kept: on the 'device', in 'memory' or in their 'files'; null takes the first
+            of these in which they take no more than half of what is free (where nodules are pasted, not the device).
         seed: Of weights, split, order and augmentation.
         deterministic: Make a CUDA run repeatable, at the cost of speed; a CPU run always is.
         compile_network: Compile the network, which takes half a minute and needs a C compiler. On a GPU it makes steps
@@ -150,7 +160,7 @@ class Trainer:
         hard_share: float = 0.25,
         warmup_epochs: int = 10,
         augmentation: Augmentation | None = AUGMENTATION,
-        in_memory: bool | None = None,
+        cache: Cache | None = None,
         seed: int = 0,
         deterministic: bool = False,
         compile_network: bool = False,
@@ -197,6 +207,8 @@ class Trainer:
         for name in ("weight_decay", "num_workers"):
             check(self.settings[name] >= 0, f"{name} must not be negative, not {self.settings[name]}")
         network = self.settings["network"]
+        cache = self.settings["cache"]
+        check(cache in (None, *get_args(Cache)), f"cache must be device, memory, files or null, not {cache!r}")
         check(network in NETWORKS, f"network must be one of {', '.join(NETWORKS)}, not {network!r}")
         rate = self.settings["learning_rate"]
         check(rate > 0, f"learning_rate must be positive, not {rate}")
@@ -230,7 +242,13 @@ class Trainer:
         """Sampler and loader of the training scans, and the validator of the others."""
         given = self.settings
         dataset = LUNA16Dataset(
-            self.data_dir, self.split["train"], self.augmentation, given["seed"], self.patch_size, given["in_memory"]
+            self.data_dir,
+            self.split["train"],
+            self.augmentation,
+            given["seed"],
+            self.patch_size,
+            given["cache"],
+            self.device,
         )
         self.sampler: ScanSampler | PatchSampler = ScanSampler(len(dataset), given["seed"])
         if self.patch_size is not None:

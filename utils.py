@@ -595,7 +595,8 @@ def read_processed(
         path = Path(data_dir) / kind / f"{seriesuid}.npy"
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; run python preprocess.py first")
-        arrays.append(np.load(path, mmap_mode=None if in_memory else "r", allow_pickle=False))
+        # Copy-on-write: who changes the array changes his own, and torch takes it without a warning.
+        arrays.append(np.load(path, mmap_mode=None if in_memory else "c", allow_pickle=False))
     if arrays[0].shape != arrays[1].shape or arrays[0].ndim != 3:
         raise ValueError(f"image {arrays[0].shape} and mask {arrays[1].shape} of {seriesuid} differ; run preprocess.py")
     return ProcessedScan(seriesuid, arrays[0], arrays[1], metadata or read_metadata(data_dir, seriesuid))

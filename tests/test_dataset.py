@@ -504,11 +504,13 @@ def test_plain_index_is_of_epoch_zero(processed_dir, uids):
     assert same(dataset[1]["augmentation"], dataset[SampleKey(0, 1, 1)]["augmentation"])
 
 
-def test_scans_in_memory_give_the_same_samples_without_their_files(processed_dir, uids, tmp_path):
+@pytest.mark.parametrize("cache", ["device", "memory"])
+def test_scans_that_are_kept_give_the_same_samples_without_their_files(processed_dir, uids, tmp_path, cache):
     data = tmp_path / "data"
     shutil.copytree(processed_dir, data)
-    kept = LUNA16Dataset(data, uids, Augmentation(), patch_size_zyx=(8, 8, 8), in_memory=True)
-    mapped = LUNA16Dataset(processed_dir, uids, Augmentation(), patch_size_zyx=(8, 8, 8))
+    augmentation = Augmentation(paste_prob=1)
+    kept = LUNA16Dataset(data, uids, augmentation, patch_size_zyx=(8, 8, 8), cache=cache)
+    mapped = LUNA16Dataset(processed_dir, uids, augmentation, patch_size_zyx=(8, 8, 8))
     shutil.rmtree(data)
     for scan in range(len(uids)):
         key = SampleKey(0, scan, scan, (10, 20, 30))
@@ -528,8 +530,25 @@ def test_scans_are_kept_in_memory_where_half_of_it_is_free(processed_dir, uids, 
     caplog.set_level("INFO")
     taken = 3 * 32 * 48 * 48 * len(uids)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free * taken))
-    assert LUNA16Dataset(processed_dir, uids, in_memory=None).in_memory == kept
+    assert LUNA16Dataset(processed_dir, uids, cache=None).cache == ("memory" if kept else "files")
     assert ("kept in memory" in caplog.text) == kept
+
+
+@pytest.mark.parametrize(
+    ("free", "paste_prob", "cache"), [(2.01, 0.0, "device"), (1.99, 0.0, "memory"), (2.01, 0.1, "memory")]
+)
+def test_scans_are_kept_on_a_gpu_where_half_of_it_is_free(processed_dir, uids, monkeypatch, free, paste_prob, cache):
+    dataset = LUNA16Dataset(processed_dir, uids, Augmentation(paste_prob=paste_prob))
+    taken = 3 * 32 * 48 * 48 * len(uids)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * taken), 0))
+    assert dataset._choose_cache(torch.device("cuda")) == cache
+
+
+def test_samples_of_files_are_copies(processed_dir, uids):
+    dataset = LUNA16Dataset(processed_dir, uids)
+    before = dataset[0]["image"].clone()
+    dataset[0]["image"].fill_(0.5)
+    assert torch.equal(dataset[0]["image"], before)
 
 
 def test_same_seed_epoch_and_place_draw_the_same(processed_dir, uids):
@@ -685,12 +704,12 @@ def test_patch_at_an_edge_is_moved_inside():
 
 
 def test_patch_is_the_part_of_the_array_at_its_start():
-    array = np.arange(60).reshape(3, 4, 5)
+    array = torch.arange(60).reshape(3, 4, 5)
     np.testing.assert_array_equal(cut_patch(array, np.array([1, 0, 2]), (2, 2, 2)), array[1:3, 0:2, 2:4])
 
 
 def test_array_smaller_than_the_patch_is_filled_up_with_air():
-    array = np.ones((1, 2, 2))
+    array = torch.ones((1, 2, 2))
     start = patch_start((0, 0, 0), array.shape, (2, 2, 3))
     np.testing.assert_array_equal(cut_patch(array, start, (2, 2, 3)), [[[1, 1, 0], [1, 1, 0]], [[0] * 3] * 2])
 

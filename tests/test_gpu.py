@@ -100,6 +100,27 @@ def test_deterministic_training_resumes_bit_identically_with_other_workers(proce
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.parametrize("cache", ["memory", "files"])
+def test_training_does_not_depend_on_where_scans_are_kept(processed_dir, tmp_path, cache):
+    options = {"device": "cuda", "deterministic": True, "num_epochs": 2, **TINY, **PATCHES}
+    for where in ("device", cache):
+        Trainer(processed_dir, tmp_path / where, cache=where, **options).train()
+    pd.testing.assert_frame_equal(log_of(tmp_path / "device"), log_of(tmp_path / cache), check_exact=True)
+
+
+@pytest.mark.parametrize("cache", ["device", "memory"])
+def test_no_step_waits_for_the_gpu(processed_dir, tmp_path, cache):
+    augmentation = Augmentation(affine_prob=1, noise_prob=1, scale_prob=1, shift_prob=1, fade_prob=1)
+    trainer = Trainer(processed_dir, tmp_path, device="cuda", cache=cache, augmentation=augmentation, **TINY)
+    trainer._train_epoch()  # first uses of kernels may wait
+    for batch in trainer.loader:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            trainer._step(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16, None])
 def test_loss_that_is_not_finite_changes_nothing(processed_dir, tmp_path, monkeypatch, half):
     monkeypatch.setattr(train, "autocast_dtype", lambda device, mixed_precision: half)

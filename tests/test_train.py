@@ -109,6 +109,19 @@ def test_unknown_network_is_refused(processed_dir, tmp_path):
         Trainer(processed_dir, tmp_path, network="vnet", **CPU)
 
 
+def test_unknown_cache_is_refused(processed_dir, tmp_path):
+    with pytest.raises(ValueError, match="cache must be device, memory, files or null, not 'disk'"):
+        Trainer(processed_dir, tmp_path, cache="disk", **CPU)
+
+
+@pytest.mark.parametrize("cache", ["device", "memory", "files"])
+def test_training_does_not_depend_on_where_scans_are_kept(processed_dir, run_dir, tmp_path, cache):
+    Trainer(processed_dir, tmp_path, num_epochs=2, cache=cache, **CPU).train()
+    expected = weights(run_dir, "checkpoint_epoch_2.pth")
+    found = weights(tmp_path, "checkpoint_epoch_2.pth")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_checkpoints_come_every_interval_and_at_the_end(processed_dir, tmp_path):
     Trainer(processed_dir, tmp_path, num_epochs=3, checkpoint_interval=2, **CPU).train()
     numbered = sorted(path.name for path in tmp_path.glob("checkpoints/checkpoint_epoch_*"))
