@@ -102,6 +102,11 @@ class SegmentationNetwork(nn.Module):
         """Every spatial size must be a multiple of this, the product of all strides."""
         return self.stem_stride * math.prod(self.arguments["strides"])
 
+    def depths(self, slices: int) -> list[int]:
+        """Slices of the maps inside of the network, level by level, for an image of so many slices."""
+        strides = [self.stem_stride, *self.arguments["strides"]]
+        return [slices // math.prod(strides[: level + 1]) for level in range(len(strides))]
+
     def check_size(self, shape_zyx: Sequence[int]) -> None:
         """Raises ValueError unless the network takes arrays of this shape (z, y, x)."""
         if any(size % self.divisor for size in shape_zyx):

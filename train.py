@@ -318,7 +318,18 @@ class Trainer:
                 )
                 self.network.check_size(metadata["shape_zyx"])
         assert first is not None
+        self._check_precision((self.patch_size or first["shape_zyx"])[0])
         return first["preprocessing"]
+
+    def _check_precision(self, slices: int) -> None:
+        """Takes float32 where half precision is known to be wrong."""
+        if self.device.type == "cpu" and self.autocast_dtype is not None and 2 in self.network.depths(slices):
+            logger.warning(
+                "with %d slices some level of the network has two, for which oneDNN computes wrong gradients in half "
+                "precision: training in float32; other sizes along z are faster",
+                slices,
+            )
+            self.autocast_dtype = None
 
     # ---- training
 
@@ -389,7 +400,7 @@ class Trainer:
     def _read_losses(self, pending: list[tuple[dict[str, Any], Tensor]]) -> list[float]:
         """Fetches the finite losses of some steps from the device, and empties the list.
 
-        Losses that are not finite are reported by their scans; errors of patches go to the sampler.
+        Steps that were left out are reported by their scans; errors of patches go to the sampler.
         """
         figures = torch.cat([step for _, step in pending]).tolist() if pending else []
         steps = []
@@ -407,14 +418,15 @@ class Trainer:
                     self.sampler.record(keys, errors)
             else:
                 scans = ", ".join(uid for *_, uids in parts for uid in uids)
-                logger.warning("epoch %d: loss %s on %s; step left out", self.epoch + 1, loss, scans)
+                logger.warning("epoch %d: loss or gradient not finite on %s; step left out", self.epoch + 1, scans)
         return losses
 
     def _step(self, batch: dict[str, Any]) -> Tensor:
-        """One optimiser step; a loss that is not finite changes nothing.
+        """One optimiser step; a loss or gradient that is not finite changes nothing.
 
         Returns:
-            Float (1 + B,) on the device: the loss, and the highest probability of each sample's background.
+            Float (1 + B,) on the device: the loss, NaN where the step was left out, and the highest probability of each
+            sample's background.
         """
         image = batch.pop("image").to(self.device, non_blocking=True).float()
         mask = batch.pop("mask").to(self.device, non_blocking=True)
@@ -428,12 +440,21 @@ class Trainer:
         loss = self.loss(logits, mask)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss * process_count()).backward()  # DistributedDataParallel divides by their number
-        finite = torch.isfinite(loss.detach())
+        finite = self._is_finite(loss.detach())
         for buffer, old in zip(statistics, before, strict=True):
             buffer.copy_(torch.where(finite, buffer, old))
         self._update(finite)
         background = logits.detach().float().masked_fill(mask > 0, -math.inf)
-        return torch.cat([loss.detach().reshape(1), torch.sigmoid(background.flatten(1).amax(dim=1))])
+        reported = torch.where(finite, loss.detach(), math.nan).reshape(1)
+        return torch.cat([reported, torch.sigmoid(background.flatten(1).amax(dim=1))])
+
+    def _is_finite(self, loss: Tensor) -> Tensor:
+        """Whether loss and gradients are finite; a gradient scaler tries out which are, and looks at them itself."""
+        finite = torch.isfinite(loss)
+        if self.scaler.is_enabled():
+            return finite
+        gradients = [weight.grad for weight in self.network.parameters() if weight.grad is not None]
+        return finite & torch.isfinite(nn.utils.get_total_norm(gradients))
 
     def _update(self, finite: Tensor) -> None:
         if self.scaler.is_enabled():

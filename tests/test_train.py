@@ -128,6 +128,29 @@ def test_checkpoints_come_every_interval_and_at_the_end(processed_dir, tmp_path)
     assert numbered == ["checkpoint_epoch_2.pth", "checkpoint_epoch_3.pth"]
 
 
+def test_gradient_that_is_not_finite_changes_nothing(processed_dir, tmp_path):
+    trainer = Trainer(processed_dir, tmp_path, **CPU)
+    trainer._train_epoch()
+    before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    weight = next(trainer.network.parameters())
+    handle = weight.register_hook(lambda gradient: gradient * torch.inf)
+    assert not trainer._step(next(iter(trainer.loader)))[0].isfinite()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.network.state_dict().items())
+    handle.remove()
+    assert trainer._step(next(iter(trainer.loader)))[0].isfinite()
+    assert not torch.equal(weight, before[next(iter(before))])
+
+
+@pytest.mark.parametrize(("slices", "kept"), [(4, None), (8, torch.bfloat16)])
+def test_half_precision_is_left_out_where_a_cpu_computes_it_wrong(
+    processed_dir, tmp_path, monkeypatch, caplog, slices, kept
+):
+    monkeypatch.setattr(train, "autocast_dtype", lambda device, mixed_precision: torch.bfloat16)
+    trainer = Trainer(processed_dir, tmp_path, patch_size=(slices, 16, 16), **CPU)
+    assert trainer.autocast_dtype == kept
+    assert ("some level of the network has two" in caplog.text) == (kept is None)
+
+
 def test_learning_rate_falls_along_a_cosine(run_dir):
     assert pd.read_csv(run_dir / "log.csv")["learning_rate"].tolist() == pytest.approx([1e-4, 0.5e-4])
 
@@ -208,7 +231,7 @@ def test_loss_that_is_not_finite_is_reported_by_scan_and_leaves_no_trace(process
     bad = read_split(run_dir / "checkpoints" / "split.json")["train"][0]
     data = spoil(processed_dir, tmp_path / "data", [bad])
     Trainer(data, tmp_path / "run", num_epochs=1, batch_size=1, augmentation=None, **CPU).train()
-    assert any("loss nan" in line and bad in line for line in caplog.messages)
+    assert any("not finite" in line and bad in line for line in caplog.messages)
     state = weights(tmp_path / "run", "checkpoint_epoch_1.pth")
     assert all(torch.isfinite(value).all() for value in state.values())
 
