@@ -30,6 +30,7 @@ from utils import (
     Shape,
     Vector,
     check,
+    count_cores,
     process_count,
     process_rank,
     query_lidc,
@@ -634,9 +635,8 @@ def make_loader(
     Scans that are kept on the device need none: a batch is cut out of them there. Workers are forked on Linux, so that
     a caller's script needs no main guard.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     carried = device.type == "cuda" and not (isinstance(dataset, LUNA16Dataset) and dataset.cache == "device")
-    workers = min(num_workers, cores) if carried else 0  # on a CPU they would take the network's cores
+    workers = min(num_workers, count_cores()) if carried else 0  # on a CPU they would take the network's cores
     return DataLoader(
         dataset,
         batch_sampler=SharedBatches(sampler, batch_size, process_rank(), process_count()),

@@ -531,11 +531,12 @@ def map_scans(
     finish: Callable[[ProcessedScan, Any], Any],
     desc: str,
     leave: bool = True,
+    finishers: int = 1,
 ) -> list[Any]:
     """``finish(scan, compute(scan))`` of processed scans, in their order, in every process.
 
-    The processes share the scans out. In each, the next scan is read and the last one finished in two threads, while
-    the network computes; no more than three scans are in memory.
+    The processes share the scans out. In each, the next scan is read and the last ones are finished in threads of their
+    own, while the network computes; no more than ``finishers`` + 2 scans are in memory.
 
     Args:
         data_dir: Folder that preprocess.py wrote.
@@ -544,19 +545,20 @@ def map_scans(
         finish: What is left to do with its result.
         desc: Title of the progress bar.
         leave: Whether the bar stays.
+        finishers: Threads that finish scans; Matplotlib, where it is used, wants to be in one.
     """
     mine = seriesuids[process_rank() :: process_count()]
     finished: list[Future] = []
     read = partial(read_processed, data_dir, in_memory=True)
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as finisher:
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(finishers) as finisher:
         reading = [reader.submit(read, uid) for uid in mine[:1]]
         silent = True if process_rank() else None
         for index in tqdm(range(len(mine)), desc=desc, unit="scan", disable=silent, leave=leave):
             scan = reading.pop().result()
             reading += [reader.submit(read, uid) for uid in mine[index + 1 : index + 2]]
             computed = compute(scan)
-            if finished:
-                finished[-1].result()
+            if len(finished) >= finishers:
+                finished[-finishers].result()
             finished.append(finisher.submit(finish, scan, computed))
     shares = gather_objects([future.result() for future in finished])
     return [shares[place % len(shares)][place // len(shares)] for place in range(len(seriesuids))]

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -38,6 +37,7 @@ from utils import (
     Shape,
     Vector,
     check,
+    count_cores,
     data_file,
     find_scans,
     metadata_path,
@@ -781,9 +781,8 @@ class LUNA16Preprocessor:
         """Cores, or fewer where the largest scan would not fit into memory that often."""
         if self.num_processes is not None:
             return self.num_processes
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
         largest = max((need.scan_bytes for need in needs), default=0)
-        return max(1, min(cores, len(needs), int(psutil.virtual_memory().available / peak_bytes(largest))))
+        return max(1, min(count_cores(), len(needs), int(psutil.virtual_memory().available / peak_bytes(largest))))
 
     def _tell_needs(self, needs: list[Needs], processes: int) -> None:
         """Tells disk and time in advance, and warns of a disk that is too small."""

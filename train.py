@@ -91,7 +91,7 @@ class Trainer:
         channels: Features of each level, e.g. '[16,32,64,128,256]'.
         strides: Downsampling between the levels, e.g. '[2,2,2,2]'.
         num_res_units: Convolutions in each residual unit.
-        dropout: Dropout probability.
+        dropout: Dropout probability; 'subpixel' wants 0 with a hardest_share below 1 (see the README).
         norm: 'batch', or, for 'subpixel', 'instance', which does not depend on how processes share a batch.
         dice_weight: Weight of the Dice loss.
         bce_weight: Weight of the binary cross-entropy.
@@ -222,6 +222,8 @@ class Trainer:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         elif process_count() > 1 and given["norm"] == "batch":
             logger.warning("on CPUs batch norm sees its own process's share of a batch alone; see --norm instance")
+        if given["network"] == "subpixel" and given["dropout"] and given["hardest_share"] < 1:
+            logger.warning("with dropout, this network has learned nothing from its hardest voxels; set dropout to 0")
         self.network: SegmentationNetwork = place(network, self.device)
         loss = {name: given[name] for name in ("dice_weight", "bce_weight", "smooth", "hardest_share")}
         loss["per_sample"] = given["dice_per_sample"]

@@ -687,6 +687,11 @@ def select_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
 def join_processes(device: torch.device) -> torch.device:
     """Joins the processes that ``torchrun`` started, once; does nothing in a process that it did not start.
 

@@ -40,6 +40,7 @@ from utils import (
     Shape,
     atomic_path,
     check,
+    count_cores,
     do_once,
     parse_command_line,
     process_rank,
@@ -63,6 +64,7 @@ UNKNOWN_DIAMETER_MM = 10.0  # of a finding with a diameter of -1, as in the offi
 CROP_MARGIN_MM = 5.0  # around an annotated nodule, for its own Dice
 NEARLY_AS_GOOD = 0.005  # of mean Dice, when a score is chosen
 MUCH_WORSE = 0.1  # of mean Dice, likewise
+MOST_FINISHERS = 4  # threads that score scans beside the network, one for every four cores
 SCORE_DRAWS = 100  # of the scans, when a score is chosen
 FP_PER_SCAN = 2.0 ** np.arange(-3, 4)  # 1/8 ... 8, where LUNA16 reads the curve
 _GRID = 2.0 ** (np.arange(-48, 49) / 16)  # the same range in finer steps, for the picture
@@ -257,7 +259,13 @@ class Validator:
         excluded = read_excluded(excluded_path) if self.writes_files else None
         scored = [uid for uid, part in parts.items() if part != "train"]
         scans: list[ExaminedScan] = map_scans(
-            self.data_dir, scored, self._predict, partial(self._examine, excluded), "validation", self.writes_files
+            self.data_dir,
+            scored,
+            self._predict,
+            partial(self._examine, excluded),
+            desc="validation",
+            leave=self.writes_files,
+            finishers=max(1, min(MOST_FINISHERS, count_cores() // 4)),
         )
         if self.chooses_min_score:
             self.inferencer.min_score = choose_min_score(scans)

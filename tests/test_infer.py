@@ -1339,7 +1339,19 @@ def test_next_scan_is_read_while_the_network_computes(processed_dir, monkeypatch
     assert waited == [True, True]
 
 
-def test_no_more_than_three_scans_are_in_memory(processed_dir, monkeypatch):
+def test_several_scans_are_finished_at_the_same_time_and_come_back_in_order(processed_dir):
+    uids = read_processed_list(processed_dir)[:2]
+    both = threading.Barrier(2, timeout=30)
+
+    def finish(scan, computed):
+        both.wait()
+        return scan.seriesuid
+
+    assert map_scans(processed_dir, uids, lambda scan: None, finish, "test", finishers=2) == uids
+
+
+@pytest.mark.parametrize("finishers", [1, 3])
+def test_few_scans_are_in_memory(processed_dir, monkeypatch, finishers):
     uids = read_processed_list(processed_dir) * 3
     lock, alive, most = threading.Lock(), 0, 0
 
@@ -1354,8 +1366,8 @@ def test_no_more_than_three_scans_are_in_memory(processed_dir, monkeypatch):
         return read_processed(data_dir, uid, in_memory)
 
     monkeypatch.setattr(infer, "read_processed", read)
-    map_scans(processed_dir, uids, lambda scan: None, lambda scan, computed: count(-1), "test")
-    assert (alive, most <= 3) == (0, True)
+    map_scans(processed_dir, uids, lambda scan: None, lambda scan, computed: count(-1), "test", finishers=finishers)
+    assert (alive, most <= finishers + 2) == (0, True)
 
 
 def test_error_of_any_stage_is_raised(processed_dir):

@@ -109,6 +109,13 @@ def test_unknown_network_is_refused(processed_dir, tmp_path):
         Trainer(processed_dir, tmp_path, network="vnet", **CPU)
 
 
+@pytest.mark.parametrize(("dropout", "warns"), [(0.1, True), (0.0, False)])
+def test_dropout_that_kept_a_network_from_learning_is_warned_of(processed_dir, tmp_path, caplog, dropout, warns):
+    network = {"network": "subpixel", "channels": (4, 4, 8), "strides": (2, 1), "dropout": dropout}
+    Trainer(processed_dir, tmp_path, hardest_share=0.1, **CPU | network)
+    assert ("set dropout to 0" in caplog.text) == warns
+
+
 def test_unknown_cache_is_refused(processed_dir, tmp_path):
     with pytest.raises(ValueError, match="cache must be device, memory, files or null, not 'disk'"):
         Trainer(processed_dir, tmp_path, cache="disk", **CPU)
