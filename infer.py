@@ -77,7 +77,7 @@ logger = logging.getLogger(__name__)
 Subset = Literal["validation", "test", "train", "all", "new"]
 WINDOW_OVERLAP = 0.25  # of the window; 0.5 costs 2.7 times the windows
 WINDOW_BATCH = 4
-SCAN_BYTES = 32  # a voxel: image, logits, sums of windows and of further looks
+SCAN_BYTES = 64  # a voxel: image, logits, sums of windows and of further looks, and the loss of a validation
 MEMORY_SHARE = 0.5  # of the GPU's free memory that these may take; the rest is for the windows
 PROBABILITY_EPS = 1e-7  # keeps the logit of a mean probability finite
 # Axes (z, y, x) that an image is flipped along for another look at it.

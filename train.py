@@ -12,7 +12,8 @@ import math
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -69,7 +70,8 @@ REPORT_EVERY = 10  # steps between reads of what lies on the device; each read m
 FREE_SETTINGS = ("num_workers", "device", "checkpoint_interval", "cache")
 OUT_OF_MEMORY = (
     "CUDA is out of memory. Use a smaller batch_size (now {batch_size}), fewer channels, as "
-    "channels=(16, 32, 64, 128, 256) (now {channels}), or preprocess to a smaller target_size, as (48, 192, 192)"
+    "channels=(16, 32, 64, 128, 256) (now {channels}), keep the scans elsewhere, as cache='memory' (now {cache!r}), or "
+    "preprocess to a smaller target_size, as (48, 192, 192)"
 )
 
 
@@ -191,14 +193,15 @@ class Trainer:
         """All that comes before the first step; an earlier run in output_dir is deleted last."""
         seed_everything(self.settings["seed"])
         torch.use_deterministic_algorithms(self.settings["deterministic"], warn_only=True)
-        # Patches of one shape: cuDNN tries its kernels once and keeps the fastest, which may change from run to run.
+        # For each shape that it meets cuDNN tries its kernels and keeps the fastest, which may change from run to run.
         torch.backends.cudnn.benchmark = not self.settings["deterministic"]
         self._build_network()
         uids = read_processed_list(self.data_dir)
         self._check_output(overwrite)
         self.split = self._split(uids)
         self.preprocessing = self._check_data()
-        self._build_data()
+        with self._memory_advice():
+            self._build_data()
         do_once(self._start_output)
 
     def _check_settings(self) -> None:
@@ -350,14 +353,20 @@ class Trainer:
         logs = self.output_dir / f"logs_{time.strftime('%Y%m%d-%H%M%S')}"
         self.writer = None if process_rank() else SummaryWriter(str(logs))
         try:
-            while self.epoch < self.num_epochs:
-                self._run_epoch()
-        except torch.cuda.OutOfMemoryError as error:
-            raise UserError(OUT_OF_MEMORY.format(**self.settings)) from error
+            with self._memory_advice():
+                while self.epoch < self.num_epochs:
+                    self._run_epoch()
         finally:
             if self.writer is not None:
                 self.writer.close()
         return pd.DataFrame(self.log)
+
+    @contextmanager
+    def _memory_advice(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError(OUT_OF_MEMORY.format(**self.settings)) from error
 
     def _run_epoch(self) -> None:
         start = time.perf_counter()
@@ -425,6 +434,9 @@ class Trainer:
 
     def _step(self, batch: dict[str, Any]) -> Tensor:
         """One optimiser step; a loss or gradient that is not finite changes nothing.
+
+        With a gradient scaler, infinite gradients are its way to find the scale: it leaves the step out by itself, and
+        only the loss is looked at here.
 
         Returns:
             Float (1 + B,) on the device: the loss, NaN where the step was left out, and the highest probability of each
@@ -547,7 +559,7 @@ class Trainer:
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         theirs, mine = checkpoint["training"], self.settings
         differing = [
-            n for n in mine if n not in FREE_SETTINGS + ("data_dir", "output_dir") and mine[n] != theirs.get(n)
+            n for n in mine if n not in FREE_SETTINGS + ("data_dir", "output_dir") and mine[n] != theirs.get(n, mine[n])
         ]
         check(
             not differing,

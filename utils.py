@@ -688,14 +688,15 @@ def select_device(device: str | torch.device) -> torch.device:
 
 
 def count_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    """Cores that this process may use; those that ``torchrun`` started on this machine share them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def join_processes(device: torch.device) -> torch.device:
     """Joins the processes that ``torchrun`` started, once; does nothing in a process that it did not start.
 
-    A caller who has called ``init_process_group`` himself has chosen backend and devices, too.
+    Where the caller has called ``init_process_group`` himself, a GPU that he names by its number is taken, too.
 
     Returns:
         ``device``, or this process's own GPU where it is a GPU and there are several processes.
@@ -706,15 +707,17 @@ def join_processes(device: torch.device) -> torch.device:
     import torch
     from torch import distributed
 
-    if distributed.is_initialized() or not distributed.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+    joined = distributed.is_initialized()
+    if not joined and (not distributed.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1"):
         return device
-    if device.type == "cuda":
-        rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if device.type == "cuda" and not (joined and device.index is not None):
+        rank, count = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())), torch.cuda.device_count()
         check(rank < count, f"this machine has {count} GPUs; start torchrun with --nproc_per_node {count}")
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
-    # A process that is done with its scans waits for the others; torchrun itself notices one that died.
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    if not joined:
+        # A process that is done with its scans waits for the others; torchrun itself notices one that died.
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return device
 
 

@@ -276,6 +276,8 @@ def training(bench: Bench) -> Iterator[tuple]:
             scaler.update()
             value.item()
 
+    for batch in itertools.islice(trainer.loader, 3):  # cuDNN tries its kernels, AdamW makes its averages
+        trainer._step(batch)
     with FlopCounterMode(display=False) as counter, ByteCounter() as moved, peak_memory(bench.device) as peak:
         trainer._step(next(iter(trainer.loader)))
     steps = len(uids) // BATCH_SIZE
@@ -429,14 +431,14 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 
 
 class ByteCounter(TorchDispatchMode):
-    """Counts the bytes that operations read and write, each array once an operation; a view moves nothing."""
+    """Roughly the bytes that operations read and write: all their arguments and results; views move nothing."""
 
     total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation and counts its arrays."""
         result = func(*args, **(kwargs or {}))
-        if not func.is_view:
+        if not func.is_view and "empty" not in func.__name__ and "unsafe_view" not in func.__name__:
             arrays = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
             self.total += sum(array.nbytes for array in arrays)
         return result

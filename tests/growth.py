@@ -23,7 +23,7 @@ from jsonargparse import auto_cli
 
 from data.phantom import write_phantoms
 from preprocess import LUNA16Preprocessor
-from tests.benchmark import NETWORK, WINDOW, enlarge, make_marks
+from tests.benchmark import SMALL_NETWORK, WINDOW, enlarge, make_marks
 from utils import find_scans, read_scan, write_image
 
 LOOK_EVERY = 0.02  # seconds between two looks at the memory
@@ -77,10 +77,13 @@ def prepare_grid(folder: Path, size: int) -> None:
 
 def infer_grid(folder: Path, size: int) -> Path:
     """Its probability map."""
-    from infer import NoduleInferencer
-    from model import LungNodule3DUNet
+    import torch
 
-    inferencer = NoduleInferencer(device="cpu", model=LungNodule3DUNet(**NETWORK).eval(), window=WINDOW)
+    from infer import NoduleInferencer
+    from model import LungNodule3DUNet, place
+
+    network = place(LungNodule3DUNet(**SMALL_NETWORK).eval(), torch.device("cpu"))
+    inferencer = NoduleInferencer(device="cpu", model=network, window=WINDOW)
     np.save(folder / "map.npy", inferencer.predict_probability(np.load(folder / "grid.npy")))
     return folder / "map.npy"
 

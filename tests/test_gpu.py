@@ -89,6 +89,7 @@ def test_noise_of_a_seed_is_the_same_again():
 @pytest.mark.parametrize("patches", [{}, PATCHES])
 def test_deterministic_training_resumes_bit_identically_with_other_workers(processed_dir, tmp_path, patches):
     options = {"device": "cuda", "deterministic": True, "checkpoint_interval": 1, "num_epochs": 2, **TINY, **patches}
+    options["cache"] = "memory"  # what is on the GPU needs no workers
     Trainer(processed_dir, tmp_path / "whole", num_workers=2, **options).train()
     checkpoints = tmp_path / "resumed" / "checkpoints"
     checkpoints.mkdir(parents=True)
@@ -132,8 +133,9 @@ def test_loss_that_is_not_finite_changes_nothing(processed_dir, tmp_path, monkey
     assert not trainer._step(dict(batch))[0].isfinite()
     assert all(torch.equal(value, before[name]) for name, value in trainer.network.state_dict().items())
     batch["image"].nan_to_num_(0.0)
-    assert trainer._step(batch)[0].isfinite()
-    assert any(not torch.equal(value, before[name]) for name, value in trainer.network.state_dict().items())
+    for _ in range(20):  # a gradient scaler leaves steps out until it has found its scale
+        assert trainer._step(dict(batch))[0].isfinite()
+    assert any(not torch.equal(value, before[name]) for name, value in trainer.network.named_parameters())
 
 
 def test_compiled_network_trains_to_the_same_losses(processed_dir, tmp_path, exact):

@@ -15,7 +15,7 @@ from conftest import TINY
 
 import train
 from infer import NoduleInferencer
-from model import SubpixelUNet, load_checkpoint
+from model import SubpixelUNet, load_checkpoint, save_checkpoint
 from train import Trainer
 from utils import UserError, read_processed_list, read_split
 
@@ -133,6 +133,17 @@ def test_checkpoints_come_every_interval_and_at_the_end(processed_dir, tmp_path)
     Trainer(processed_dir, tmp_path, num_epochs=3, checkpoint_interval=2, **CPU).train()
     numbered = sorted(path.name for path in tmp_path.glob("checkpoints/checkpoint_epoch_*"))
     assert numbered == ["checkpoint_epoch_2.pth", "checkpoint_epoch_3.pth"]
+
+
+def test_run_from_before_a_setting_existed_is_resumed(processed_dir, run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "checkpoint_epoch_2.pth"
+    checkpoint = load_checkpoint(path)
+    del checkpoint["training"]["compile_network"]
+    save_checkpoint(path, checkpoint)
+    trainer = Trainer(processed_dir, tmp_path / "run", num_epochs=2, resume=True, **CPU)
+    trainer.train()
+    assert trainer.epoch == 2
 
 
 def test_gradient_that_is_not_finite_changes_nothing(processed_dir, tmp_path):
