@@ -857,7 +857,7 @@ def estimate_needs(path: Path, settings: Preprocessing) -> Needs:
 
 
 def peak_bytes(scan_bytes: int) -> int:
-    """Stated peak memory of one process: the scan, a float copy if it lies askew, lung labels, the resampler's slabs."""
+    """Stated peak memory of one process: the scan, a float copy if it is askew, lung labels, the resampler's slabs."""
     return 600_000_000 + 4 * max(scan_bytes, 150_000_000)
 
 
