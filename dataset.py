@@ -15,10 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-import psutil
 import torch
 from scipy import ndimage
 from torch import Tensor
@@ -26,13 +25,14 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from utils import (
-    Geometry,
     Shape,
     Vector,
     check,
     count_cores,
+    free_memory,
     process_count,
     process_rank,
+    processed_geometry,
     query_lidc,
     read_metadata,
     read_processed,
@@ -303,6 +303,7 @@ class LUNA16Dataset(Dataset):
 
     Raises:
         FileNotFoundError: A scan is not there.
+        ValueError: There is no such cache.
     """
 
     def __init__(
@@ -315,6 +316,7 @@ class LUNA16Dataset(Dataset):
         cache: Cache | None = "files",
         device: torch.device = CPU,
     ) -> None:
+        check(cache in (None, *get_args(Cache)), f"cache must be device, memory, files or null, not {cache!r}")
         self.data_dir = Path(data_dir)
         self.seriesuids = list(seriesuids)
         self.augmentation = augmentation
@@ -334,19 +336,11 @@ class LUNA16Dataset(Dataset):
 
     def _choose_cache(self, device: torch.device) -> Cache:
         needed = 3 * sum(math.prod(fields["shape_zyx"]) for fields in self.metadata)  # float16 image, uint8 mask
-        if device.type == "cuda" and (self.augmentation is None or not self.augmentation.paste_prob):
-            free = torch.cuda.mem_get_info(device)[0]
-            fits = needed <= MEMORY_SHARE * free
-            message = "training scans take %.1f GB of %.1f GB free memory of the GPU: %s"
-            logger.info(message, needed / 1e9, free / 1e9, "kept there" if fits else "too much")
-            if fits:
-                return "device"
+        pasted = self.augmentation is not None and self.augmentation.paste_prob > 0
+        if device.type == "cuda" and not pasted and _fits(needed, device, "on the GPU"):
+            return "device"
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each process that torchrun started here keeps all
-        free = psutil.virtual_memory().available
-        fits = needed <= MEMORY_SHARE * free
-        where = "kept in memory" if fits else "read from their files as they are needed"
-        logger.info("training scans take %.1f GB of %.1f GB free memory: %s", needed / 1e9, free / 1e9, where)
-        return "memory" if fits else "files"
+        return "memory" if _fits(needed, CPU, "in memory") else "files"
 
     def _open(self, index: int) -> tuple[Tensor, Tensor]:
         scan = read_processed(self.data_dir, self.seriesuids[index], self.cache != "files", self.metadata[index])
@@ -356,10 +350,6 @@ class LUNA16Dataset(Dataset):
         """Image and mask (z, y, x) of a scan, where they are kept."""
         # A file that stayed open would be one too many with LUNA16's 888 scans.
         return self._scans[index] if self._scans else self._open(index)
-
-    def _spacing_zyx(self, index: int) -> Vector:
-        fields = self.metadata[index]
-        return Geometry(tuple(fields["shape_zyx"]), tuple(fields["origin"]), tuple(fields["spacing"])).spacing_zyx
 
     def __len__(self) -> int:
         return len(self.seriesuids)
@@ -381,7 +371,8 @@ class LUNA16Dataset(Dataset):
         scan, center_zyx, diameter_mm = self._nodules[rng.integers(len(self._nodules))]
         flips = tuple(slice(None, None, int(step)) for step in rng.choice([-1, 1], 3))
         donor = self._scan(scan)
-        reach = np.ceil(diameter_mm / 2 / np.asarray(self._spacing_zyx(scan))).astype(int) + 2
+        spacing = processed_geometry(self.metadata[scan], donor[0].shape).spacing_zyx
+        reach = np.ceil(diameter_mm / 2 / np.asarray(spacing)).astype(int) + 2
         lower, upper = np.maximum(center_zyx - reach, 0), np.minimum(center_zyx + reach + 1, donor[0].shape)
         size, shape = upper - lower, np.asarray(image.shape)
         if (size > shape).any():
@@ -424,7 +415,8 @@ class LUNA16Dataset(Dataset):
         if self.augmentation is not None:
             rng = np.random.default_rng([self.seed, key.epoch, key.place])
             z, y, x = image.shape
-            drawn = self.augmentation.draw(rng, (z, y, x), self._spacing_zyx(key.scan), points)
+            spacing = processed_geometry(self.metadata[key.scan], image.shape).spacing_zyx
+            drawn = self.augmentation.draw(rng, (z, y, x), spacing, points)
         return {
             "image": image[None],
             "mask": mask[None],
@@ -432,6 +424,15 @@ class LUNA16Dataset(Dataset):
             "key": key,
             "augmentation": drawn,
         }
+
+
+def _fits(needed: int, device: torch.device, where: str) -> bool:
+    """Whether training scans of so many bytes may be kept there; the log says so."""
+    free = free_memory(device)
+    fits = needed <= MEMORY_SHARE * free
+    outcome = f"kept {where}" if fits else f"too large to keep {where}"
+    logger.info("training scans take %.1f GB of %.1f GB free memory: %s", needed / 1e9, free / 1e9, outcome)
+    return fits
 
 
 def nodule_points(metadata: dict[str, Any]) -> np.ndarray:

@@ -46,6 +46,7 @@ from utils import (
     autocast_dtype,
     check,
     do_once,
+    free_memory,
     gather_objects,
     join_processes,
     parse_command_line,
@@ -291,11 +292,8 @@ class NoduleInferencer:
 
     def _home_of(self, voxels: int) -> torch.device:
         """Where a scan of so many voxels, its logits and their sums lie while windows slide over it."""
-        if self.device.type == "cpu":
-            return self.device
-        free = torch.cuda.mem_get_info(self.device)[0]
-        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return self.device if SCAN_BYTES * voxels <= MEMORY_SHARE * free else torch.device("cpu")
+        fits = SCAN_BYTES * voxels <= MEMORY_SHARE * free_memory(self.device)
+        return self.device if fits else torch.device("cpu")
 
     def predict_probability(self, image: npt.ArrayLike, box: Box | None = None) -> np.ndarray:
         """Nodule probability, float32 (z, y, x), of a processed array (z, y, x) of any float type.

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -210,8 +210,6 @@ class Trainer:
         for name in ("weight_decay", "num_workers"):
             check(self.settings[name] >= 0, f"{name} must not be negative, not {self.settings[name]}")
         network = self.settings["network"]
-        cache = self.settings["cache"]
-        check(cache in (None, *get_args(Cache)), f"cache must be device, memory, files or null, not {cache!r}")
         check(network in NETWORKS, f"network must be one of {', '.join(NETWORKS)}, not {network!r}")
         rate = self.settings["learning_rate"]
         check(rate > 0, f"learning_rate must be positive, not {rate}")

@@ -559,7 +559,13 @@ class ProcessedScan:
     @property
     def geometry(self) -> Geometry:
         """Where the voxels lie; identity direction."""
-        return Geometry(self.image.shape, tuple(self.metadata["origin"]), tuple(self.metadata["spacing"]))
+        return processed_geometry(self.metadata, self.image.shape)
+
+
+def processed_geometry(metadata: dict[str, Any], shape_zyx: Sequence[int]) -> Geometry:
+    """Where the voxels of a processed scan of this shape (z, y, x) lie, by its metadata; identity direction."""
+    z, y, x = shape_zyx
+    return Geometry((z, y, x), tuple(metadata["origin"]), tuple(metadata["spacing"]))
 
 
 def metadata_path(data_dir: str | Path, seriesuid: str) -> Path:
@@ -685,6 +691,17 @@ def select_device(device: str | torch.device) -> torch.device:
     if chosen.type not in ("cuda", "cpu"):
         raise ValueError(f"device must be 'cuda', 'cuda:<n>' or 'cpu', not {device!r}")
     return chosen
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, what torch holds there for later included, or in main memory."""
+    import psutil
+    import torch
+
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def count_cores() -> int:

@@ -287,7 +287,7 @@ def training(bench: Bench) -> Iterator[tuple]:
         yield f"training step with data, {name}{loaded}", "s/step", steps, *measured
     bench.step = counter.get_total_flops(), moved.total, measured[0] / steps
     yield "  share of it that waits for data", "", 1, statistics.median(waited[1:]), math.nan, math.nan
-    yield from (("  peak memory of the GPU", "GiB", 1, gibibytes, math.nan, math.nan) for gibibytes in peak)
+    yield from peak
 
 
 def inference(bench: Bench) -> Iterator[tuple]:
@@ -309,7 +309,7 @@ def inference(bench: Bench) -> Iterator[tuple]:
         yield f"inference, {name}", "s/scan", 1, *measured
     with peak_memory(bench.device) as peak:
         inferencer.predict_probability(image)
-    yield from (("  peak memory of the GPU", "GiB", 1, gibibytes, math.nan, math.nan) for gibibytes in peak)
+    yield from peak
 
 
 def extraction(bench: Bench) -> Iterator[tuple]:
@@ -445,15 +445,16 @@ class ByteCounter(TorchDispatchMode):
 
 
 @contextmanager
-def peak_memory(device: torch.device) -> Iterator[list[float]]:
-    """Yields a list that then holds the most memory (GiB) that arrays took meanwhile; it stays empty on a CPU."""
-    found: list[float] = []
+def peak_memory(device: torch.device) -> Iterator[list[tuple]]:
+    """Yields a list that then holds a row, the most memory that arrays took meanwhile; it stays empty on a CPU."""
+    found: list[tuple] = []
     if device.type != "cuda":
         yield found
         return
     torch.cuda.reset_peak_memory_stats(device)
     yield found
-    found.append(torch.cuda.max_memory_allocated(device) / 2**30)
+    gibibytes = torch.cuda.max_memory_allocated(device) / 2**30
+    found.append(("  peak memory of the GPU", "GiB", 1, gibibytes, math.nan, math.nan))
 
 
 def now(device: torch.device) -> Any:
