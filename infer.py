@@ -283,7 +283,7 @@ class NoduleInferencer:
         )
         small = np.array(array, np.float16 if array.dtype == np.float16 else np.float32)  # half as much to carry
         tensor = torch.from_numpy(small).to(self._home_of(array.size)).float()
-        low, high = (float(limit) for limit in tensor.aminmax())
+        low, high = torch.stack(tensor.aminmax()).tolist()
         check(
             low >= -0.01 and high <= 1.01,  # false for NaN, too
             f"image must lie in [0, 1], not [{low:g}, {high:g}]; give raw scans to infer_scan",

@@ -12,7 +12,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -45,6 +45,7 @@ from utils import (
     check,
     copy_from_first,
     do_once,
+    free_memory,
     gather_objects,
     gather_samples,
     join_processes,
@@ -65,9 +66,10 @@ from validate import ValidationResult, Validator
 logger = logging.getLogger(__name__)
 
 AUGMENTATION = Augmentation()
+WARM_UP = 3  # steps before one is recorded: cuDNN tries its kernels, AdamW makes its averages
 REPORT_EVERY = 10  # steps between reads of what lies on the device; each read makes the host wait for it
 # Settings that may differ between a run and its continuation: they do not change the result.
-FREE_SETTINGS = ("num_workers", "device", "checkpoint_interval", "cache")
+FREE_SETTINGS = ("num_workers", "device", "checkpoint_interval", "cache", "record_steps")
 OUT_OF_MEMORY = (
     "CUDA is out of memory. Use a smaller batch_size (now {batch_size}), fewer channels, as "
     "channels=(16, 32, 64, 128, 256) (now {channels}), keep the scans elsewhere, as cache='memory' (now {cache!r}), or "
@@ -119,6 +121,9 @@ class Trainer:
         deterministic: Make a CUDA run repeatable, at the cost of speed; a CPU run always is.
         compile_network: Compile the network, which takes half a minute and needs a C compiler. On a GPU it makes steps
             of 'unet' faster and those of 'subpixel' slower (see the README).
+        record_steps: On a GPU, record a step as a CUDA graph and replay it, so that the GPU does not wait for the
+            processor to start hundreds of kernels one by one. It takes as much memory again as a step, and is left out
+            where that is not free, with float16, and with several processes.
         resume: Go on from the newest good checkpoint of output_dir.
         overwrite: Delete the checkpoints and logs of an earlier run in output_dir.
 
@@ -166,6 +171,7 @@ class Trainer:
         seed: int = 0,
         deterministic: bool = False,
         compile_network: bool = False,
+        record_steps: bool = True,
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
@@ -230,7 +236,11 @@ class Trainer:
         loss["per_sample"] = given["dice_per_sample"]
         self.loss, self.validation_loss = DiceBCELoss(**loss, gather=gather_samples), DiceBCELoss(**loss)
         self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=given["learning_rate"], weight_decay=given["weight_decay"], fused=True
+            self.network.parameters(),
+            lr=given["learning_rate"],
+            weight_decay=given["weight_decay"],
+            fused=True,
+            capturable=self.device.type == "cuda",
         )
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=self.num_epochs)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
@@ -240,6 +250,9 @@ class Trainer:
         if process_count() > 1:
             self.trained = DistributedDataParallel(self.trained)
             torch.manual_seed(given["seed"] + process_rank())  # each process drops other features
+        can_record = self.device.type == "cuda" and process_count() == 1 and not self.scaler.is_enabled()
+        records = given["record_steps"] and can_record
+        self.learn = RecordedStep(self._learn, self.device) if records else self._learn
 
     def _build_data(self) -> None:
         """Sampler and loader of the training scans, and the validator of the others."""
@@ -390,6 +403,8 @@ class Trainer:
     def _train_epoch(self) -> float:
         """One pass over the training scans; returns the mean loss of its finite steps."""
         self.network.train()
+        if isinstance(self.learn, RecordedStep):
+            self.learn.forget()  # a recording holds the learning rate
         self.sampler.epoch = self.epoch
         pending: list[tuple[dict[str, Any], Tensor]] = []
         known: list[float] = []
@@ -431,7 +446,15 @@ class Trainer:
         return losses
 
     def _step(self, batch: dict[str, Any]) -> Tensor:
-        """One optimiser step; a loss or gradient that is not finite changes nothing.
+        """One optimiser step on a batch, augmented; what ``_learn`` returns."""
+        image = batch.pop("image").to(self.device, non_blocking=True).float()
+        mask = batch.pop("mask").to(self.device, non_blocking=True)
+        if batch["augmentation"][0] is not None:
+            image, mask = augment_batch(image, mask, batch["augmentation"])
+        return self.learn(image, mask)
+
+    def _learn(self, image: Tensor, mask: Tensor) -> Tensor:
+        """One optimiser step; a loss or gradient that is not finite changes nothing. Nothing here waits for a GPU.
 
         With a gradient scaler, infinite gradients are its way to find the scale: it leaves the step out by itself, and
         only the loss is looked at here.
@@ -440,10 +463,6 @@ class Trainer:
             Float (1 + B,) on the device: the loss, NaN where the step was left out, and the highest probability of each
             sample's background.
         """
-        image = batch.pop("image").to(self.device, non_blocking=True).float()
-        mask = batch.pop("mask").to(self.device, non_blocking=True)
-        if batch["augmentation"][0] is not None:
-            image, mask = augment_batch(image, mask, batch["augmentation"])
         statistics = list(self.network.buffers())
         before = [buffer.clone() for buffer in statistics]
         dtype = self.autocast_dtype
@@ -567,6 +586,8 @@ class Trainer:
         check(checkpoint["preprocessing"] == self.preprocessing, "the data was preprocessed anew with other settings")
         self.network.load_state_dict(checkpoint["weights"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["capturable"] = self.device.type == "cuda"  # whatever the checkpoint was trained on
         self.scheduler.load_state_dict(checkpoint["scheduler"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.sampler.load_state_dict(checkpoint["sampler"])
@@ -582,6 +603,72 @@ class Trainer:
         torch.set_rng_state(states["torch"].cpu())
         if states["cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"].cpu(), self.device)
+
+
+class RecordedStep:
+    """A training step that is recorded as a CUDA graph, once, and then replayed.
+
+    A step starts hundreds of kernels, most of which take less time than a processor needs to start one. Steps run as
+    they are until WARM_UP of them are done, where memory is short, and on batches of another shape than the first.
+
+    Args:
+        step: Takes image and mask (B, 1, Z, Y, X), and returns a tensor; must not wait for the GPU.
+        device: The GPU.
+    """
+
+    def __init__(self, step: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> None:
+        self._step, self._device = step, device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._shape: torch.Size | None = None
+        self._steps, self._held, self._fits = 0, 0, True
+        self.forget()
+
+    def forget(self) -> None:
+        """Records anew at the next step, with the learning rate of then."""
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, image: Tensor, mask: Tensor) -> Tensor:
+        """What ``step`` returns."""
+        if self._shape is None:
+            self._shape = image.shape
+            self._held = torch.cuda.memory_allocated(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+        if image.shape != self._shape or not self._is_ready():
+            return self._run(image, mask)
+        if self._graph is None:
+            self._record(image, mask)
+        assert self._graph is not None
+        for kept, given in zip(self._inputs, (image, mask), strict=True):
+            kept.copy_(given)
+        self._graph.replay()
+        return self._output.clone()
+
+    def _is_ready(self) -> bool:
+        """Whether enough steps have run, and a recording, which keeps its memory, leaves as much for all else."""
+        self._steps += 1
+        if self._steps == WARM_UP + 1:
+            needed, free = torch.cuda.max_memory_allocated(self._device) - self._held, free_memory(self._device)
+            self._fits = 2 * needed <= free
+            outcome = "recorded and replayed" if self._fits else "not recorded"
+            logger.info("a step takes %.1f GB of %.1f GB free on the GPU: %s", needed / 1e9, free / 1e9, outcome)
+        return self._steps > WARM_UP and self._fits
+
+    def _run(self, image: Tensor, mask: Tensor) -> Tensor:
+        """Runs the step where it will be recorded: autograd remembers the stream of a parameter."""
+        here = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            output = self._step(image, mask)
+        here.wait_stream(self._stream)
+        return output
+
+    def _record(self, image: Tensor, mask: Tensor) -> None:
+        self._inputs = image.clone(), mask.clone()
+        self._graph = torch.cuda.CUDAGraph()
+        # Threads that load data may go on with their own calls meanwhile.
+        with torch.cuda.graph(self._graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            self._output = self._step(*self._inputs)
 
 
 def _built_in(value: Any) -> Any:

@@ -302,23 +302,23 @@ class Validator:
             raise ValueError(f"{self.data_dir} holds training scans only; name a data_dir with others")
         return parts
 
-    def _predict(self, scan: ProcessedScan) -> tuple[np.ndarray, float]:
-        """Probability (z, y, x), and loss."""
+    def _predict(self, scan: ProcessedScan) -> tuple[Tensor, Tensor | float]:
+        """Probability (z, y, x), and loss, which the device may still be at."""
         self.inferencer.check_prepared_alike(scan)
         logits = self.inferencer.logits(self.inferencer.to_tensor(scan.image), scan.lung_box)
-        loss = math.nan
+        loss: Tensor | float = math.nan
         if self.loss is not None:
             with torch.inference_mode():
-                loss = float(self.loss(logits, torch.from_numpy(scan.mask).to(logits.device)[None, None]))
-        return torch.sigmoid(logits)[0, 0].cpu().numpy(), loss
+                loss = self.loss(logits, torch.from_numpy(scan.mask).to(logits.device)[None, None])
+        return torch.sigmoid(logits)[0, 0], loss
 
     def _examine(
-        self, excluded: pd.DataFrame | None, scan: ProcessedScan, predicted: tuple[np.ndarray, float]
+        self, excluded: pd.DataFrame | None, scan: ProcessedScan, predicted: tuple[Tensor, Tensor | float]
     ) -> ExaminedScan:
         """Compares all that was found in a scan with the truth."""
         probability, loss = predicted
-        found = find_candidates(probability, scan.geometry, self.inferencer.threshold)
-        return ExaminedScan.of(scan, found, loss, excluded)
+        found = find_candidates(probability.cpu().numpy(), scan.geometry, self.inferencer.threshold)
+        return ExaminedScan.of(scan, found, float(loss), excluded)
 
     def draw_example(self) -> Figure:
         """Overlay of the scan with the most nodule voxels, to follow a training by eye."""

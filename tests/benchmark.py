@@ -41,7 +41,7 @@ from dataset import Augmentation, LUNA16Dataset, ScanSampler, augment_batch, mak
 from infer import WINDOW_OVERLAP, NoduleInferencer, extract_nodules
 from model import LungNodule3DUNet, place
 from preprocess import LUNA16Preprocessor
-from train import Trainer
+from train import WARM_UP, Trainer
 from utils import ANNOTATION_COLUMNS, CANDIDATE_COLUMNS, Geometry, autocast_dtype, read_processed_list, select_device
 from validate import froc
 
@@ -276,10 +276,10 @@ def training(bench: Bench) -> Iterator[tuple]:
             scaler.update()
             value.item()
 
-    for batch in itertools.islice(trainer.loader, 3):  # cuDNN tries its kernels, AdamW makes its averages
-        trainer._step(batch)
     with FlopCounterMode(display=False) as counter, ByteCounter() as moved, peak_memory(bench.device) as peak:
         trainer._step(next(iter(trainer.loader)))
+    for batch in itertools.islice(trainer.loader, WARM_UP + 1):  # the last of them is recorded
+        trainer._step(batch)
     steps = len(uids) // BATCH_SIZE
     for (name, dtype), workers in itertools.product(bench.plain_precisions.items(), bench.plain_workers):
         measured = bench.compare(ours, partial(plain, dtype, plain_loader(bench, repeats, workers)))

@@ -19,7 +19,7 @@ import train
 from dataset import Augmentation, AugmentationParameters, augment_batch
 from infer import NoduleInferencer
 from model import LungNodule3DUNet, load_checkpoint, place
-from train import Trainer
+from train import RecordedStep, Trainer
 from utils import UserError, read_processed, read_processed_list
 
 pytestmark = pytest.mark.skipif(
@@ -109,11 +109,44 @@ def test_training_does_not_depend_on_where_scans_are_kept(processed_dir, tmp_pat
     pd.testing.assert_frame_equal(log_of(tmp_path / "device"), log_of(tmp_path / cache), check_exact=True)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"dropout": 0.1}, {"network": "subpixel", "channels": (4, 8, 8), "strides": (2, 2), "hardest_share": 0.01}],
+)
+def test_recorded_steps_do_what_steps_one_by_one_do(processed_dir, tmp_path, monkeypatch, options):
+    recordings = []
+    record = RecordedStep._record
+    monkeypatch.setattr(RecordedStep, "_record", lambda self, *batch: recordings.append(record(self, *batch)))
+    given = {
+        "device": "cuda",
+        "deterministic": True,
+        "num_epochs": 3,
+        "learning_rate": 0.01,
+        **TINY,
+        **PATCHES,
+        **options,
+    }
+    for recorded in (False, True):
+        Trainer(processed_dir, tmp_path / str(recorded), record_steps=recorded, **given).train()
+    assert len(recordings) == 3  # one an epoch
+    pd.testing.assert_frame_equal(log_of(tmp_path / "True"), log_of(tmp_path / "False"), check_exact=True)
+    recorded, single = weights(tmp_path / "True", 3), weights(tmp_path / "False", 3)
+    assert all(torch.equal(recorded[name], single[name]) for name in single)
+
+
+def test_steps_are_not_recorded_where_memory_is_short(processed_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "free_memory", lambda device: 0)
+    trainer = Trainer(processed_dir, tmp_path, device="cuda", num_epochs=2, **TINY, **PATCHES)
+    trainer.train()
+    assert trainer.learn._graph is None
+
+
 @pytest.mark.parametrize("cache", ["device", "memory"])
 def test_no_step_waits_for_the_gpu(processed_dir, tmp_path, cache):
     augmentation = Augmentation(affine_prob=1, noise_prob=1, scale_prob=1, shift_prob=1, fade_prob=1)
     trainer = Trainer(processed_dir, tmp_path, device="cuda", cache=cache, augmentation=augmentation, **TINY)
-    trainer._train_epoch()  # first uses of kernels may wait
+    for _ in range(4):
+        trainer._train_epoch()  # first uses of kernels may wait, and so does a recording
     for batch in trainer.loader:
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -146,6 +146,18 @@ def test_run_from_before_a_setting_existed_is_resumed(processed_dir, run_dir, tm
     assert trainer.epoch == 2
 
 
+def test_run_of_a_gpu_goes_on_on_a_cpu(processed_dir, run_dir, tmp_path):
+    checkpoint = load_checkpoint(run_dir / "checkpoints" / "checkpoint_epoch_2.pth")
+    assert [group["capturable"] for group in checkpoint["optimizer"]["param_groups"]] == [False]
+    checkpoint["optimizer"]["param_groups"][0]["capturable"] = True  # as a GPU's optimiser has it
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(run_dir / "checkpoints" / "split.json", tmp_path / "checkpoints")
+    save_checkpoint(tmp_path / "checkpoints" / "checkpoint_epoch_2.pth", checkpoint)
+    trainer = Trainer(processed_dir, tmp_path, num_epochs=2, resume=True, **CPU)
+    trainer.train()
+    assert trainer._step(next(iter(trainer.loader)))[0].isfinite()
+
+
 def test_gradient_that_is_not_finite_changes_nothing(processed_dir, tmp_path):
     trainer = Trainer(processed_dir, tmp_path, **CPU)
     trainer._train_epoch()
