@@ -119,36 +119,6 @@ class SegmentationNetwork(nn.Module):
             raise ValueError(f"instance norm needs some size above {self.divisor}, not {list(shape_zyx)}")
 
 
-class PhasedConvTranspose3d(nn.ConvTranspose3d):
-    """Transposed convolution of 3 x 3 x 3 and stride 2, computed as a convolution of 2 x 2 x 2.
-
-    The same function of the same weights: the convolution's channels are the output's voxels in even and odd places
-    along z, y and x, which are then laid out. cuDNN and oneDNN are slow where a transposed convolution has few output
-    channels, as the last one of ``LungNodule3DUNet`` has.
-    """
-
-    # Weights by [place even or odd, tap, place in the kernel] along an axis: voxel 2 i is w[1] x[i], and voxel 2 i + 1
-    # is w[2] x[i] + w[0] x[i + 1].
-    TAPS = (((0, 1, 0), (0, 0, 0)), ((0, 0, 1), (1, 0, 0)))
-
-    @classmethod
-    def of(cls, plain: nn.ConvTranspose3d) -> PhasedConvTranspose3d:
-        """Takes over the weights of a plain one, without drawing random numbers."""
-        shape = plain.in_channels, plain.out_channels, plain.kernel_size
-        rest = {"stride": plain.stride, "padding": plain.padding, "output_padding": plain.output_padding}
-        phased = nn.utils.skip_init(cls, *shape, **rest, bias=plain.bias is not None)
-        phased.load_state_dict(plain.state_dict())
-        phased.register_buffer("taps", torch.tensor(cls.TAPS, dtype=torch.float32), persistent=False)
-        return phased
-
-    def forward(self, image: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """(B, out_channels, 2 Z, 2 Y, 2 X) of (B, in_channels, Z, Y, X)."""
-        kernel = torch.einsum("atk,bul,cvm,ioklm->oabcituv", self.taps, self.taps, self.taps, self.weight)
-        bias = None if self.bias is None else self.bias.repeat_interleave(8)
-        phases = functional.conv3d(image, kernel.flatten(0, 3), bias, padding=1)[:, :, 1:, 1:, 1:]
-        return pixelshuffle(phases, spatial_dims=3, scale_factor=2)
-
-
 class LungNodule3DUNet(SegmentationNetwork):
     """3-D U-Net with residual units, batch norm and PReLU (MONAI's ``UNet``; Kerfoot et al. 2019).
 
@@ -161,11 +131,7 @@ class LungNodule3DUNet(SegmentationNetwork):
             raise ValueError(
                 "this network must have batch norm; use SubpixelUNet (--network subpixel) for instance norm"
             )
-        unet = UNet(spatial_dims=3, act="PRELU", **self.arguments | {"norm": self._norm})
-        if self.arguments["strides"][0] == 2:
-            *_, (name, last) = ((n, m) for n, m in unet.named_modules() if isinstance(m, nn.ConvTranspose3d))
-            unet.set_submodule(name, PhasedConvTranspose3d.of(last))
-        return unet
+        return UNet(spatial_dims=3, act="PRELU", **self.arguments | {"norm": self._norm})
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, out_channels, Z, Y, X) of images (B, in_channels, Z, Y, X)."""

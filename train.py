@@ -122,8 +122,8 @@ class Trainer:
         compile_network: Compile the network, which takes half a minute and needs a C compiler. On a GPU it makes steps
             of 'unet' faster and those of 'subpixel' slower (see the README).
         record_steps: On a GPU, record a step as a CUDA graph and replay it, so that the GPU does not wait for the
-            processor to start hundreds of kernels one by one. It takes as much memory again as a step, and is left out
-            where that is not free, with float16, and with several processes.
+            processor to start hundreds of kernels one by one. It keeps the memory of a step, and is left out where as
+            much again is not free, with compile_network, with float16, and with several processes.
         resume: Go on from the newest good checkpoint of output_dir.
         overwrite: Delete the checkpoints and logs of an earlier run in output_dir.
 
@@ -250,7 +250,8 @@ class Trainer:
         if process_count() > 1:
             self.trained = DistributedDataParallel(self.trained)
             torch.manual_seed(given["seed"] + process_rank())  # each process drops other features
-        can_record = self.device.type == "cuda" and process_count() == 1 and not self.scaler.is_enabled()
+        compiled_or_scaled = given["compile_network"] or self.scaler.is_enabled()
+        can_record = self.device.type == "cuda" and process_count() == 1 and not compiled_or_scaled
         records = given["record_steps"] and can_record
         self.learn = RecordedStep(self._learn, self.device) if records else self._learn
 
@@ -619,7 +620,6 @@ class RecordedStep:
     def __init__(self, step: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> None:
         self._step, self._device = step, device
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
         self._shape: torch.Size | None = None
         self._steps, self._held, self._fits = 0, 0, True
         self.forget()
@@ -667,7 +667,7 @@ class RecordedStep:
         self._inputs = image.clone(), mask.clone()
         self._graph = torch.cuda.CUDAGraph()
         # Threads that load data may go on with their own calls meanwhile.
-        with torch.cuda.graph(self._graph, self._pool, self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             self._output = self._step(*self._inputs)
 
 

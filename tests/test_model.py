@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from monai.losses import DiceLoss
-from monai.networks.nets import UNet
 from torch import nn
 from torch.nn import functional
 
@@ -15,7 +14,6 @@ from model import (
     NETWORKS,
     DiceBCELoss,
     LungNodule3DUNet,
-    PhasedConvTranspose3d,
     SubpixelUNet,
     build_network,
     load_checkpoint,
@@ -100,35 +98,6 @@ def test_arguments_are_built_in_types_that_build_the_same_network():
     twin = LungNodule3DUNet(**network.arguments)
     assert type(network.arguments["channels"]) is list
     assert str(twin) == str(network)
-
-
-@pytest.mark.parametrize("changes", [{}, {"num_res_units": 0}, {"out_channels": 2}, {"strides": (1,)}])
-def test_network_is_the_same_function_as_monais(changes):
-    network = small_network(**changes).double()
-    monais = UNet(spatial_dims=3, act="PRELU", **network.arguments).double().eval()
-    monais.load_state_dict(network.unet.state_dict())
-    image, weight = torch.rand(2, 1, 6, 4, 8).double(), torch.rand(2, 1, 6, 4, 8).double()
-    found, expected = network(image), monais(image)
-    torch.testing.assert_close(found, expected)
-    (found * weight).sum().backward(), (expected * weight).sum().backward()
-    for mine, theirs in zip(network.unet.parameters(), monais.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad)
-
-
-def test_phased_transposed_convolution_by_hand():
-    plain = nn.ConvTranspose3d(1, 1, 3, stride=2, padding=1, output_padding=1, bias=False)
-    plain.weight.data = torch.tensor([1.0, 10.0, 100.0]).expand(1, 1, 3, 3, 3).clone()  # along x alone
-    image = torch.zeros(1, 1, 1, 1, 2)
-    image[..., 0], image[..., 1] = 1, 2
-    row = PhasedConvTranspose3d.of(plain)(image)[0, 0, 0, 0]
-    assert row.tolist() == [10, 100 + 2, 20, 200]
-
-
-def test_phased_transposed_convolution_draws_no_random_numbers():
-    plain = nn.ConvTranspose3d(2, 3, 3, stride=2, padding=1, output_padding=1)
-    before = torch.get_rng_state()
-    PhasedConvTranspose3d.of(plain)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_divisor_is_the_product_of_the_strides():
