@@ -65,6 +65,8 @@ from validate import ValidationResult, Validator
 
 logger = logging.getLogger(__name__)
 
+Step = Callable[[Tensor, Tensor], Tensor]
+
 AUGMENTATION = Augmentation()
 WARM_UP = 3  # steps before one is recorded: cuDNN tries its kernels, AdamW makes its averages
 REPORT_EVERY = 10  # steps between reads of what lies on the device; each read makes the host wait for it
@@ -72,8 +74,8 @@ REPORT_EVERY = 10  # steps between reads of what lies on the device; each read m
 FREE_SETTINGS = ("num_workers", "device", "checkpoint_interval", "cache", "record_steps")
 OUT_OF_MEMORY = (
     "CUDA is out of memory. Use a smaller batch_size (now {batch_size}), fewer channels, as "
-    "channels=(16, 32, 64, 128, 256) (now {channels}), keep the scans elsewhere, as cache='memory' (now {cache!r}), or "
-    "preprocess to a smaller target_size, as (48, 192, 192)"
+    "channels=(16, 32, 64, 128, 256) (now {channels}), keep the scans elsewhere, as cache='memory' (now {cache!r}), "
+    "record_steps=False (now {record_steps}), or preprocess to a smaller target_size, as (48, 192, 192)"
 )
 
 
@@ -252,8 +254,7 @@ class Trainer:
             torch.manual_seed(given["seed"] + process_rank())  # each process drops other features
         compiled_or_scaled = given["compile_network"] or self.scaler.is_enabled()
         can_record = self.device.type == "cuda" and process_count() == 1 and not compiled_or_scaled
-        records = given["record_steps"] and can_record
-        self.learn = RecordedStep(self._learn, self.device) if records else self._learn
+        self.recorder = RecordedStep(self.device) if given["record_steps"] and can_record else None
 
     def _build_data(self) -> None:
         """Sampler and loader of the training scans, and the validator of the others."""
@@ -404,8 +405,6 @@ class Trainer:
     def _train_epoch(self) -> float:
         """One pass over the training scans; returns the mean loss of its finite steps."""
         self.network.train()
-        if isinstance(self.learn, RecordedStep):
-            self.learn.forget()  # a recording holds the learning rate
         self.sampler.epoch = self.epoch
         pending: list[tuple[dict[str, Any], Tensor]] = []
         known: list[float] = []
@@ -418,6 +417,9 @@ class Trainer:
                     known += self._read_losses(pending)
                     bar.set_postfix(loss=f"{np.mean(known):.4f}" if known else "none", dice=f"{dice:.3f}")
             known += self._read_losses(pending)
+        if self.recorder is not None:
+            self.optimizer.zero_grad(set_to_none=True)  # the gradients lie in the recording's memory
+            self.recorder.forget()  # it holds the learning rate
         if not known:
             raise UserError("no step of this epoch had a finite loss; lower learning_rate or set mixed_precision=False")
         return float(np.mean(known))
@@ -452,7 +454,7 @@ class Trainer:
         mask = batch.pop("mask").to(self.device, non_blocking=True)
         if batch["augmentation"][0] is not None:
             image, mask = augment_batch(image, mask, batch["augmentation"])
-        return self.learn(image, mask)
+        return self._learn(image, mask) if self.recorder is None else self.recorder(self._learn, image, mask)
 
     def _learn(self, image: Tensor, mask: Tensor) -> Tensor:
         """One optimiser step; a loss or gradient that is not finite changes nothing. Nothing here waits for a GPU.
@@ -607,38 +609,41 @@ class Trainer:
 
 
 class RecordedStep:
-    """A training step that is recorded as a CUDA graph, once, and then replayed.
+    """Records a training step as a CUDA graph, once, and then replays it.
 
     A step starts hundreds of kernels, most of which take less time than a processor needs to start one. Steps run as
     they are until WARM_UP of them are done, where memory is short, and on batches of another shape than the first.
 
     Args:
-        step: Takes image and mask (B, 1, Z, Y, X), and returns a tensor; must not wait for the GPU.
         device: The GPU.
     """
 
-    def __init__(self, step: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> None:
-        self._step, self._device = step, device
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device)
         self._shape: torch.Size | None = None
         self._steps, self._held, self._fits = 0, 0, True
         self.forget()
 
     def forget(self) -> None:
-        """Records anew at the next step, with the learning rate of then."""
+        """Lets go of the recording and its memory; the next step is recorded, with the learning rate of then."""
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: tuple[Tensor, ...] = ()
+        self._output: Tensor | None = None
 
-    def __call__(self, image: Tensor, mask: Tensor) -> Tensor:
-        """What ``step`` returns."""
+    def __call__(self, step: Step, image: Tensor, mask: Tensor) -> Tensor:
+        """What ``step`` returns for image and mask (B, 1, Z, Y, X); it must not wait for the GPU."""
         if self._shape is None:
             self._shape = image.shape
             self._held = torch.cuda.memory_allocated(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
+        if not self._fits:
+            return step(image, mask)
         if image.shape != self._shape or not self._is_ready():
-            return self._run(image, mask)
+            return self._run(step, image, mask)
         if self._graph is None:
-            self._record(image, mask)
-        assert self._graph is not None
+            self._record(step, image, mask)
+        assert self._graph is not None and self._output is not None
         for kept, given in zip(self._inputs, (image, mask), strict=True):
             kept.copy_(given)
         self._graph.replay()
@@ -654,21 +659,21 @@ class RecordedStep:
             logger.info("a step takes %.1f GB of %.1f GB free on the GPU: %s", needed / 1e9, free / 1e9, outcome)
         return self._steps > WARM_UP and self._fits
 
-    def _run(self, image: Tensor, mask: Tensor) -> Tensor:
+    def _run(self, step: Step, image: Tensor, mask: Tensor) -> Tensor:
         """Runs the step where it will be recorded: autograd remembers the stream of a parameter."""
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
-            output = self._step(image, mask)
+            output = step(image, mask)
         here.wait_stream(self._stream)
         return output
 
-    def _record(self, image: Tensor, mask: Tensor) -> None:
+    def _record(self, step: Step, image: Tensor, mask: Tensor) -> None:
         self._inputs = image.clone(), mask.clone()
         self._graph = torch.cuda.CUDAGraph()
         # Threads that load data may go on with their own calls meanwhile.
         with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._output = self._step(*self._inputs)
+            self._output = step(*self._inputs)
 
 
 def _built_in(value: Any) -> Any:

@@ -305,11 +305,11 @@ class Validator:
     def _predict(self, scan: ProcessedScan) -> tuple[Tensor, Tensor | float]:
         """Probability (z, y, x), and loss, which the device may still be at."""
         self.inferencer.check_prepared_alike(scan)
-        logits = self.inferencer.logits(self.inferencer.to_tensor(scan.image), scan.lung_box)
-        loss: Tensor | float = math.nan
-        if self.loss is not None:
-            with torch.inference_mode():
-                loss = self.loss(logits, torch.from_numpy(scan.mask).to(logits.device)[None, None])
+        image = self.inferencer.to_tensor(scan.image)
+        truth = torch.from_numpy(scan.mask).to(image.device)[None, None]  # sent later, it would wait for the network
+        logits = self.inferencer.logits(image, scan.lung_box)
+        with torch.inference_mode():
+            loss = math.nan if self.loss is None else self.loss(logits, truth.to(logits.device))
         return torch.sigmoid(logits)[0, 0], loss
 
     def _examine(

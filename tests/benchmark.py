@@ -278,7 +278,7 @@ def training(bench: Bench) -> Iterator[tuple]:
 
     with FlopCounterMode(display=False) as counter, ByteCounter() as moved, peak_memory(bench.device) as peak:
         trainer._step(next(iter(trainer.loader)))
-    for batch in itertools.islice(trainer.loader, WARM_UP + 1):  # the last of them is recorded
+    for batch in itertools.islice(trainer.loader, WARM_UP):  # the last of them is recorded
         trainer._step(batch)
     steps = len(uids) // BATCH_SIZE
     for (name, dtype), workers in itertools.product(bench.plain_precisions.items(), bench.plain_workers):
