@@ -912,7 +912,8 @@ def draw_overlay(
     lines = [Line2D([], [], color=PREDICTION_COLOR, label="prediction")]
     if truth is not None:
         lines.append(Line2D([], [], color=TRUTH_COLOR, label="annotation"))
-    axes = figure.subplots(len(shown), 4, squeeze=False, width_ratios=[1.25, 1, 1, 1])
+    widths = [1.25, 1, 1, 1] if findings else [1, 1, 1]
+    axes = figure.subplots(len(shown), len(widths), squeeze=False, width_ratios=widths)
     if findings:
         axes[0, 3].legend(handles=lines, loc="upper right", fontsize=10)
     for row, (label, finding) in zip(axes, shown, strict=True):
@@ -946,8 +947,7 @@ def _draw_finding(
     views = [(0, None, label), (0, reach, f"axial, {2 * reach:.0f} mm"), (1, reach, "coronal"), (2, reach, "sagittal")]
     if not finding["diameter_mm"]:  # nothing to look at closely
         views = [(0, None, label), (1, None, "coronal"), (2, None, "sagittal")]
-        row[3].set_axis_off()
-    for axes, (axis, zoom, name) in zip(row, views, strict=False):
+    for axes, (axis, zoom, name) in zip(row, views, strict=True):
         planes = [None if array is None else np.take(array, index[axis], axis) for array in (image, mask, truth)]
         _draw_plane(axes, planes, [geometry.spacing_zyx[a] for a in range(3) if a != axis])
         axes.set_title(name, fontsize=11)
