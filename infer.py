@@ -410,7 +410,7 @@ class NoduleInferencer:
         """What ``python infer.py`` does: one raw scan, or the scans of a processed folder.
 
         Args:
-            input: Raw scan (.mhd, .mha, .nii.gz, .nrrd) outside the data set; it need not be preprocessed.
+            input: Raw scan (.mhd, .mha, .nii, .nii.gz, .nrrd) outside the data set; it need not be preprocessed.
             data_dir: Folder that preprocess.py wrote, used when no input is given.
             subset: 'validation', 'test', 'train' or 'all' scans of the split beside the checkpoint, or 'new' ones that
                 training never saw.
@@ -669,6 +669,14 @@ def extract_nodules(
     return [nodule for _, nodule in _describe(_nodule_voxels(_components(mask != 0), geometry), geometry, probability)]
 
 
+def hits_of(found: Sequence[dict[str, Any]], annotated: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Bool (found, annotated): whether a centre lies nearer to an annotated one than its radius."""
+    centers = np.asarray([n["center_world"] for n in found], float).reshape(-1, 3)
+    truths = np.asarray([n["center_world"] for n in annotated], float).reshape(-1, 3)
+    radii = np.asarray([n["diameter_mm"] / 2 for n in annotated], float)
+    return np.linalg.norm(centers[:, None] - truths[None], axis=-1) < radii
+
+
 def find_candidates(probability: np.ndarray, geometry: Geometry, threshold: float) -> Segmentation:
     """All that might be a nodule: those of the mask, and fainter spots that do not reach the threshold.
 
@@ -883,6 +891,7 @@ def draw_overlay(
     nodules: Sequence[dict[str, Any]],
     truth: np.ndarray | None = None,
     title: str = "",
+    most: int = MAX_PICTURED,
 ) -> Figure:
     """Axial slice and three zoomed views of each finding, with truth and prediction as contours.
 
@@ -891,28 +900,31 @@ def draw_overlay(
         geometry: Where its voxels lie.
         mask: Predicted mask (z, y, x).
         nodules: Predicted nodules, as ``extract_nodules`` gives them.
-        truth: Annotated mask (z, y, x); its nodules without a predicted voxel are drawn as missed.
+        truth: Annotated mask (z, y, x); its nodules that LUNA16's rule takes for missed are drawn, too.
         title: First line.
+        most: Findings that are drawn; the title counts all.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    findings = [(f"{i}: {n['diameter_mm']:.1f} mm, p = {n['probability']:.2f}", n) for i, n in enumerate(nodules, 1)]
+    findings = [(f"{i}: {n['diameter_mm']:.1f} mm, score {n['probability']:.2f}", n) for i, n in enumerate(nodules, 1)]
     if truth is not None:
         annotated = extract_nodules(truth, geometry)
-        missed = [n for n in annotated if not mask[_box_slices(n["bbox"])].any()]
+        hits = hits_of(nodules, annotated)
+        missed = [nodule for number, nodule in enumerate(annotated) if not hits[:, number].any()]
         findings = [(f"missed, {n['diameter_mm']:.1f} mm", n) for n in missed] + findings
-    shown = findings[:MAX_PICTURED] or [("no nodule found", _middle(image.shape))]
+    shown = findings[:most] or [("axial, no nodule found", _middle(image.shape))]
     figure = Figure(figsize=(15, 0.9 + 3.9 * len(shown)), dpi=100, layout="constrained", facecolor="white")
     counted = f"{len(nodules)} predicted" + (
         "" if truth is None else f", {len(annotated)} annotated, {len(missed)} missed"
     )
-    more = f" (the first {MAX_PICTURED} of {len(findings)} findings)" if len(findings) > MAX_PICTURED else ""
+    more = f" (the first {most} of {len(findings)} findings)" if len(findings) > most else ""
     figure.suptitle(f"{title}\n{counted}{more}", fontsize=12)
     lines = [Line2D([], [], color=PREDICTION_COLOR, label="prediction")]
     if truth is not None:
         lines.append(Line2D([], [], color=TRUTH_COLOR, label="annotation"))
-    widths = [1.25, 1, 1, 1] if findings else [1, 1, 1]
+    _, height_mm, width_mm = np.asarray(image.shape) * geometry.spacing_zyx
+    widths = [1.25, 1, 1, 1] if findings else [width_mm, width_mm, height_mm]
     axes = figure.subplots(len(shown), len(widths), squeeze=False, width_ratios=widths)
     if findings:
         axes[0, 3].legend(handles=lines, loc="upper right", fontsize=10)
@@ -925,10 +937,6 @@ def _middle(shape_zyx: Sequence[int]) -> dict[str, Any]:
     """What is drawn where nothing was found: whole slices, the sagittal one through a lung."""
     z, y, x = shape_zyx
     return {"center_voxel": [(x - 1) / 4, (y - 1) / 2, (z - 1) / 2], "diameter_mm": 0.0}
-
-
-def _box_slices(bbox: Sequence[int]) -> tuple[slice, slice, slice]:
-    return slice(*bbox[0:2]), slice(*bbox[2:4]), slice(*bbox[4:6])
 
 
 def _draw_finding(
@@ -951,6 +959,7 @@ def _draw_finding(
         planes = [None if array is None else np.take(array, index[axis], axis) for array in (image, mask, truth)]
         _draw_plane(axes, planes, [geometry.spacing_zyx[a] for a in range(3) if a != axis])
         axes.set_title(name, fontsize=11)
+        _name_sides(axes, "AP" if axis == 2 else "RL")
         rows, columns = [center_mm[a] for a in range(3) if a != axis]
         if axis:
             axes.invert_yaxis()  # head up
@@ -959,6 +968,13 @@ def _draw_finding(
             axes.set_ylim((rows - zoom, rows + zoom) if axis else (rows + zoom, rows - zoom))
         elif finding["diameter_mm"]:
             _point_at(axes, columns, rows, finding["diameter_mm"], label)
+
+
+def _name_sides(axes: Axes, sides: str) -> None:
+    """The patient's right and left, or front and back, as letters at the sides of a slice."""
+    for x, letter in zip((0.02, 0.98), sides, strict=True):
+        align = "left" if x < 0.5 else "right"
+        axes.text(x, 0.5, letter, color="white", fontsize=10, ha=align, va="center", transform=axes.transAxes)
 
 
 def _draw_plane(axes: Axes, planes: Sequence[np.ndarray | None], spacing: Sequence[float]) -> None:

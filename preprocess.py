@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -739,6 +740,9 @@ class LUNA16Preprocessor:
             ImportError: A scheduler is named and ``distributed`` is not installed.
             OSError: The scheduler does not answer.
         """
+        check("TORCHELASTIC_RUN_ID" not in os.environ, "preprocess.py starts its own processes; leave torchrun out")
+        if not self.lung_masks_dir.is_dir():
+            logger.warning("%s is not a folder: lungs are found by threshold", self.lung_masks_dir)
         tasks = [self._task(uid) for uid in self.scans]
         todo = [task for task in tasks if not task.is_done()]
         skipped = sorted({task.seriesuid for task in tasks} - {task.seriesuid for task in todo})
@@ -913,7 +917,11 @@ def _join_cluster(address: str) -> Client:
         raise ImportError("a scheduler needs Dask: pip install distributed") from error
     for module in {__name__, Geometry.__module__} - {"__main__"}:  # __main__ travels anyway
         cloudpickle.register_pickle_by_value(sys.modules[module])
-    return Client(address, timeout=CLUSTER_TIMEOUT_S)
+    client = Client(address, timeout=CLUSTER_TIMEOUT_S)
+    if not client.nthreads():
+        logger.warning("%s has no worker yet: waiting for one (dask worker %s)", address, address)
+        client.wait_for_workers(1)
+    return client
 
 
 def _count_threads(client: Client) -> int:
@@ -926,7 +934,7 @@ def _run_on_cluster(tasks: list[ScanTask], client: Client) -> dict[str, str]:
 
     failed: dict[str, str] = {}
     with client, tqdm(total=len(tasks), desc="preprocessing", unit="scan", disable=None) as bar:
-        client.run(_start_worker)
+        client.register_worker_callbacks(_start_worker)  # of workers that join later, too
         uids = {client.submit(process_scan, task, pure=False): task.seriesuid for task in tasks}
         for future in completed(uids):
             if (error := future.exception()) is not None:

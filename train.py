@@ -179,6 +179,7 @@ class Trainer:
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "resume", "overwrite")}
         self.settings = {name: _built_in(value) for name, value in given.items()}
+        check(not (resume and overwrite), "resume and overwrite exclude each other; leave one of them out")
         self._check_settings()
         self.data_dir, self.output_dir = Path(data_dir), Path(output_dir)
         self.checkpoint_dir = self.output_dir / "checkpoints"
@@ -215,6 +216,11 @@ class Trainer:
     def _check_settings(self) -> None:
         for name in ("num_epochs", "batch_size", "checkpoint_interval", "validation_interval"):
             check(self.settings[name] >= 1, f"{name} must be at least 1, not {self.settings[name]}")
+        pastes = (self.settings["augmentation"] or {}).get("paste_prob", 0) > 0
+        check(
+            not pastes or self.settings["patch_size"] is not None,
+            "paste_prob must be 0 without a patch_size: nodules are pasted into patches",
+        )
         for name in ("weight_decay", "num_workers"):
             check(self.settings[name] >= 0, f"{name} must not be negative, not {self.settings[name]}")
         network = self.settings["network"]
@@ -232,7 +238,7 @@ class Trainer:
         elif process_count() > 1 and given["norm"] == "batch":
             logger.warning("on CPUs batch norm sees its own process's share of a batch alone; see --norm instance")
         if given["network"] == "subpixel" and given["dropout"] and given["hardest_share"] < 1:
-            logger.warning("with dropout, this network has learned nothing from its hardest voxels; set dropout to 0")
+            logger.warning("with dropout this network did not learn from its hardest voxels in trials; set it to 0")
         self.network: SegmentationNetwork = place(network, self.device)
         loss = {name: given[name] for name in ("dice_weight", "bce_weight", "smooth", "hardest_share")}
         loss["per_sample"] = given["dice_per_sample"]
@@ -584,7 +590,8 @@ class Trainer:
         check(
             not differing,
             "a run can only be resumed with its own settings; "
-            + ", ".join(f"{name} was {theirs.get(name)}, not {mine[name]}" for name in differing),
+            + ", ".join(f"{name} was {theirs.get(name)}, not {mine[name]}" for name in differing)
+            + "; train anew with others, by overwrite=True or in another output_dir",
         )
         check(checkpoint["preprocessing"] == self.preprocessing, "the data was preprocessed anew with other settings")
         self.network.load_state_dict(checkpoint["weights"])

@@ -248,7 +248,10 @@ def find_scans(folder: str | Path) -> dict[str, Path]:
             raise ValueError(f"scan {path.stem} lies in two places, {found[path.stem]} and {path}; remove one of them")
         found[path.stem] = path
     if not found:
-        raise FileNotFoundError(f"no scan in {folder}; it must hold *.mhd or subset*/*.mhd (see data/README.md)")
+        raise FileNotFoundError(
+            f"no scan in {folder}; it must hold *.mhd or subset*/*.mhd (see data/README.md). A DICOM series must first "
+            "be written as one file, e.g. by SimpleITK's ImageSeriesReader"
+        )
     return dict(sorted(found.items()))
 
 

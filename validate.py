@@ -30,6 +30,7 @@ from infer import (
     choose_scans,
     draw_overlay,
     find_candidates,
+    hits_of,
     map_scans,
 )
 from utils import (
@@ -66,6 +67,7 @@ NEARLY_AS_GOOD = 0.005  # of mean Dice, when a score is chosen
 MUCH_WORSE = 0.1  # of mean Dice, likewise
 MOST_FINISHERS = 4  # threads that score scans beside the network, one for every four cores
 SCORE_DRAWS = 100  # of the scans, when a score is chosen
+FROC_FILES = ("froc.csv", "froc.png")
 FP_PER_SCAN = 2.0 ** np.arange(-3, 4)  # 1/8 ... 8, where LUNA16 reads the curve
 _GRID = 2.0 ** (np.arange(-48, 49) / 16)  # the same range in finer steps, for the picture
 _POINTS = np.append(np.arange(0, 97, 16), 97)  # in what _read_curve returns: FP_PER_SCAN, then the CPM
@@ -140,14 +142,6 @@ def match_nodules(found: Sequence[dict[str, Any]], annotated: Sequence[dict[str,
     """
     hits = hits_of(found, annotated)
     return int(hits.any(axis=0).sum()), int((~hits.any(axis=1)).sum())
-
-
-def hits_of(found: Sequence[dict[str, Any]], annotated: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Bool (found, annotated): whether a centre lies nearer to an annotated one than its radius."""
-    centers = np.asarray([n["center_world"] for n in found], float).reshape(-1, 3)
-    truths = np.asarray([n["center_world"] for n in annotated], float).reshape(-1, 3)
-    radii = np.asarray([n["diameter_mm"] / 2 for n in annotated], float)
-    return np.linalg.norm(centers[:, None] - truths[None], axis=-1) < radii
 
 
 # --------------------------------------------------------------------------------------------------------- validator
@@ -295,18 +289,24 @@ class Validator:
         split = read_split(checkpoint_path.parent / "split.json")  # without it, training scans might be scored
         if fold is not None:
             held_out = split.get("fold")
-            check(held_out == fold, f"{checkpoint_path} was trained with fold {held_out} held out, not {fold}")
+            told = "no fold" if held_out is None else f"fold {held_out}"
+            check(held_out == fold, f"{checkpoint_path} was trained with {told} held out, not fold {fold}")
             subset = "test"
         parts = choose_scans(self.data_dir, checkpoint_path, subset)
         if all(part == "train" for part in parts.values()):
-            raise ValueError(f"{self.data_dir} holds training scans only; name a data_dir with others")
+            raise ValueError(
+                f"the {subset} scans of {self.data_dir} are all training scans, which are never scored; name a "
+                "data_dir with others, or another subset"
+            )
         return parts
 
     def _predict(self, scan: ProcessedScan) -> tuple[Tensor, Tensor | float]:
         """Probability (z, y, x), and loss, which the device may still be at."""
         self.inferencer.check_prepared_alike(scan)
         image = self.inferencer.to_tensor(scan.image)
-        truth = torch.from_numpy(scan.mask).to(image.device)[None, None]  # sent later, it would wait for the network
+        truth = torch.from_numpy(scan.mask)[None, None]
+        if self.loss is not None:
+            truth = truth.to(image.device)  # sent later, it would wait for the network
         logits = self.inferencer.logits(image, scan.lung_box)
         with torch.inference_mode():
             loss = math.nan if self.loss is None else self.loss(logits, truth.to(logits.device))
@@ -328,7 +328,7 @@ class Validator:
         probability = self.inferencer.predict_probability(scan.image, scan.lung_box)
         found = self.inferencer.segment(probability, scan.geometry)
         image, truth = np.asarray(scan.image, np.float32), np.asarray(scan.mask)
-        return draw_overlay(image, scan.geometry, found.mask, found.nodules[:1], truth, scan.seriesuid)
+        return draw_overlay(image, scan.geometry, found.mask, found.nodules, truth, scan.seriesuid, most=1)
 
     def _write(self, result: ValidationResult, excluded: pd.DataFrame | None) -> None:
         scored = result.table.loc[result.table["part"] != "train", "seriesuid"]
@@ -343,6 +343,10 @@ class Validator:
             write_froc(curve, self.output_dir)
             result.summary["cpm"] = {"value": curve.cpm, "interval": curve.intervals[-1].tolist()}
             result.summary["by_size"] = table_by_size(result.nodules, curve).to_dict("records")
+        else:
+            logger.warning("no scan has a nodule: there is no FROC")
+            for name in FROC_FILES:
+                (self.output_dir / name).unlink(missing_ok=True)  # of an earlier run
         write_json(self.output_dir / "validation_summary.json", result.summary)
 
 
@@ -508,6 +512,10 @@ def summarize(table: pd.DataFrame) -> dict[str, Any]:
 
 def format_summary(summary: dict[str, Any]) -> str:
     """The summary as a person reads it on the console."""
+
+    def told(value: float) -> str:
+        return f"{value:.3f}" if math.isfinite(value) else "undefined"
+
     lines = [f"{'per scan':<14}{'mean ± std':>16}   scans where it is defined"]
     for name in METRICS:
         value = summary[name]
@@ -515,9 +523,9 @@ def format_summary(summary: dict[str, Any]) -> str:
         lines.append(f"{name:<14}{figures:>16}   {value['scans']} of {summary['scans']}")
     lines += [
         f"masks of nodules with a score of {summary['min_score']:.2f} or more, of voxels with {summary['threshold']:g}",
-        f"Dice per scan, predicted nodules on excluded findings ignored: {summary['dice_without_excluded']:.3f}",
-        f"Dice per scan, scans with nodules alone: {summary['dice_of_scans_with_nodules']:.3f}",
-        f"Dice pooled over all voxels of all scans: {summary['dice_pooled']:.3f}",
+        f"Dice per scan, predicted nodules on excluded findings ignored: {told(summary['dice_without_excluded'])}",
+        f"Dice per scan, scans with nodules alone: {told(summary['dice_of_scans_with_nodules'])}",
+        f"Dice pooled over all voxels of all scans: {told(summary['dice_pooled'])}",
         f"nodules found: {summary['nodules_found']} of {summary['nodules']}, "
         f"false-positive nodules: {summary['false_positive_nodules']}, of which "
         f"{summary['on_excluded_findings']} on excluded findings",
@@ -691,7 +699,7 @@ def draw_froc(result: FROC) -> Figure:
         axes.annotate(f"{y:.3f}", (x, edge), (0, shift), textcoords="offset points", ha="center")
     axes.set_xscale("log", base=2)
     axes.set_xticks(FP_PER_SCAN, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
-    axes.set(xlim=(0.1, 10), ylim=(0, 1), ylabel="sensitivity", title=title)
+    axes.set(xlim=(0.1, 10), ylim=(0, 1.02), ylabel="sensitivity", title=title)
     axes.set_xlabel("false positives per scan ({scans} scans, {nodules} nodules)".format(**result.counts))
     axes.grid(color="0.9")
     axes.legend(loc="lower right" if result.cpm > 0.5 else "upper left", frameon=False)
@@ -811,9 +819,10 @@ def _read_curve(fps: np.ndarray, tps: np.ndarray, scans: int, nodules: int) -> n
 
 
 def write_froc(curve: FROC, output_dir: str | Path) -> None:
-    """Writes ``froc.csv`` and ``froc.png``."""
-    write_csv(Path(output_dir) / "froc.csv", curve.table())
-    with atomic_path(Path(output_dir) / "froc.png") as temporary:
+    """Writes FROC_FILES."""
+    table, picture = (Path(output_dir) / name for name in FROC_FILES)
+    write_csv(table, curve.table())
+    with atomic_path(picture) as temporary:
         draw_froc(curve).savefig(temporary)
 
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pandas as pd
@@ -28,6 +29,7 @@ def run(script: str, **options: object) -> None:
 
 def main() -> int:
     """Makes phantoms, runs the four scripts and prints what came out; returns the exit status."""
+    ArgumentParser(description="Runs the whole pipeline on phantoms, anew in data/demo.").parse_args()
     start = time.perf_counter()
     folder = Path("data/demo")
     shutil.rmtree(ROOT / folder, ignore_errors=True)
@@ -67,6 +69,8 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         print(f"{error.cmd[1]} failed with exit status {error.returncode}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     report(ROOT / experiment, time.perf_counter() - start)
     return 0
 

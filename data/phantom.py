@@ -819,7 +819,9 @@ def clear(output_dir: Path, overwrite: bool) -> None:
     if len(own) < len(files):
         raise FileExistsError(f"{output_dir} holds scans that are no phantoms; choose another output_dir.")
     if (files or (output_dir / "annotations.csv").exists()) and not overwrite:
-        raise FileExistsError(f"{output_dir} already holds data; choose another output_dir or pass overwrite=True.")
+        raise FileExistsError(
+            f"{output_dir} already holds data; choose another output_dir, or overwrite=True (--overwrite true)."
+        )
     for file in own:
         file.unlink()
     for folder in ["seg-lungs-LUNA16", *(f"raw/subset{k}" for k in range(10))]:

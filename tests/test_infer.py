@@ -1033,11 +1033,43 @@ def test_picture_of_a_missed_nodule_says_so(processed_dir):
     assert figure.axes[0].get_title().startswith("missed")
 
 
+def test_picture_takes_a_nodule_for_missed_by_the_rule_of_the_tables(processed_dir):
+    scan = read_processed(processed_dir, read_processed_list(processed_dir)[0])
+    truth, mask = np.zeros((2, *scan.mask.shape), np.uint8)
+    truth[10:14, 20:25, 20:26] = 1
+    mask[10:14, 25:35, 25:40] = mask[13, 24, 25] = 1  # touches it, its centre is elsewhere
+    found = extract_nodules(mask, scan.geometry)
+    figure = infer.draw_overlay(np.asarray(scan.image, np.float32), scan.geometry, mask, found, truth, "scan")
+    assert "1 predicted, 1 annotated, 1 missed" in figure.get_suptitle()
+
+
+def test_picture_of_the_first_finding_counts_all(processed_dir):
+    scan = read_processed(processed_dir, read_processed_list(processed_dir)[0])
+    mask = np.zeros(scan.mask.shape, np.uint8)
+    mask[4:8, 4:8, 4:8] = mask[14:18, 24:28, 24:28] = 1
+    found = extract_nodules(mask, scan.geometry)
+    figure = infer.draw_overlay(np.asarray(scan.image, np.float32), scan.geometry, mask, found, title="scan", most=1)
+    assert "2 predicted (the first 1 of 2 findings)" in figure.get_suptitle()
+    assert len(figure.axes) == 4
+
+
+def test_picture_names_the_sides_of_the_patient(processed_dir):
+    scan = read_processed(processed_dir, read_processed_list(processed_dir)[0])
+    nothing = np.zeros(scan.mask.shape, np.uint8)
+    figure = infer.draw_overlay(np.asarray(scan.image, np.float32), scan.geometry, nothing, [], None, "scan")
+    # x grows to the patient's left, y to the back.
+    assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [["R", "L"], ["R", "L"], ["A", "P"]]
+
+
 def test_picture_without_a_finding_shows_whole_slices(processed_dir):
     scan = read_processed(processed_dir, read_processed_list(processed_dir)[0])
     nothing = np.zeros(scan.mask.shape, np.uint8)
     figure = infer.draw_overlay(np.asarray(scan.image, np.float32), scan.geometry, nothing, [], None, "scan")
-    assert [axes.get_title() for axes in figure.axes if axes.axison] == ["no nodule found", "coronal", "sagittal"]
+    assert [axes.get_title() for axes in figure.axes if axes.axison] == [
+        "axial, no nodule found",
+        "coronal",
+        "sagittal",
+    ]
     for axes, rows in zip(figure.axes, (1, 0, 0), strict=False):  # y upright, then z
         height_mm = nothing.shape[rows] * scan.geometry.spacing_zyx[rows]
         assert abs(np.diff(axes.get_ylim())[0]) == pytest.approx(height_mm)

@@ -1357,6 +1357,31 @@ def test_scan_that_fails_on_a_cluster_is_listed_and_the_others_are_done(phantom_
     assert reason.startswith("ValueError: ")
 
 
+def test_cluster_without_a_worker_is_told_and_waited_for(phantom_dir, tmp_path, caplog):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=0, threads_per_worker=1, processes=False, dashboard_address=None
+    ) as cluster:
+        timer = threading.Timer(2, cluster.scale, [1])
+        timer.start()
+        summary = prepare_phantoms(phantom_dir, tmp_path, scheduler=cluster.scheduler_address)
+    assert len(summary.processed) == 4
+    assert "has no worker yet: waiting for one" in caplog.text
+
+
+def test_preprocessing_under_torchrun_is_refused(phantom_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(ValueError, match="leave torchrun out"):
+        prepare_phantoms(phantom_dir, tmp_path)
+
+
+def test_missing_folder_of_lung_masks_is_told(phantom_dir, tmp_path, caplog):
+    shutil.copytree(phantom_dir / "raw", tmp_path / "raw")
+    shutil.copy(phantom_dir / "annotations.csv", tmp_path)
+    prepare_phantoms(tmp_path, tmp_path / "out")
+    assert "seg-lungs-LUNA16 is not a folder: lungs are found by threshold" in caplog.text
+
+
 def test_scheduler_without_dask_names_the_package(phantom_dir, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(ImportError, match="pip install distributed"):

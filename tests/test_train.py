@@ -14,6 +14,7 @@ import torch
 from conftest import TINY
 
 import train
+from dataset import Augmentation
 from infer import NoduleInferencer
 from model import SubpixelUNet, load_checkpoint, save_checkpoint
 from train import Trainer
@@ -113,7 +114,17 @@ def test_unknown_network_is_refused(processed_dir, tmp_path):
 def test_dropout_that_kept_a_network_from_learning_is_warned_of(processed_dir, tmp_path, caplog, dropout, warns):
     network = {"network": "subpixel", "channels": (4, 4, 8), "strides": (2, 1), "dropout": dropout}
     Trainer(processed_dir, tmp_path, hardest_share=0.1, **CPU | network)
-    assert ("set dropout to 0" in caplog.text) == warns
+    assert ("in trials; set it to 0" in caplog.text) == warns
+
+
+def test_resume_and_overwrite_exclude_each_other(processed_dir, tmp_path):
+    with pytest.raises(ValueError, match="resume and overwrite exclude each other"):
+        Trainer(processed_dir, tmp_path, resume=True, overwrite=True, **CPU)
+
+
+def test_pasting_without_patches_is_refused(processed_dir, tmp_path):
+    with pytest.raises(ValueError, match="paste_prob must be 0 without a patch_size"):
+        Trainer(processed_dir, tmp_path, augmentation=Augmentation(paste_prob=0.5), **CPU)
 
 
 def test_unknown_cache_is_refused(processed_dir, tmp_path):

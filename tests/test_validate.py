@@ -664,7 +664,7 @@ def test_validation_with_everything_undefined_still_writes_its_picture(copied_ru
 def test_folder_with_training_scans_alone_cannot_be_validated(copied_run, processed_dir, tmp_path):
     split = {"train": read_processed_list(processed_dir), "validation": ["1.2.3"]}
     (copied_run.parent / "split.json").write_text(json.dumps(split))
-    with pytest.raises(ValueError, match="holds training scans only; name a data_dir with others"):
+    with pytest.raises(ValueError, match="are all training scans, which are never scored; name a data_dir with others"):
         Validator(processed_dir, copied_run, tmp_path / "out", "cpu").run_validation("all")
 
 
@@ -703,13 +703,13 @@ def test_fold_scores_exactly_the_scans_that_were_held_out(fold_run, processed_di
 @pytest.mark.parametrize("fold", [0, 1])
 def test_fold_that_was_not_held_out_is_refused(fold_run, processed_dir, tmp_path, fold):
     validator = Validator(processed_dir, fold_run / "checkpoints" / "best_model.pth", tmp_path, "cpu")
-    with pytest.raises(ValueError, match=f"was trained with fold 2 held out, not {fold}"):
+    with pytest.raises(ValueError, match=f"was trained with fold 2 held out, not fold {fold}"):
         validator.run_validation(fold=fold)
 
 
 def test_fold_of_a_training_without_one_is_refused(run_dir, processed_dir, tmp_path):
     validator = Validator(processed_dir, run_dir / "checkpoints" / "best_model.pth", tmp_path, "cpu")
-    with pytest.raises(ValueError, match="was trained with fold None held out, not 2"):
+    with pytest.raises(ValueError, match="was trained with no fold held out, not fold 2"):
         validator.run_validation(fold=2)
 
 
