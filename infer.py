@@ -96,6 +96,7 @@ ROUND = 0.92  # what is as round as this is one nodule
 MOST_SPARSE_VOXELS = 2_000_000  # with more the array is labelled as a whole
 LARGEST_NODULE_MM3 = 113_000  # a sphere of 60 mm; nothing larger is a nodule, and splitting it would take long
 MAX_PICTURED = 6  # findings drawn for a scan
+LABEL_BOX = {"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 1.5}
 TRUTH_COLOR, PREDICTION_COLOR = "#35d0ff", "#ff9f1c"
 
 
@@ -974,7 +975,8 @@ def _name_sides(axes: Axes, sides: str) -> None:
     """The patient's right and left, or front and back, as letters at the sides of a slice."""
     for x, letter in zip((0.02, 0.98), sides, strict=True):
         align = "left" if x < 0.5 else "right"
-        axes.text(x, 0.5, letter, color="white", fontsize=10, ha=align, va="center", transform=axes.transAxes)
+        place: dict[str, Any] = {"ha": align, "va": "center", "transform": axes.transAxes, "bbox": LABEL_BOX}
+        axes.text(x, 0.5, letter, color="white", fontsize=10, **place)
 
 
 def _draw_plane(axes: Axes, planes: Sequence[np.ndarray | None], spacing: Sequence[float]) -> None:
@@ -1005,7 +1007,7 @@ def _point_at(axes: Axes, x: float, y: float, diameter: float, label: str) -> No
         fontsize=11,
         va="center",
         ha="center",
-        bbox={"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 1.5},
+        bbox=LABEL_BOX,
         arrowprops={"arrowstyle": "->", "color": "yellow"},
     )
 
