@@ -854,12 +854,14 @@ def score_predictions(
 
     Raises:
         FileNotFoundError: There is no such file.
+        FileExistsError: output_dir holds the scores of a network, and the marks are not its own.
         ValueError: A table is unusable, or two files have marks in the same scan.
     """
     given = Path(str(predictions))
     paths = [given] if given.is_file() else [Path(name) for name in sorted(glob.glob(str(predictions)))]  # noqa: PTH207 - a pattern may be absolute
     if not paths:
         raise FileNotFoundError(f"no file matches {predictions}")
+    _refuse_scores_of_others(Path(output_dir), paths)
     tables = [read_table(path, CANDIDATE_COLUMNS) for path in paths]
     if seriesuids_path is not None:
         names = Path(seriesuids_path).read_text(encoding="utf-8").split()
@@ -881,6 +883,16 @@ def score_predictions(
     curve = froc(pd.concat(tables), annotations, read_excluded(excluded_path), scans)
     write_froc(curve, output_dir)
     return curve
+
+
+def _refuse_scores_of_others(output_dir: Path, predictions: Sequence[Path]) -> None:
+    """The FROC of a network is replaced by that of its own marks alone."""
+    own = [path.parent.resolve() for path in predictions] == [output_dir.resolve()]
+    if (output_dir / "validation_results.csv").is_file() and not own:
+        raise FileExistsError(
+            f"{output_dir} holds the scores of a network, which those of {predictions[0]} would replace; name another "
+            "output_dir (--output_dir)"
+        )
 
 
 def _scans_beside(predictions: Path) -> list[str]:

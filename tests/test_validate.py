@@ -941,6 +941,19 @@ def test_one_fold_takes_the_scans_of_its_own_validation(challenge):
     assert score("fold0/candidates.csv").counts["scans"] == 2
 
 
+def test_scores_of_a_network_are_not_replaced_by_those_of_other_marks(challenge):
+    write_two_folds(challenge)
+    with pytest.raises(FileExistsError, match="fold0 holds the scores of a network"):
+        score("fold*/candidates.csv", output_dir="fold0")
+    assert not (challenge / "fold0" / "froc.csv").exists()
+
+
+def test_own_marks_are_scored_again_beside_the_scores_of_their_network(challenge):
+    write_two_folds(challenge)
+    score("fold0/candidates.csv", output_dir="fold0")
+    assert (challenge / "fold0" / "froc.csv").is_file()
+
+
 def test_marks_of_one_scan_in_two_files_are_refused(challenge):
     write_two_folds(challenge)
     write_marks(challenge / "fold1" / "candidates.csv", *HITS_AND_MISTAKE[1:])
