@@ -796,9 +796,8 @@ class LUNA16Preprocessor:
         gigabytes, free = sum(n.disk_bytes for n in needs) / 1e9, shutil.disk_usage(self.output_dir).free / 1e9
         minutes = sum(n.seconds for n in needs) / processes / 60
         most = "up to " if self.settings.crop_to_lungs else ""
-        logger.info(
-            "this takes %s%.1f GB of disk (%.1f GB are free) and about %.0f min", most, gigabytes, free, minutes
-        )
+        duration = f"about {minutes:.0f} min" if minutes >= 1 else "less than a minute"
+        logger.info("this takes %s%.1f GB of disk (%.1f GB are free) and %s", most, gigabytes, free, duration)
         if gigabytes > free:
             logger.warning("%s may be too small; name an output_dir on another disk", self.output_dir)
 

@@ -220,10 +220,9 @@ def scan_suffix(path: str | Path) -> str:
     for suffix in SCAN_SUFFIXES:
         if name.endswith(suffix):
             return suffix
-    remedy = "; write a DICOM series as one file first, e.g. by dcm2niix -z y FOLDER"
-    is_dicom = name.endswith((".dcm", ".ima")) or Path(path).is_dir()
-    raise ValueError(
-        f"a scan must be one of {', '.join(SCAN_SUFFIXES)}, not {Path(path).name!r}{remedy if is_dicom else ''}"
+    raise ValueError(  # DICOM files often have no suffix
+        f"a scan must be one of {', '.join(SCAN_SUFFIXES)}, not {Path(path).name!r}; write a DICOM series as one file "
+        "first, e.g. by dcm2niix -z y FOLDER"
     )
 
 

@@ -289,8 +289,8 @@ class Validator:
         split = read_split(checkpoint_path.parent / "split.json")  # without it, training scans might be scored
         if fold is not None:
             held_out = split.get("fold")
-            told = "no fold" if held_out is None else f"fold {held_out}"
-            check(held_out == fold, f"{checkpoint_path} was trained with {told} held out, not fold {fold}")
+            theirs = "no fold" if held_out is None else f"fold {held_out}"
+            check(held_out == fold, f"{checkpoint_path} was trained with {theirs} held out, not fold {fold}")
             subset = "test"
         parts = choose_scans(self.data_dir, checkpoint_path, subset)
         if all(part == "train" for part in parts.values()):
@@ -512,10 +512,6 @@ def summarize(table: pd.DataFrame) -> dict[str, Any]:
 
 def format_summary(summary: dict[str, Any]) -> str:
     """The summary as a person reads it on the console."""
-
-    def told(value: float) -> str:
-        return f"{value:.3f}" if math.isfinite(value) else "undefined"
-
     lines = [f"{'per scan':<14}{'mean ± std':>16}   scans where it is defined"]
     for name in METRICS:
         value = summary[name]
@@ -523,9 +519,9 @@ def format_summary(summary: dict[str, Any]) -> str:
         lines.append(f"{name:<14}{figures:>16}   {value['scans']} of {summary['scans']}")
     lines += [
         f"masks of nodules with a score of {summary['min_score']:.2f} or more, of voxels with {summary['threshold']:g}",
-        f"Dice per scan, predicted nodules on excluded findings ignored: {told(summary['dice_without_excluded'])}",
-        f"Dice per scan, scans with nodules alone: {told(summary['dice_of_scans_with_nodules'])}",
-        f"Dice pooled over all voxels of all scans: {told(summary['dice_pooled'])}",
+        f"Dice per scan, predicted nodules on excluded findings ignored: {_told(summary['dice_without_excluded'])}",
+        f"Dice per scan, scans with nodules alone: {_told(summary['dice_of_scans_with_nodules'])}",
+        f"Dice pooled over all voxels of all scans: {_told(summary['dice_pooled'])}",
         f"nodules found: {summary['nodules_found']} of {summary['nodules']}, "
         f"false-positive nodules: {summary['false_positive_nodules']}, of which "
         f"{summary['on_excluded_findings']} on excluded findings",
@@ -538,6 +534,10 @@ def format_summary(summary: dict[str, Any]) -> str:
         lines.append(f"FROC: CPM {summary['cpm']['value']:.3f} (95 % interval {low:.3f} to {high:.3f})")
         lines.append(pd.DataFrame(summary["by_size"]).round(3).to_string(index=False))
     return "\n".join(lines)
+
+
+def _told(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "undefined"
 
 
 def draw_distribution(table: pd.DataFrame) -> Figure:
