@@ -38,6 +38,7 @@ from utils import (
     CANDIDATE_COLUMNS,
     Box,
     Geometry,
+    InputError,
     ProcessedScan,
     Shape,
     UserError,
@@ -433,7 +434,7 @@ class NoduleInferencer:
         if found != self.preprocessing:
             wanted, given = self.preprocessing.to_dict(), found.to_dict()
             differing = ", ".join(f"{k}: {given[k]} instead of {wanted[k]}" for k in wanted if given[k] != wanted[k])
-            raise ValueError(f"{scan.seriesuid} was preprocessed otherwise than the training data ({differing})")
+            raise InputError(f"{scan.seriesuid} was preprocessed otherwise than the training data ({differing})")
 
     # ---- files
 

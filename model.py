@@ -16,6 +16,8 @@ from monai.networks.utils import pixelshuffle
 from torch import Tensor, nn
 from torch.nn import functional
 
+from utils import InputError
+
 CHECKPOINT_FORMAT = 3
 # What zipfile, zlib and the unpickler raise on a file with flipped or missing bytes.
 DAMAGE = (
@@ -62,17 +64,17 @@ class SegmentationNetwork(nn.Module):
     ) -> None:
         super().__init__()
         if len(channels) < 2 or min(channels) < 1:
-            raise ValueError(f"channels must be two or more positive numbers, not {channels}")
+            raise InputError(f"channels must be two or more positive numbers, not {channels}")
         if len(strides) != len(channels) - 1 or min(strides) < 1:
-            raise ValueError(
+            raise InputError(
                 f"strides must be {len(channels) - 1} positive numbers, one fewer than channels, not {strides}"
             )
         if num_res_units < 0:
-            raise ValueError(f"num_res_units must not be negative, not {num_res_units}")
+            raise InputError(f"num_res_units must not be negative, not {num_res_units}")
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {dropout}")
+            raise InputError(f"dropout must be in [0, 1), not {dropout}")
         if norm not in ("batch", "instance"):
-            raise ValueError(f"norm must be 'batch' or 'instance', not {norm!r}")
+            raise InputError(f"norm must be 'batch' or 'instance', not {norm!r}")
         self.arguments: dict[str, Any] = {
             "in_channels": in_channels,
             "out_channels": out_channels,
@@ -111,12 +113,12 @@ class SegmentationNetwork(nn.Module):
         """Raises ValueError unless the network takes arrays of this shape (z, y, x)."""
         if any(size % self.divisor for size in shape_zyx):
             nearest = [max(round(size / self.divisor), 1) * self.divisor for size in shape_zyx]
-            raise ValueError(
+            raise InputError(
                 f"every size must be a multiple of {self.divisor} (the product of the strides), not "
                 f"{list(shape_zyx)}; the nearest that fits is {nearest}"
             )
         if self.arguments["norm"] == "instance" and max(shape_zyx) == self.divisor:
-            raise ValueError(f"instance norm needs some size above {self.divisor}, not {list(shape_zyx)}")
+            raise InputError(f"instance norm needs some size above {self.divisor}, not {list(shape_zyx)}")
 
 
 class LungNodule3DUNet(SegmentationNetwork):
@@ -128,7 +130,7 @@ class LungNodule3DUNet(SegmentationNetwork):
     def _build(self) -> nn.Module:
         if self.arguments["norm"] != "batch":
             # Its last layers have one channel: a norm within the sample would fix mean and spread of the logits.
-            raise ValueError(
+            raise InputError(
                 "this network must have batch norm; use SubpixelUNet (--network subpixel) for instance norm"
             )
         return UNet(spatial_dims=3, act="PRELU", **self.arguments | {"norm": self._norm})
@@ -155,12 +157,12 @@ class SubpixelUNet(SegmentationNetwork):
     def _build(self) -> nn.Module:
         given = self.arguments
         if len(given["channels"]) < 3 or max(given["strides"]) > 2:
-            raise ValueError(
+            raise InputError(
                 "this network must have three or more channels and strides of 1 or 2, not "
                 f"{given['channels']} and {given['strides']}"
             )
         if given["num_res_units"] not in (0, 2):
-            raise ValueError(f"num_res_units of this network must be 0 or 2, not {given['num_res_units']}")
+            raise InputError(f"num_res_units of this network must be 0 or 2, not {given['num_res_units']}")
         return DynUNet(
             spatial_dims=3,
             in_channels=given["in_channels"],
@@ -219,18 +221,18 @@ class DiceBCELoss(nn.Module):
     ) -> None:
         super().__init__()
         if min(dice_weight, bce_weight) < 0 or dice_weight + bce_weight == 0:
-            raise ValueError(f"dice_weight and bce_weight must be >= 0 and not both 0, not {dice_weight}, {bce_weight}")
+            raise InputError(f"dice_weight and bce_weight must be >= 0 and not both 0, not {dice_weight}, {bce_weight}")
         if smooth <= 0:
-            raise ValueError(f"smooth must be positive, not {smooth}")
+            raise InputError(f"smooth must be positive, not {smooth}")
         if not 0 < hardest_share <= 1:
-            raise ValueError(f"hardest_share must be above 0 and at most 1, not {hardest_share}")
+            raise InputError(f"hardest_share must be above 0 and at most 1, not {hardest_share}")
         self.dice_weight, self.bce_weight, self.smooth = dice_weight, bce_weight, smooth
         self.per_sample, self.hardest_share, self.gather = per_sample, hardest_share, gather
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Scalar float32 loss of logits and a 0/1 target of the same shape (B, 1, Z, Y, X)."""
         if logits.shape != target.shape:
-            raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} must have the same shape")
+            raise InputError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} must have the same shape")
         logits, target = logits.float().flatten(1), target.float().flatten(1)  # (B, voxels)
         bce = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
         if self.hardest_share < 1:
@@ -273,9 +275,9 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except DAMAGE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged or no checkpoint ({reason}); use another one") from error
+        raise InputError(f"{path} is damaged or no checkpoint ({reason}); use another one") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} is no checkpoint of this version of train.py; train again or use that version")
+        raise InputError(f"{path} is no checkpoint of this version of train.py; train again or use that version")
     return checkpoint
 
 

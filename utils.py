@@ -53,6 +53,27 @@ VOXEL_BYTES = {
 }
 
 
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+class InputError(ValueError):
+    """What a user gave cannot be used; the message says what must hold, what came, and what to do."""
+
+
+class UserError(RuntimeError):
+    """What went wrong while running and can be mended by the user, such as a lack of memory; the message says how."""
+
+
+class MissingPackageError(ImportError):
+    """An optional package is not installed; the message says how to get it."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises InputError with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise InputError(message)
+
+
 # ---------------------------------------------------------------------------------------------------------- geometry
 
 
@@ -220,7 +241,7 @@ def scan_suffix(path: str | Path) -> str:
     for suffix in SCAN_SUFFIXES:
         if name.endswith(suffix):
             return suffix
-    raise ValueError(  # DICOM files often have no suffix
+    raise InputError(  # DICOM files often have no suffix
         f"a scan must be one of {', '.join(SCAN_SUFFIXES)}, not {Path(path).name!r}; write a DICOM series as one file "
         "first, e.g. by dcm2niix -z y FOLDER"
     )
@@ -244,7 +265,7 @@ def find_scans(folder: str | Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted([*folder.glob("*.mhd"), *folder.glob("subset*/*.mhd")]):
         if path.stem in found:
-            raise ValueError(f"scan {path.stem} lies in two places, {found[path.stem]} and {path}; remove one of them")
+            raise InputError(f"scan {path.stem} lies in two places, {found[path.stem]} and {path}; remove one of them")
         found[path.stem] = path
     if not found:
         raise FileNotFoundError(
@@ -281,7 +302,7 @@ def read_scan(path: str | Path, *, constant: bool = False) -> sitk.Image:
     try:
         image = sitk.ReadImage(str(path))
     except RuntimeError as error:
-        raise ValueError(f"{path} cannot be read; copy or download it again ({_last_line(error)})") from error
+        raise InputError(f"{path} cannot be read; copy or download it again ({_last_line(error)})") from error
     _check_values(path, image, constant)
     return image
 
@@ -302,7 +323,7 @@ def _meta_header(path: Path) -> tuple[dict[str, str], int]:
             fields[name.strip()] = value.strip()
             if name.strip() == "ElementDataFile":
                 return fields, length
-    raise ValueError(f"{path} is no MetaImage header: its lines must be 'name = value' and end with ElementDataFile")
+    raise InputError(f"{path} is no MetaImage header: its lines must be 'name = value' and end with ElementDataFile")
 
 
 def _check_header(path: Path) -> int:
@@ -314,20 +335,20 @@ def _check_header(path: Path) -> int:
         with open(path, "rb") as file:
             header = file.read(65536).split(b"\n\n")[0].split(b"\r\n\r\n")[0].lower()
         if b"\ndata file:" in header or b"\ndatafile:" in header:
-            raise ValueError(f"{path} keeps its voxels in another file; convert it to one self-contained .nrrd")
+            raise InputError(f"{path} keeps its voxels in another file; convert it to one self-contained .nrrd")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise ValueError(f"{path} has no readable header; copy or download it again ({_last_line(error)})") from error
+        raise InputError(f"{path} has no readable header; copy or download it again ({_last_line(error)})") from error
     if reader.GetDimension() != 3 or reader.GetNumberOfComponents() != 1 or min(reader.GetSize()) < 2:
-        raise ValueError(
+        raise InputError(
             f"{path} must be a 3-D scan with one value a voxel, not size {reader.GetSize()} with "
             f"{reader.GetNumberOfComponents()} component(s)"
         )
     if reader.GetPixelID() not in VOXEL_BYTES:
-        raise ValueError(f"{path} must hold real numbers, not {sitk.GetPixelIDValueAsString(reader.GetPixelID())}")
+        raise InputError(f"{path} must hold real numbers, not {sitk.GetPixelIDValueAsString(reader.GetPixelID())}")
     _check_geometry(path, reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
     return math.prod(reader.GetSize()) * VOXEL_BYTES[reader.GetPixelID()]
 
@@ -335,9 +356,9 @@ def _check_header(path: Path) -> int:
 def _check_meta_fields(path: Path, header: dict[str, str]) -> None:
     """MetaImage fields that ITK replaces silently by 0 or 1 when absent, and data files outside the folder."""
     if not any(name in header for name in ("Offset", "Position", "Origin")):
-        raise ValueError(f"{path} has no Offset: positions in mm would be wrong; download the file again")
+        raise InputError(f"{path} has no Offset: positions in mm would be wrong; download the file again")
     if not any(name in header for name in ("ElementSpacing", "ElementSize")):
-        raise ValueError(f"{path} has no ElementSpacing: sizes in mm would be wrong; download the file again")
+        raise InputError(f"{path} has no ElementSpacing: sizes in mm would be wrong; download the file again")
     dimensions = header.get("NDims", "")
     for name in ("Offset", "Position", "Origin", "ElementSpacing", "ElementSize"):
         if name not in header:
@@ -348,14 +369,14 @@ def _check_meta_fields(path: Path, header: dict[str, str]) -> None:
         except ValueError:
             finite = False
         if not finite or str(len(values)) != dimensions:
-            raise ValueError(f"{path}: {name} must be {dimensions} finite numbers, not {header[name]!r}")
+            raise InputError(f"{path}: {name} must be {dimensions} finite numbers, not {header[name]!r}")
     data = header["ElementDataFile"]
     if path.suffix.lower() == ".mha":
         if data != "LOCAL":
-            raise ValueError(f"{path}: ElementDataFile of an .mha must be LOCAL, not {data!r}")
+            raise InputError(f"{path}: ElementDataFile of an .mha must be LOCAL, not {data!r}")
         return
     if Path(data).is_absolute() or ".." in Path(data).parts or len(data.split()) != 1:
-        raise ValueError(f"{path}: ElementDataFile must be one file beside the header, not {data!r}")
+        raise InputError(f"{path}: ElementDataFile must be one file beside the header, not {data!r}")
     if not (path.parent / data).is_file():
         raise FileNotFoundError(f"{path} needs {path.parent / data}, which does not exist; download both files")
 
@@ -364,11 +385,11 @@ def _check_geometry(path: Path, spacing: Iterable[float], origin: Iterable[float
     spacing, origin = np.asarray(tuple(spacing)), np.asarray(tuple(origin))
     matrix = np.asarray(tuple(direction)).reshape(3, 3)
     if not (np.isfinite(spacing).all() and (spacing > 0).all() and np.isfinite(origin).all()):
-        raise ValueError(
+        raise InputError(
             f"{path}: spacing must be positive and origin finite, not {spacing.tolist()}, {origin.tolist()}"
         )
     if not np.allclose(matrix @ matrix.T, np.eye(3), atol=1e-3):
-        raise ValueError(f"{path}: direction must be a rotation or flip, not {np.round(matrix, 4).tolist()}")
+        raise InputError(f"{path}: direction must be a rotation or flip, not {np.round(matrix, 4).tolist()}")
 
 
 def _check_voxel_bytes(path: Path, expected: int) -> None:
@@ -379,7 +400,7 @@ def _check_voxel_bytes(path: Path, expected: int) -> None:
     suffix, file = scan_suffix(path), data_file(path)
     size = file.stat().st_size
     if expected > size * MAX_DEFLATE_RATIO:
-        raise ValueError(f"{path} claims {expected:,} bytes of voxels but its file has only {size:,} bytes")
+        raise InputError(f"{path} claims {expected:,} bytes of voxels but its file has only {size:,} bytes")
     if suffix in (".mhd", ".mha"):
         header, length = _meta_header(path)
         start = length if suffix == ".mha" else 0
@@ -392,7 +413,7 @@ def _check_voxel_bytes(path: Path, expected: int) -> None:
     else:
         return
     if not right:
-        raise ValueError(
+        raise InputError(
             f"{path}: the header needs {expected:,} bytes of voxels but {file.name} holds {held:,}; download it again"
         )
 
@@ -406,9 +427,9 @@ def _inflated_size(path: Path, start: int, limit: int) -> int:
             while (block := file.read(1 << 20)) and size <= limit:
                 size += len(decoder.decompress(block))
     except zlib.error as error:
-        raise ValueError(f"{path} is damaged ({error}); download it again") from error
+        raise InputError(f"{path} is damaged ({error}); download it again") from error
     if size <= limit and not decoder.eof:
-        raise ValueError(f"{path} is cut off after {size:,} bytes of voxels; download it again")
+        raise InputError(f"{path} is cut off after {size:,} bytes of voxels; download it again")
     return size
 
 
@@ -416,9 +437,9 @@ def _check_values(path: Path, image: sitk.Image, constant: bool) -> None:
     values = sitk.GetArrayViewFromImage(image)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
-        raise ValueError(f"{path} has {bad:,} voxels that are not finite; replace them by -1000 (air)")
+        raise InputError(f"{path} has {bad:,} voxels that are not finite; replace them by -1000 (air)")
     if not constant and values.min() == values.max():
-        raise ValueError(f"{path} holds one value, {values.min()}, everywhere: it is no scan")
+        raise InputError(f"{path} holds one value, {values.min()}, everywhere: it is no scan")
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -518,10 +539,10 @@ def read_table(path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
     try:
         table = pd.read_csv(path, dtype={"seriesuid": str})
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no CSV table: {error}") from error
+        raise InputError(f"{path} is no CSV table: {error}") from error
     missing = [name for name in columns if name not in table.columns]
     if missing:
-        raise ValueError(f"{path} must have the columns {', '.join(columns)}; missing: {', '.join(missing)}")
+        raise InputError(f"{path} must have the columns {', '.join(columns)}; missing: {', '.join(missing)}")
     for name in columns:
         if name == "seriesuid":
             bad = table[name].isna()
@@ -529,7 +550,7 @@ def read_table(path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
             table[name] = pd.to_numeric(table[name], errors="coerce").astype(float)
             bad = ~np.isfinite(table[name])
         if bad.any():
-            raise ValueError(f"{path}, row {int(np.argmax(bad)) + 1}: {name} is empty or no number; correct that row")
+            raise InputError(f"{path}, row {int(np.argmax(bad)) + 1}: {name} is empty or no number; correct that row")
     return table
 
 
@@ -606,7 +627,7 @@ def read_processed(
         # Copy-on-write: who changes the array changes his own, and torch takes it without a warning.
         arrays.append(np.load(path, mmap_mode=None if in_memory else "c", allow_pickle=False))
     if arrays[0].shape != arrays[1].shape or arrays[0].ndim != 3:
-        raise ValueError(f"image {arrays[0].shape} and mask {arrays[1].shape} of {seriesuid} differ; run preprocess.py")
+        raise InputError(f"image {arrays[0].shape} and mask {arrays[1].shape} of {seriesuid} differ; run preprocess.py")
     return ProcessedScan(seriesuid, arrays[0], arrays[1], metadata or read_metadata(data_dir, seriesuid))
 
 
@@ -622,7 +643,7 @@ def read_processed_list(data_dir: str | Path) -> list[str]:
         raise FileNotFoundError(f"{path} does not exist; run python preprocess.py first")
     uids = path.read_text(encoding="utf-8").split()
     if not uids:
-        raise ValueError(f"{path} lists no scan; see failed_files.csv beside it and run python preprocess.py again")
+        raise InputError(f"{path} lists no scan; see failed_files.csv beside it and run python preprocess.py again")
     return uids
 
 
@@ -641,7 +662,7 @@ def read_split(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist; keep split.json of the training beside its checkpoints")
     split = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(split, dict) or not all(isinstance(split.get(part), list) for part in ("train", "validation")):
-        raise ValueError(f"{path} must hold the lists 'train' and 'validation'")
+        raise InputError(f"{path} must hold the lists 'train' and 'validation'")
     return split
 
 
@@ -684,14 +705,14 @@ def select_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device must be 'cuda', 'cuda:<n>' or 'cpu', not {device!r}") from error
+        raise InputError(f"device must be 'cuda', 'cuda:<n>' or 'cpu', not {device!r}") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         if str(device) not in _warned_devices:
             logger.warning("no CUDA device found: running on the CPU, which is much slower")
             _warned_devices.add(str(device))
         return torch.device("cpu")
     if chosen.type not in ("cuda", "cpu"):
-        raise ValueError(f"device must be 'cuda', 'cuda:<n>' or 'cpu', not {device!r}")
+        raise InputError(f"device must be 'cuda', 'cuda:<n>' or 'cpu', not {device!r}")
     return chosen
 
 
@@ -822,12 +843,6 @@ def autocast_dtype(device: torch.device, mixed_precision: bool) -> torch.dtype |
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-def check(condition: bool, message: str) -> None:
-    """Raises ValueError with ``message`` unless ``condition`` holds."""
-    if not condition:
-        raise ValueError(message)
-
-
 def parse_command_line(
     cls: type, *callables: Callable | str, argv: list[str] | None, skip: Iterable[str] = ()
 ) -> list[dict[str, Any]]:
@@ -867,24 +882,25 @@ def parse_command_line(
     return [{name: values[name] for name in wanted} for wanted in names]
 
 
-class UserError(RuntimeError):
-    """What went wrong and can be mended by the user; the message says how."""
-
-
 def run_main(work: Callable[[list[str] | None], int], argv: list[str] | None) -> int:
-    """Runs a script's work; a user's mistake ends in one clear line and exit status 1, not in a traceback."""
+    """Runs a script's work and returns its exit status.
+
+    What the user can mend (InputError, UserError, OSError, a missing optional package) ends in one clear line; with
+    ``--debug`` its traceback stands above. Anything else is a bug and keeps its traceback.
+    """
     first = os.environ.get("RANK", "0") == "0"  # of those that torchrun started; what it says is said once
     level = logging.INFO if first else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s")  # to stderr
     logging.captureWarnings(True)
+    logger.setLevel(logging.NOTSET)  # until parse_command_line meets --debug
     try:
         status = work(argv)
         leave_processes()
         return status
-    except (ValueError, OSError, ImportError, UserError) as error:
-        logger.error("%s", error)
+    except (InputError, UserError, OSError, MissingPackageError) as error:
         logger.debug("traceback", exc_info=True)
+        logger.error("%s", error)
         return 1
-    except KeyboardInterrupt:
-        logger.error("interrupted; what is already written is complete")
-        return 130
+    except KeyboardInterrupt as error:
+        logger.error("%s", error if str(error) else "interrupted; what is already written is complete")
+        return getattr(error, "status", 130)

@@ -37,6 +37,7 @@ from utils import (
     ANNOTATION_COLUMNS,
     CANDIDATE_COLUMNS,
     Geometry,
+    InputError,
     ProcessedScan,
     Shape,
     atomic_path,
@@ -294,7 +295,7 @@ class Validator:
             subset = "test"
         parts = choose_scans(self.data_dir, checkpoint_path, subset)
         if all(part == "train" for part in parts.values()):
-            raise ValueError(
+            raise InputError(
                 f"the {subset} scans of {self.data_dir} are all training scans, which are never scored; name a "
                 "data_dir with others, or another subset"
             )
@@ -628,7 +629,7 @@ class FROC:
         mask = np.asarray(nodule_mask)
         if mask.dtype != bool or mask.shape != (len(self.nodules),) or not mask.any():
             got = f"{np.count_nonzero(mask)} set in {mask.dtype} {mask.shape}"
-            raise ValueError(
+            raise InputError(
                 f"nodule_mask must be one boolean a row of .nodules and select some, not {got}; rebuild it"
             )
         best = np.sort(self.nodules["probability"].to_numpy()[mask])  # missed ones, NaN, go last
@@ -666,7 +667,7 @@ def froc(
             repeats a scan or has several columns; no listed scan has a nodule; ``max_marks`` is below 1.
     """
     if max_marks < 1:
-        raise ValueError(f"max_marks must be at least 1, not {max_marks}; LUNA16 uses 100")
+        raise InputError(f"max_marks must be at least 1, not {max_marks}; LUNA16 uses 100")
     marks = _check_points(predictions, "predictions", "probability")
     nodules = _check_points(annotations, "annotations", "diameter_mm")
     findings = _check_points(annotations[:0] if excluded is None else excluded, "excluded", "diameter_mm")
@@ -674,7 +675,7 @@ def froc(
     marks, nodules, findings = (_in_scans(points, scans) for points in (marks, nodules, findings))
     if nodules.empty:
         listed = f"none of the {len(annotations)} lies in the {len(scans)} scans of seriesuids"
-        raise ValueError(f"there must be an annotation in a listed scan, but {listed}; compare their seriesuid columns")
+        raise InputError(f"there must be an annotation in a listed scan, but {listed}; compare their seriesuid columns")
     if unlisted := len(predictions) - len(marks):
         logger.warning("ignored %d of %d marks: their scans are not in seriesuids", unlisted, len(predictions))
     kept = _most_probable(marks, max_marks)
@@ -709,13 +710,13 @@ def draw_froc(result: FROC) -> Figure:
 def _check_points(points: pd.DataFrame, name: str, value: str) -> pd.DataFrame:
     columns = ["seriesuid", *_XYZ, value]
     if len(points) and (missing := [column for column in columns if column not in points]):
-        raise ValueError(f"{name} must have the columns {columns}, but {missing} are missing; rename or add them")
+        raise InputError(f"{name} must have the columns {columns}, but {missing} are missing; rename or add them")
     points = points.reindex(columns=columns)
     checked = points[columns[1:]].apply(pd.to_numeric, errors="coerce").astype(float)
     bad = points[points["seriesuid"].isna() | ~np.isfinite(checked).all(axis=1)]
     if len(bad):
         got = f"{len(bad)} of {len(points)} rows have not, the first is {bad.iloc[0].to_dict()}"
-        raise ValueError(f"{name} must have a seriesuid and finite numbers in each row; {got}; mend or drop them")
+        raise InputError(f"{name} must have a seriesuid and finite numbers in each row; {got}; mend or drop them")
     checked.insert(0, "seriesuid", points["seriesuid"].astype(str))
     return checked
 
@@ -725,12 +726,12 @@ def _check_scans(seriesuids: Iterable[str] | pd.DataFrame) -> pd.Index:
     # Read as if it had a heading, LUNA16's list would silently lose its first scan to the column's name.
     if list(table.columns) not in (["seriesuid"], [0]):
         got = f"the columns {list(table.columns)}; read a file without heading by header=None"
-        raise ValueError(f"seriesuids must be a list or a table of the one column seriesuid, not {got}")
+        raise InputError(f"seriesuids must be a list or a table of the one column seriesuid, not {got}")
     scans = pd.Index(table.iloc[:, 0])
     wrong = scans[scans.duplicated() | scans.isna()]
     if scans.empty or len(wrong):
         got = f"{len(scans)} names, of which repeated or missing: {list(wrong[:3])}"
-        raise ValueError(f"seriesuids must name some scan and none twice, not {got}; drop or add rows")
+        raise InputError(f"seriesuids must name some scan and none twice, not {got}; drop or add rows")
     return scans.astype(str)
 
 
