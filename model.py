@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
 import pickle
 import zipfile
@@ -16,10 +18,10 @@ from monai.networks.utils import pixelshuffle
 from torch import Tensor, nn
 from torch.nn import functional
 
-from utils import InputError
+from utils import InputError, UserError, check
 
-CHECKPOINT_FORMAT = 3
-# What zipfile, zlib and the unpickler raise on a file with flipped or missing bytes.
+CHECKPOINT_FORMAT = 4
+# What zipfile, zlib and the unpickler raise on flipped or missing bytes, once the file has been read.
 DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -30,6 +32,7 @@ DAMAGE = (
     OSError,
     RuntimeError,
     UnicodeDecodeError,
+    ValueError,
 )
 NODULE_PRIOR = 0.05  # probability that an untrained network gives a voxel
 
@@ -261,24 +264,43 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Reads a checkpoint after checking that it is whole; runs no code that the file might hold.
 
+    Returns:
+        What ``save_checkpoint`` took, and ``sha256`` of the file.
+
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or is no checkpoint of this project.
+        OSError: The file cannot be read, for want of permission for example.
+        UserError: It does not fit into memory.
+        InputError: The file is damaged, or is no checkpoint of this version.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run python train.py first or name another checkpoint_path")
+    data = path.read_bytes()  # what the disk refuses is told apart from damage
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if damaged := archive.testzip():  # torch.load does not compare the checksums
                 raise zipfile.BadZipFile(f"in {damaged}")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    except MemoryError as error:
+        raise UserError(f"{path} does not fit into memory; end other programs or use another machine") from error
     except DAMAGE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if _is_out_of_memory(error):
+            raise UserError(f"{path} does not fit into memory ({reason}); end other programs") from error
         raise InputError(f"{path} is damaged or no checkpoint ({reason}); use another one") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise InputError(f"{path} is no checkpoint of this version of train.py; train again or use that version")
-    return checkpoint
+    version = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    check(
+        version == CHECKPOINT_FORMAT,
+        f"{path} is no checkpoint of this version of train.py (its format is {version}, not {CHECKPOINT_FORMAT}); "
+        "train again or use the version that wrote it",
+    )
+    return checkpoint | {"sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether torch means a lack of memory; on a CPU it raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def build_network(checkpoint: dict[str, Any]) -> SegmentationNetwork:

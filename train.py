@@ -7,10 +7,13 @@ torchrun --nproc_per_node 4 train.py --batch_size 8
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import random
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +27,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from dataset import (
     Augmentation,
@@ -33,35 +35,42 @@ from dataset import (
     PatchSampler,
     ScanSampler,
     augment_batch,
+    check_patch_settings,
     make_loader,
     make_split,
 )
 from model import NETWORKS, DiceBCELoss, SegmentationNetwork, load_checkpoint, place, save_checkpoint
 from utils import (
+    InputError,
+    Progress,
     Shape,
     UserError,
     atomic_path,
     autocast_dtype,
     check,
     copy_from_first,
+    delete_files,
     do_once,
     free_memory,
     gather_objects,
     gather_samples,
+    is_distributed,
     join_processes,
+    own_gpu,
     parse_command_line,
     process_count,
     process_rank,
-    read_metadata,
+    read_processed,
     read_processed_list,
     read_split,
     run_main,
     seed_everything,
     select_device,
+    tell,
     write_csv,
     write_json,
 )
-from validate import ValidationResult, Validator
+from validate import RUN_FILES, ValidationResult, Validator
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +78,12 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 AUGMENTATION = Augmentation()
 WARM_UP = 3  # steps before one is recorded: cuDNN tries its kernels, AdamW makes its averages
+RUN_PATTERNS = ("checkpoints/best_model.pth", "checkpoints/checkpoint_epoch_*.pth", "log.csv")  # what makes a run
+GPU_SETTINGS = ("num_workers", "record_steps")
+PATCH_SETTINGS = ("patches_per_scan", "nodule_share", "hard_share", "warmup_epochs")
 REPORT_EVERY = 10  # steps between reads of what lies on the device; each read makes the host wait for it
-# Settings that may differ between a run and its continuation: they do not change the result.
-FREE_SETTINGS = ("num_workers", "device", "checkpoint_interval", "cache", "record_steps")
+# Settings that may differ between a run and its continuation: but for num_epochs they do not change the result.
+FREE_SETTINGS = ("num_epochs", "num_workers", "device", "checkpoint_interval", "cache", "record_steps")
 OUT_OF_MEMORY = (
     "CUDA is out of memory. Use a smaller batch_size (now {batch_size}), fewer channels, as "
     "channels=(16, 32, 64, 128, 256) (now {channels}), keep the scans elsewhere, as cache='memory' (now {cache!r}), "
@@ -85,7 +97,8 @@ class Trainer:
     Args:
         data_dir: Folder that preprocess.py wrote.
         output_dir: Where checkpoints, log.csv and TensorBoard logs go.
-        num_epochs: Passes over the training scans.
+        num_epochs: Passes over the training scans. A run that is resumed may have more than before: its learning rate
+            then goes on along the cosine of the new length.
         batch_size: Scans or patches in a step, of all processes together where ``torchrun`` starts several.
         learning_rate: Of AdamW at the start; a cosine takes it to 0.
         weight_decay: Of AdamW.
@@ -107,8 +120,8 @@ class Trainer:
         hardest_share: Share of each sample's voxels, the worst ones, that the cross-entropy is averaged over.
         validation_fraction: Share of the scans kept for validation.
         fold: LUNA16's subset (0 to 9) to hold out for `validate.py --fold`; null holds out nothing.
-        validation_interval: Epochs between validations; the last epoch is always validated.
-        threshold: Probability from which a voxel counts as nodule in validation.
+        validation_interval: Epochs between validations; the last epoch is always validated. In the first tenth of the
+            epochs only every first, second, fourth, eighth, ... of them takes place.
         mirrors: Mirror images, 0 to 7, whose probabilities validation and later inference average with those of the
             scan itself, or with patches of what may be a nodule.
         patch_size: Train on patches of this shape (z, y, x), e.g. '[96,96,96]'; null trains on whole scans.
@@ -129,10 +142,12 @@ class Trainer:
         resume: Go on from the newest good checkpoint of output_dir.
         overwrite: Delete the checkpoints and logs of an earlier run in output_dir.
 
+    Building a trainer checks everything and changes nothing: files and global random states are ``train``'s to change.
+
     Raises:
         FileNotFoundError: There is no processed data.
         FileExistsError: output_dir holds a run, and neither resume nor overwrite is set.
-        ValueError: A value is out of its range, or the data does not suit the network.
+        InputError: A value is out of its range, or the data does not suit the network.
     """
 
     def __init__(
@@ -161,7 +176,6 @@ class Trainer:
         validation_fraction: float = 0.2,
         fold: int | None = None,
         validation_interval: int = 1,
-        threshold: float = 0.5,
         mirrors: int = 0,
         patch_size: tuple[int, int, int] | None = None,
         patches_per_scan: int = 8,
@@ -186,47 +200,49 @@ class Trainer:
         self.num_epochs, self.batch_size = num_epochs, batch_size
         self.checkpoint_interval, self.validation_interval = checkpoint_interval, validation_interval
         self.patch_size: Shape | None = tuple(patch_size) if patch_size is not None else None  # type: ignore[assignment]
-        self.device = join_processes(select_device(device))
-        self.autocast_dtype = autocast_dtype(self.device, mixed_precision)
         self.augmentation = augmentation
-        self.resume = resume
+        self.resume, self.overwrite = resume, overwrite
         self.epoch = 0  # epochs done
-        self.best: tuple[float, float] = (-math.inf, -math.inf)  # Dice, negative loss
+        self.best: dict[str, Any] | None = None  # epoch, Dice, loss and false-positive nodules of the best model
         self.min_score = 0.0  # that the last validation chose
         self.log: list[dict[str, float]] = []
-        self._prepare(overwrite)
+        self._unsaved: dict[str, Any] | None = None  # state after the last epoch, where no checkpoint holds it
+        self._kept_epoch = 0  # of that state, or of the newest checkpoint
+        uids = read_processed_list(self.data_dir)
+        self._check_output()
+        self.split = self._split(uids)
+        self.metadata = self._read_metadata()
+        self.preprocessing = next(iter(self.metadata.values()))["preprocessing"]
+        self.device = own_gpu(select_device(device))
+        self.autocast_dtype = autocast_dtype(self.device, mixed_precision)
+        self.grid_spacing = np.median([self.metadata[uid]["spacing"] for uid in self.split["train"]], axis=0).tolist()
+        if not is_distributed():  # else the processes must have found each other
+            self._build()
 
     # ---- before training
 
-    def _prepare(self, overwrite: bool) -> None:
-        """All that comes before the first step; an earlier run in output_dir is deleted last."""
-        seed_everything(self.settings["seed"])
-        torch.use_deterministic_algorithms(self.settings["deterministic"], warn_only=True)
-        # For each shape that it meets cuDNN tries its kernels and keeps the fastest, which may change from run to run.
-        torch.backends.cudnn.benchmark = not self.settings["deterministic"]
-        self._build_network()
-        uids = read_processed_list(self.data_dir)
-        self._check_output(overwrite)
-        self.split = self._split(uids)
-        self.preprocessing = self._check_data()
-        with self._memory_advice():
+    def _build(self) -> None:
+        """Network, loss, optimiser and data; leaves the global random states as they were."""
+        with self._memory_advice(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings["seed"])
+            self._build_network()
+            self._check_shapes()
             self._build_data()
-        do_once(self._start_output)
 
     def _check_settings(self) -> None:
+        given, defaults = self.settings, inspect.signature(type(self)).parameters
         for name in ("num_epochs", "batch_size", "checkpoint_interval", "validation_interval"):
-            check(self.settings[name] >= 1, f"{name} must be at least 1, not {self.settings[name]}")
-        pastes = (self.settings["augmentation"] or {}).get("paste_prob", 0) > 0
-        check(
-            not pastes or self.settings["patch_size"] is not None,
-            "paste_prob must be 0 without a patch_size: nodules are pasted into patches",
-        )
+            check(given[name] >= 1, f"{name} must be at least 1, not {given[name]}")
         for name in ("weight_decay", "num_workers"):
-            check(self.settings[name] >= 0, f"{name} must not be negative, not {self.settings[name]}")
-        network = self.settings["network"]
-        check(network in NETWORKS, f"network must be one of {', '.join(NETWORKS)}, not {network!r}")
-        rate = self.settings["learning_rate"]
-        check(rate > 0, f"learning_rate must be positive, not {rate}")
+            check(given[name] >= 0, f"{name} must not be negative, not {given[name]}")
+        check(given["learning_rate"] > 0, f"learning_rate must be positive, not {given['learning_rate']}")
+        check(given["network"] in NETWORKS, f"network must be one of {', '.join(NETWORKS)}, not {given['network']!r}")
+        check_patch_settings(**{name: given[name] for name in PATCH_SETTINGS})
+        if given["patch_size"] is None:
+            pastes = (given["augmentation"] or {}).get("paste_prob", 0) > 0
+            check(not pastes, "paste_prob must be 0 without a patch_size: nodules are pasted into patches")
+            ignored = [name for name in PATCH_SETTINGS if given[name] != defaults[name].default]
+            check(not ignored, f"{', '.join(ignored)} would be ignored: set patch_size, e.g. [96, 96, 96], too")
 
     def _build_network(self) -> None:
         """Network, loss, optimiser, schedule and gradient scaler."""
@@ -250,14 +266,12 @@ class Trainer:
             fused=True,
             capturable=self.device.type == "cuda",
         )
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=self.num_epochs)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
         self.trained: nn.Module = self.network
         if given["compile_network"]:
             self.trained = torch.compile(self.network, dynamic=False)  # type: ignore[assignment]
         if process_count() > 1:
             self.trained = DistributedDataParallel(self.trained)
-            torch.manual_seed(given["seed"] + process_rank())  # each process drops other features
         compiled_or_scaled = given["compile_network"] or self.scaler.is_enabled()
         can_record = self.device.type == "cuda" and process_count() == 1 and not compiled_or_scaled
         self.recorder = RecordedStep(self.device) if given["record_steps"] and can_record else None
@@ -276,38 +290,47 @@ class Trainer:
         )
         self.sampler: ScanSampler | PatchSampler = ScanSampler(len(dataset), given["seed"])
         if self.patch_size is not None:
-            names = ("patches_per_scan", "nodule_share", "hard_share", "warmup_epochs", "seed")
-            self.sampler = PatchSampler(dataset.metadata, self.patch_size, **{name: given[name] for name in names})
+            chosen = {name: given[name] for name in (*PATCH_SETTINGS, "seed")}
+            self.sampler = PatchSampler(dataset.metadata, self.patch_size, **chosen)
         self.loader = make_loader(dataset, self.sampler, self.batch_size, given["num_workers"], self.device)
         self.validator = Validator(
             self.data_dir,
             device=str(self.device),
-            threshold=given["threshold"],
             mirrors=given["mirrors"],
             mixed_precision=given["mixed_precision"],
             model=self.network,
             window=self.patch_size,
             seriesuids=self.split["validation"],
             loss=self.validation_loss,
+            grid_spacing=self.grid_spacing,
         )
 
-    def _old_files(self) -> list[Path]:
-        """Checkpoints and logs of an earlier run."""
-        old = [*self.checkpoint_dir.glob("*.pth"), *self.output_dir.glob("logs_*/events*"), self.output_dir / "log.csv"]
-        return [path for path in old if path.is_file()]
+    def _holds_run(self) -> bool:
+        """Whether output_dir holds an earlier run; logs alone, of one that ended in its first epoch, are none."""
+        return any(path.is_file() for pattern in RUN_PATTERNS for path in self.output_dir.glob(pattern))
 
-    def _check_output(self, overwrite: bool) -> None:
+    def _check_output(self) -> None:
         """Refuses a folder that holds a run."""
-        if self._old_files() and not (self.resume or overwrite):
+        if self._holds_run() and not (self.resume or self.overwrite):
             raise FileExistsError(
                 f"{self.output_dir} holds a training run; go on with it by resume=True (--resume true), replace it by "
                 "overwrite=True (--overwrite true), or name another output_dir"
             )
 
     def _start_output(self) -> None:
-        """Clears the folder of an earlier run, unless this one goes on with it, and writes the split."""
-        for path in [] if self.resume else self._old_files():
-            path.unlink()
+        """Deletes an earlier run and its results, unless this one goes on with it, and writes the split.
+
+        It is called when the first epoch is done: what fails before has cost nothing.
+        """
+        if self.overwrite and self._holds_run():
+            ours = Path(self.writer.log_dir).name if self.writer else ""
+            logs = [f"{path.name}/*" for path in self.output_dir.glob("logs_*") if path.name != ours]
+            delete_files(self.output_dir, [*RUN_PATTERNS, *logs])
+            for folder, patterns in RUN_FILES.items():
+                delete_files(self.output_dir / folder, patterns)
+            for path in self.output_dir.glob("logs_*"):
+                if not any(path.iterdir()):
+                    path.rmdir()
         write_json(self.checkpoint_dir / "split.json", self.split)
 
     def _split(self, uids: list[str]) -> dict[str, Any]:
@@ -319,31 +342,42 @@ class Trainer:
             old = read_split(path)
             check(old == split, f"{path} is not the split of these scans and settings; start anew with overwrite=True")
             return old
-        sizes = ", ".join(f"{len(split[part])} {part}" for part in ("train", "validation", "test"))
-        logger.info("scans: %s", sizes)
         return split
 
-    def _check_data(self) -> dict[str, Any]:
-        """Checks that all scans were prepared alike and fit the network; returns how they were prepared."""
-        if self.patch_size is not None:
-            self.network.check_size(self.patch_size)
-        first: dict[str, Any] | None = None
+    def _tell_split(self) -> None:
+        """Says how many scans and nodules each part has."""
+        parts = []
+        for part in ("train", "validation", "test"):
+            uids = self.split[part]
+            nodules = sum(len(self.metadata[uid]["nodules"]) for uid in uids if uid in self.metadata)
+            parts.append(f"{len(uids)} {part}" + (f" ({nodules} nodules)" if part != "test" else ""))
+            if part != "test" and not nodules:
+                consequence = "the network can only learn to mark nothing" if part == "train" else "there is no Dice"
+                logger.warning("no %s scan has a nodule: %s", part, consequence)
+        tell(f"scans: {', '.join(parts)}")
+
+    def _read_metadata(self) -> dict[str, dict[str, Any]]:
+        """{series UID: metadata} of the scans, which must be there and prepared alike."""
+        found = {}
         for uid in self.split["train"] + self.split["validation"]:
-            metadata = read_metadata(self.data_dir, uid)
-            first = first or metadata
+            found[uid] = read_processed(self.data_dir, uid).metadata  # opens the arrays, too, and reads no voxel
+            first = next(iter(found.values()))
             check(
-                metadata["preprocessing"] == first["preprocessing"],
+                found[uid]["preprocessing"] == first["preprocessing"],
                 f"{uid} and {first['seriesuid']} were preprocessed with different settings; run preprocess.py again",
             )
-            if self.patch_size is None:
-                check(
-                    metadata["preprocessing"]["target_size"] is not None,
-                    f"{self.data_dir} has scans of different shapes; set patch_size, e.g. --patch_size '[96,96,96]'",
-                )
-                self.network.check_size(metadata["shape_zyx"])
-        assert first is not None
-        self._check_precision((self.patch_size or first["shape_zyx"])[0])
-        return first["preprocessing"]
+            check(
+                self.patch_size is not None or first["preprocessing"]["target_size"] is not None,
+                f"{self.data_dir} has scans of different shapes; set patch_size, e.g. --patch_size '[96,96,96]'",
+            )
+        return found
+
+    def _check_shapes(self) -> None:
+        """Checks that the network takes what it will be given, and in which precision."""
+        shapes = {tuple(fields["shape_zyx"]) for fields in self.metadata.values()}
+        for shape in [self.patch_size] if self.patch_size is not None else shapes:
+            self.network.check_size(shape)
+            self._check_precision(shape[0])
 
     def _check_precision(self, slices: int) -> None:
         """Takes float32 where half precision is known to be wrong."""
@@ -366,19 +400,55 @@ class Trainer:
         Raises:
             UserError: CUDA is out of memory (the message names remedies), or no step of an epoch had a finite loss.
         """
+        device = join_processes(self.device)
+        if is_distributed():
+            self.device = device
+            self._build()
+        self._set_global_states()
         if self.resume:
             self._load_newest()
             check(len(set(gather_objects(self.epoch))) == 1, "all processes must see the same files in output_dir")
+        self._tell_split()
+        self._tell_ignored()
         logs = self.output_dir / f"logs_{time.strftime('%Y%m%d-%H%M%S')}"
         self.writer = None if process_rank() else SummaryWriter(str(logs))
         try:
-            with self._memory_advice():
-                while self.epoch < self.num_epochs:
+            with self._memory_advice(), sigterm_as_interrupt():
+                for _ in range(self.epoch, self.num_epochs):
                     self._run_epoch()
+        except KeyboardInterrupt as error:
+            raise Interrupted(f"interrupted in epoch {self.epoch + 1}; {self._keep_last_epoch()}", error) from None
+        except Exception:
+            tell(self._keep_last_epoch())
+            raise
         finally:
             if self.writer is not None:
                 self.writer.close()
         return pd.DataFrame(self.log)
+
+    def _tell_ignored(self) -> None:
+        """Names the options that have no effect on a CPU, where a user changed them."""
+        defaults = inspect.signature(type(self)).parameters
+        changed = [name for name in GPU_SETTINGS if self.settings[name] != defaults[name].default]
+        if changed and self.device.type == "cpu":
+            logger.warning("%s without effect: training is on a CPU", " and ".join(changed))
+
+    def _set_global_states(self) -> None:
+        """Random states, and how torch chooses its kernels."""
+        seed_everything(self.settings["seed"])
+        if process_count() > 1:
+            torch.manual_seed(self.settings["seed"] + process_rank())  # each process drops other features
+        torch.use_deterministic_algorithms(self.settings["deterministic"], warn_only=True)
+        # For each shape that it meets cuDNN tries its kernels and keeps the fastest, which may change from run to run.
+        torch.backends.cudnn.benchmark = not self.settings["deterministic"]
+
+    def _keep_last_epoch(self) -> str:
+        """Saves the state after the last whole epoch, if no checkpoint holds it; says what is kept."""
+        if not self._kept_epoch:
+            return "no epoch was finished, and nothing is kept"
+        if self._unsaved is not None:
+            self._write(self.checkpoint_dir / f"checkpoint_epoch_{self._kept_epoch}.pth", self._unsaved)
+        return f"epoch {self._kept_epoch} is kept in {self.checkpoint_dir}: go on with resume=True (--resume true)"
 
     @contextmanager
     def _memory_advice(self) -> Iterator[None]:
@@ -389,24 +459,67 @@ class Trainer:
 
     def _run_epoch(self) -> None:
         start = time.perf_counter()
-        rate = float(self.scheduler.get_last_lr()[0])
+        rate = self._set_learning_rate()
         train_loss = self._train_epoch()
         trained = time.perf_counter()
-        self.scheduler.step()
-        self.epoch += 1
-        last = self.epoch == self.num_epochs
         copy_from_first(self.network.buffers())  # batch norm's statistics, of which the first process writes its own
-        result = self.validator.run_validation() if last or self.epoch % self.validation_interval == 0 else None
-        end = time.perf_counter()
-        self._record(train_loss, result, rate, {"seconds": end - start, "validation_seconds": end - trained})
+        result = self.validator.run_validation() if self._validates(self.epoch + 1) else None
+        times = {"training_seconds": trained - start, "validation_seconds": time.perf_counter() - trained}
+        if not self.log:
+            do_once(self._start_output)
+        self.epoch += 1
+        self._record(train_loss, result, rate, times)
+        names = []
         if result is not None:
             self.min_score = result.min_score
-            score = (result.dice if math.isfinite(result.dice) else -1.0, -result.loss)
-            if score > self.best or not math.isfinite(self.best[1]):
-                self.best = score
-                self._save("best_model.pth")
-        if last or self.epoch % self.checkpoint_interval == 0:
-            self._save(f"checkpoint_epoch_{self.epoch}.pth")
+            if self._is_best(result):
+                names.append("best_model.pth")
+        if self.epoch == self.num_epochs or self.epoch % self.checkpoint_interval == 0:
+            names.append(f"checkpoint_epoch_{self.epoch}.pth")
+        self._save(names)
+        tell(self._describe_epoch(self.log[-1]))
+
+    def _set_learning_rate(self) -> float:
+        """Half a cosine from the given rate to 0."""
+        rate = self.settings["learning_rate"] * (1 + math.cos(math.pi * self.epoch / self.num_epochs)) / 2
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _validates(self, epoch: int) -> bool:
+        """Whether an epoch, counted from 1, is validated: the first ones are not worth the time of each."""
+        validations, remainder = divmod(epoch, self.validation_interval)
+        is_early = epoch <= self.num_epochs // 10
+        is_due = not remainder and (not is_early or validations & (validations - 1) == 0)
+        return is_due or epoch == self.num_epochs
+
+    def _is_best(self, result: ValidationResult) -> bool:
+        """Whether this epoch is better than all before: by Dice, then by loss, then by fewer false-positive nodules.
+
+        Without a nodule in the validation scans there is no Dice to go by: it would be 0 for whoever marks something,
+        and undefined for who does not.
+        """
+        has_nodules = math.isfinite(result.summary["dice_of_scans_with_nodules"])
+        candidate = {
+            "epoch": self.epoch,
+            "dice": result.dice if has_nodules else math.nan,
+            "loss": result.loss,
+            "false_positive_nodules": int(result.summary["false_positive_nodules"]),
+        }
+        if self.best is not None and _rank(candidate) <= _rank(self.best):
+            return False
+        self.best = candidate
+        return True
+
+    def describe_best(self) -> str:
+        """Which epoch is the best one, and by what."""
+        if self.best is None:
+            return "no epoch was validated"
+        epoch, dice, loss = self.best["epoch"], self.best["dice"], self.best["loss"]
+        start = f"best epoch: {epoch} of {self.num_epochs}, by validation"
+        if math.isfinite(dice):
+            return f"{start} Dice {dice:.3f} (loss {loss:.4f})"
+        return f"{start} loss {loss:.4f} (Dice is undefined: no validation scan has a nodule)"
 
     def _train_epoch(self) -> float:
         """One pass over the training scans; returns the mean loss of its finite steps."""
@@ -414,14 +527,15 @@ class Trainer:
         self.sampler.epoch = self.epoch
         pending: list[tuple[dict[str, Any], Tensor]] = []
         known: list[float] = []
-        dice = next((row["validation_dice"] for row in reversed(self.log) if "validation_dice" in row), math.nan)
-        desc, silent = f"epoch {self.epoch + 1}/{self.num_epochs}", True if process_rank() else None
-        with tqdm(self.loader, desc=desc, unit="step", disable=silent) as bar:
-            for batch in bar:
+        last = next((row["validation_dice"] for row in reversed(self.log) if "validation_dice" in row), math.nan)
+        dice = f", last Dice {last:.3f}" if math.isfinite(last) else ""
+        desc = f"epoch {self.epoch + 1}/{self.num_epochs}"
+        with Progress(len(self.loader), desc, "step") as progress:
+            for batch in self.loader:
                 pending.append((batch, self._step(batch)))
                 if len(pending) == REPORT_EVERY:
                     known += self._read_losses(pending)
-                    bar.set_postfix(loss=f"{np.mean(known):.4f}" if known else "none", dice=f"{dice:.3f}")
+                progress.advance(f"loss {np.mean(known):.4f}{dice}" if known else "")
             known += self._read_losses(pending)
         if self.recorder is not None:
             self.optimizer.zero_grad(set_to_none=True)  # the gradients lie in the recording's memory
@@ -520,9 +634,6 @@ class Trainer:
                 "validation_precision": result.summary["precision"]["mean"],
                 "false_positive_nodules": result.summary["false_positive_nodules"],
             }
-            logger.info(
-                "epoch %d: loss %.4f, validation loss %.4f, Dice %.3f", self.epoch, train_loss, result.loss, result.dice
-            )
         self.log.append(row)
         if self.writer is None:
             return
@@ -534,6 +645,15 @@ class Trainer:
             self.writer.add_image("validation", _render(self.validator.draw_example()), self.epoch, dataformats="HWC")
         self.writer.flush()
 
+    def _describe_epoch(self, row: dict[str, float]) -> str:
+        text = f"epoch {self.epoch}/{self.num_epochs}: loss {row['train_loss']:.4f}"
+        if "validation_loss" in row:
+            dice = row["validation_dice"]
+            text += f", validation loss {row['validation_loss']:.4f}, Dice "
+            text += f"{dice:.3f}" if math.isfinite(dice) else "undefined"
+            text += f", {int(row['false_positive_nodules'])} false-positive nodules"
+        return f"{text} ({row['training_seconds'] + row['validation_seconds']:.0f} s)"
+
     def _random_state(self) -> dict[str, Any]:
         """States of this process's generators."""
         generator = np.random.get_state()
@@ -544,27 +664,37 @@ class Trainer:
             "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
 
-    def _save(self, name: str) -> None:
-        states = gather_objects(self._random_state())
+    def _save(self, names: Sequence[str]) -> None:
+        """Writes the state after this epoch under these names; without any it is kept in memory for an interruption."""
+        random_states = gather_objects(self._random_state())
         if process_rank():
             return
-        checkpoint = {
+        state = self._state() | {"random": random_states}  # of each process
+        for name in names:
+            self._write(self.checkpoint_dir / name, state)
+        self._unsaved = None if names else _copy_to_memory(state)
+        self._kept_epoch = self.epoch
+
+    def _write(self, path: Path, state: dict[str, Any]) -> None:
+        with atomic_path(path) as temporary:
+            save_checkpoint(temporary, state)
+
+    def _state(self) -> dict[str, Any]:
+        """All that a resume, an inference or a validation needs."""
+        return {
             "network": self.network.arguments,
             "weights": self.network.state_dict(),
             "preprocessing": self.preprocessing,
+            "grid_spacing": self.grid_spacing,
             "training": self.settings,
             "epoch": self.epoch,
             "best": self.best,
             "min_score": self.min_score,
             "log": self.log,
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "sampler": self.sampler.state_dict(),
-            "random": states,  # of each process
         }
-        with atomic_path(self.checkpoint_dir / name) as temporary:
-            save_checkpoint(temporary, checkpoint)
 
     def _load_newest(self) -> None:
         """Restores the newest checkpoint that is whole; a folder without any starts from the beginning."""
@@ -580,7 +710,11 @@ class Trainer:
             logger.warning("no checkpoint in %s: starting from the beginning", self.checkpoint_dir)
             return
         self._restore(newest)
-        logger.info("going on after epoch %d", self.epoch)
+        self._kept_epoch = self.epoch
+        if self.epoch >= self.num_epochs:
+            tell(f"all {self.epoch} epochs of {self.output_dir} are done; a larger num_epochs prolongs the run")
+        else:
+            tell(f"going on after epoch {self.epoch}")
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         theirs, mine = checkpoint["training"], self.settings
@@ -594,14 +728,21 @@ class Trainer:
             + "; train anew with others, by overwrite=True or in another output_dir",
         )
         check(checkpoint["preprocessing"] == self.preprocessing, "the data was preprocessed anew with other settings")
+        if theirs["num_epochs"] != self.num_epochs and checkpoint["epoch"] < self.num_epochs:
+            logger.warning(
+                "the run had %d epochs and now has %d: the learning rate goes on along the cosine of the new length, "
+                "so this is not the run that would have had %d from the start",
+                theirs["num_epochs"],
+                self.num_epochs,
+                self.num_epochs,
+            )
         self.network.load_state_dict(checkpoint["weights"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for group in self.optimizer.param_groups:
             group["capturable"] = self.device.type == "cuda"  # whatever the checkpoint was trained on
-        self.scheduler.load_state_dict(checkpoint["scheduler"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.sampler.load_state_dict(checkpoint["sampler"])
-        self.epoch, self.best, self.log = checkpoint["epoch"], tuple(checkpoint["best"]), checkpoint["log"]
+        self.epoch, self.best, self.log = checkpoint["epoch"], checkpoint["best"], checkpoint["log"]
         self.min_score = checkpoint["min_score"]
         if len(checkpoint["random"]) == process_count():  # else each keeps what its own seed gave
             self._set_random_state(checkpoint["random"][process_rank()])
@@ -691,6 +832,60 @@ def _built_in(value: Any) -> Any:
     return [_built_in(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def _rank(epoch: dict[str, Any]) -> tuple[float, float, int]:
+    """What epochs are compared by, higher is better; what is not a number comes last."""
+    dice = epoch["dice"] if math.isfinite(epoch["dice"]) else -math.inf
+    loss = epoch["loss"] if math.isfinite(epoch["loss"]) else math.inf
+    return dice, -loss, -epoch["false_positive_nodules"]
+
+
+def _copy_to_memory(value: Any) -> Any:
+    """A copy of nested containers, their tensors in main memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copy_to_memory(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copy_to_memory(item) for item in value)
+    return value
+
+
+class Interrupted(KeyboardInterrupt):
+    """A training was stopped from outside; the message says what is kept.
+
+    Args:
+        message: It.
+        cause: What stopped it.
+    """
+
+    def __init__(self, message: str, cause: KeyboardInterrupt | None = None) -> None:
+        super().__init__(message)
+        self.status = getattr(cause, "status", 130)  # exit status: 128 + the number of the signal
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, as a scheduler sends it before it kills."""
+
+    status = 143
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Raises Terminated when SIGTERM comes, so that what is done can be kept; only the main thread can."""
+
+    def stop(*_: Any) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _epoch_of(path: Path) -> int:
     digits = path.stem.rpartition("_")[2]
     return int(digits) if digits.isdigit() else -1
@@ -700,7 +895,7 @@ def _first_good(paths: Sequence[Path]) -> dict[str, Any] | None:
     for path in paths:
         try:
             return load_checkpoint(path)
-        except ValueError as error:
+        except InputError as error:  # damage alone; for want of memory or permission no older one is taken
             logger.warning("%s", error)
     return None
 
@@ -715,12 +910,12 @@ def _render(figure: Any) -> np.ndarray:
 
 
 def _command(argv: list[str] | None) -> int:
-    [options] = parse_command_line(Trainer, argv=argv)
+    [options], _ = parse_command_line(Trainer, argv=argv)
     trainer = Trainer(**options)
     trainer.train()
     if process_rank():
         return 0
-    print(f"best validation Dice {trainer.best[0]:.3f}; checkpoints: {trainer.checkpoint_dir}")
+    print(f"{trainer.describe_best()}\ncheckpoints: {trainer.checkpoint_dir}")
     return 0
 
 

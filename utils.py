@@ -6,23 +6,31 @@ LUNA16's ``annotations.csv`` and of ITK. The order changes in ``Geometry`` and i
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import json
 import logging
 import math
 import os
+import platform
 import random
 import re
+import secrets
+import shutil
 import sqlite3
 import sys
+import textwrap
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from datetime import datetime, timedelta
+from difflib import SequenceMatcher
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import numpy as np
 import numpy.typing as npt
@@ -64,8 +72,24 @@ class UserError(RuntimeError):
     """What went wrong while running and can be mended by the user, such as a lack of memory; the message says how."""
 
 
-class MissingPackageError(ImportError):
-    """An optional package is not installed; the message says how to get it."""
+def reason_of(error: BaseException) -> str:
+    """Why something failed, in one line; a bug is called unexpected."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return "it does not fit into memory"
+    expected = isinstance(error, InputError | UserError | OSError | ImportError)
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if expected else f"unexpected {type(error).__name__}: {text}"
+
+
+@contextmanager
+def noting(failures: dict[str, Exception], name: str) -> Iterator[None]:
+    """Notes and logs what goes wrong with one scan, so that the others go on; a bug keeps its traceback in the log."""
+    try:
+        yield
+    except Exception as error:
+        failures[name] = error
+        reason = reason_of(error)
+        logger.error("%s: %s", name, reason, exc_info=error if reason.startswith("unexpected") else None)
 
 
 def check(condition: bool, message: str) -> None:
@@ -265,7 +289,10 @@ def find_scans(folder: str | Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted([*folder.glob("*.mhd"), *folder.glob("subset*/*.mhd")]):
         if path.stem in found:
-            raise InputError(f"scan {path.stem} lies in two places, {found[path.stem]} and {path}; remove one of them")
+            first, second = (place.parent.name + "/" for place in (found[path.stem], path))
+            raise InputError(
+                f"scan {path.stem} lies in two places, {first} and {second} of {folder}; remove one of them"
+            )
         found[path.stem] = path
     if not found:
         raise FileNotFoundError(
@@ -445,28 +472,110 @@ def _check_values(path: Path, image: sitk.Image, constant: bool) -> None:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
+PARTIAL = ".partial-"  # how the name of a file that is being written begins
+PARTIAL_DAYS = 1  # after so many days without a change a partial file of another machine counts as left behind
+_tidy_folders: set[Path] = set()
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary name beside ``path``; renames it to ``path`` once it is written and on the disk.
 
-    A run that is killed, or a disk that fills up, leaves the old file or none, never half of one.
+    A run that is killed, or a disk that fills up, leaves the old file or none, never half of one. What a killed run
+    leaves behind is deleted by the next process that writes into the folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix, by which writers choose the format
+    if path.parent not in _tidy_folders:
+        _tidy_folders.add(path.parent)
+        _delete_partial_files(path.parent)
+    # Unique among processes and machines. The suffix stays, because writers choose the format by it.
+    temporary = path.with_name(f"{PARTIAL}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        _flush(temporary)
         os.replace(temporary, path)
+        _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _machine() -> str:
+    """Eight hex digits for this machine, or this container, within which process numbers are unique."""
+    namespace = Path("/proc/self/ns/pid")
+    name = f"{platform.node()} {namespace.readlink() if namespace.exists() else ''}"
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
+def _delete_partial_files(folder: Path) -> None:
+    """Deletes the partial files in a folder whose process is dead, or that nobody has touched for long."""
+    import psutil
+
+    for path in folder.glob(f"{PARTIAL}*"):
+        machine, pid, *_ = [*path.name.removeprefix(PARTIAL).split("-"), "", ""]
+        with suppress(FileNotFoundError):  # its process may finish right now
+            is_dead = machine == _machine() and pid.isdigit() and not psutil.pid_exists(int(pid))
+            if is_dead or time.time() - path.stat().st_mtime > PARTIAL_DAYS * 86400:
+                path.unlink()
+
+
+@contextmanager
+def folder_lock(folder: str | Path) -> Iterator[None]:
+    """Lets one process at a time read and change what a folder's tables hold; others wait. Only where flock exists."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if importlib.util.find_spec("fcntl") is None:  # Windows
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hash of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def now() -> str:
+    """The present time as text, with its offset from UTC, for results that say when they were made."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Writes UTF-8 text, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: It is no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # also of text that is no UTF-8
+        raise InputError(f"{path} is damaged or no JSON ({error}); make it anew") from error
 
 
 def write_json(path: str | Path, values: Any) -> None:
@@ -490,6 +599,22 @@ def write_csv(path: str | Path, table: pd.DataFrame) -> None:
         table.to_csv(temporary, index=False)
 
 
+def append_csv(path: str | Path, table: pd.DataFrame) -> None:
+    """Adds rows to a table of the same columns; takes as long for a long table as for a short one."""
+    with open(path, "a", encoding="utf-8", newline="") as file:
+        file.write(table.to_csv(index=False, header=False))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def delete_files(folder: Path, patterns: Iterable[str]) -> None:
+    """Deletes the files of a folder that match a pattern."""
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            if path.is_file():
+                path.unlink()
+
+
 def write_array(path: str | Path, array: np.ndarray) -> None:
     """Writes a .npy file, whole or not at all."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -502,11 +627,11 @@ def write_objects(path: str | Path, values: Any) -> None:
     Our own code reads the twin only: unpickling runs whatever code a file holds.
     """
     path = Path(path)
-    write_json(path.with_suffix(".json"), values)
     boxed = np.empty((), dtype=object)
     boxed[()] = values
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.save(file, boxed, allow_pickle=True)
+    write_json(path.with_suffix(".json"), values)  # last, since it is what counts
 
 
 def write_image(path: str | Path, image: sitk.Image) -> None:
@@ -601,7 +726,24 @@ def read_metadata(data_dir: str | Path, seriesuid: str) -> dict[str, Any]:
     path = metadata_path(data_dir, seriesuid)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run python preprocess.py first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
+
+
+def read_lung_points(data_dir: str | Path, seriesuid: str) -> np.ndarray:
+    """Reads the voxels in the lungs that patches are drawn around; int32 (n, 3), each row (z, y, x).
+
+    Raises:
+        FileNotFoundError: preprocess.py has not run.
+        ValueError: The file is damaged.
+    """
+    path = Path(data_dir) / "points" / f"{seriesuid}.npy"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; run python preprocess.py first")
+    try:
+        with open(path, "rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path} is damaged ({error}); run python preprocess.py again") from error
 
 
 def read_processed(
@@ -624,8 +766,11 @@ def read_processed(
         path = Path(data_dir) / kind / f"{seriesuid}.npy"
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; run python preprocess.py first")
-        # Copy-on-write: who changes the array changes his own, and torch takes it without a warning.
-        arrays.append(np.load(path, mmap_mode=None if in_memory else "c", allow_pickle=False))
+        try:
+            # Copy-on-write: the array can be changed, as torch wants it, but changes never reach the file.
+            arrays.append(np.load(path, mmap_mode=None if in_memory else "c", allow_pickle=False))
+        except (ValueError, EOFError) as error:
+            raise InputError(f"{path} is damaged ({error}); run python preprocess.py again") from error
     if arrays[0].shape != arrays[1].shape or arrays[0].ndim != 3:
         raise InputError(f"image {arrays[0].shape} and mask {arrays[1].shape} of {seriesuid} differ; run preprocess.py")
     return ProcessedScan(seriesuid, arrays[0], arrays[1], metadata or read_metadata(data_dir, seriesuid))
@@ -660,7 +805,7 @@ def read_split(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; keep split.json of the training beside its checkpoints")
-    split = json.loads(path.read_text(encoding="utf-8"))
+    split = read_json(path)
     if not isinstance(split, dict) or not all(isinstance(split.get(part), list) for part in ("train", "validation")):
         raise InputError(f"{path} must hold the lists 'train' and 'validation'")
     return split
@@ -680,6 +825,17 @@ def query_lidc(query: str, values: Sequence[Any] = ()) -> list[tuple] | None:
 
 
 # -------------------------------------------------------------------------------------- seeds, devices and processes
+
+
+def generator_of(stream: str, seed: int, *numbers: int) -> np.random.Generator:
+    """Random numbers of their own for each use, seed, and numbers such as epoch and place in it.
+
+    Args:
+        stream: What the numbers are for; each use has another name.
+        seed: Of the run.
+        numbers: What else they depend on.
+    """
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(zlib.crc32(stream.encode()), *numbers)))
 
 
 def seed_everything(seed: int) -> None:
@@ -733,6 +889,29 @@ def count_cores() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def is_distributed() -> bool:
+    """Whether several processes work together, or will once they have joined."""
+    return process_count() > 1 or ("TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1")
+
+
+def own_gpu(device: torch.device) -> torch.device:
+    """This process's own GPU where ``device`` is a GPU and there are several processes; else ``device``.
+
+    A GPU that a caller of ``init_process_group`` names by its number is taken, too.
+
+    Raises:
+        InputError: There are more processes than GPUs.
+    """
+    import torch
+
+    is_named = process_count() > 1 and device.index is not None
+    if device.type != "cuda" or not is_distributed() or is_named:
+        return device
+    rank, count = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())), torch.cuda.device_count()
+    check(rank < count, f"this machine has {count} GPUs; start torchrun with --nproc_per_node {count}")
+    return torch.device("cuda", rank)
+
+
 def join_processes(device: torch.device) -> torch.device:
     """Joins the processes that ``torchrun`` started, once; does nothing in a process that it did not start.
 
@@ -748,17 +927,15 @@ def join_processes(device: torch.device) -> torch.device:
     from torch import distributed
 
     joined = distributed.is_initialized()
-    if not joined and (not distributed.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1"):
+    if not joined and not is_distributed():
         return device
-    if device.type == "cuda" and not (joined and device.index is not None):
-        rank, count = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())), torch.cuda.device_count()
-        check(rank < count, f"this machine has {count} GPUs; start torchrun with --nproc_per_node {count}")
-        device = torch.device("cuda", rank)
-        torch.cuda.set_device(device)
+    own = own_gpu(device)
+    if own != device:
+        torch.cuda.set_device(own)
     if not joined:
         # A process that is done with its scans waits for the others; torchrun itself notices one that died.
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-    return device
+        distributed.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    return own
 
 
 def leave_processes() -> None:
@@ -769,16 +946,13 @@ def leave_processes() -> None:
 
 def process_count() -> int:
     """How many processes work together; 1 without ``torchrun``."""
-    from torch import distributed
-
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    distributed = sys.modules.get("torch.distributed")  # without torch there is one
+    return distributed.get_world_size() if distributed and distributed.is_initialized() else 1
 
 
 def process_rank() -> int:
     """Number of this process, from 0; 0 is the one that writes what belongs to all."""
-    from torch import distributed
-
-    return distributed.get_rank() if process_count() > 1 else 0
+    return sys.modules["torch.distributed"].get_rank() if process_count() > 1 else 0
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -840,15 +1014,105 @@ def autocast_dtype(device: torch.device, mixed_precision: bool) -> torch.dtype |
     return torch.bfloat16 if has_bf16 else None
 
 
+# -------------------------------------------------------------------------------------------------- what is told
+
+SECONDS_BETWEEN_LINES = 60  # of progress, where stderr is no terminal
+
+
+def tell(message: str) -> None:
+    """Says what a person waits for: to the log, or to stderr where a caller from Python has set up none."""
+    if logging.getLogger().hasHandlers():
+        logger.info("%s", message)
+    elif not process_rank():
+        print(message, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A bar on a terminal; elsewhere one line a minute.
+
+    Args:
+        total: Number of things to do.
+        desc: What is done.
+        unit: What the things are called, in the singular.
+        leave: Whether the bar stays when all is done.
+        silent: Say nothing; the default in all processes but the first.
+    """
+
+    def __init__(self, total: int, desc: str, unit: str, leave: bool = True, silent: bool | None = None) -> None:
+        from tqdm import tqdm
+
+        self.total, self.desc, self.unit, self.done = total, desc, unit, 0
+        self.silent = bool(process_rank()) if silent is None else silent
+        self.bar = tqdm(total=total, desc=desc, unit=unit, leave=leave, disable=True if self.silent else None)
+        self.note = ""
+        self._start = self._last = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def advance(self, note: str = "") -> None:
+        """One thing is done; ``note`` says how things stand and is kept until the next one."""
+        self.done += 1
+        self.note = note or self.note
+        self.bar.set_postfix_str(self.note, refresh=False)
+        self.bar.update()
+        now_s = time.monotonic()
+        if self.bar.disable and not self.silent and now_s - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = now_s
+            left_min = (now_s - self._start) / self.done * (self.total - self.done) / 60
+            note = f", {self.note}" if self.note else ""
+            tell(f"{self.desc}: {self.done} of {self.total} {self.unit}s, about {left_min:.0f} min left{note}")
+
+
 # ---------------------------------------------------------------------------------------------------- command line
+
+TYPE_WORDS = {
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    str: "text",
+    Path: "path",
+    type(None): "null",
+}
+GENERAL_OPTIONS = {
+    "config": ("--config FILE", "YAML file with options; those after it on the command line win."),
+    "print_config": ("--print_config", "Print all options as such a file and exit."),
+    "debug": ("--debug", "Log more, with the traceback of an error."),
+    "help": ("-h, --help", "Show this help and exit."),
+}
+HELP_COLUMN = 26
+
+
+@dataclass(frozen=True)
+class _Given:
+    """An option that the user gave.
+
+    Args:
+        name: Its name; that of a part of a dataclass is dotted.
+        value: Text, or what the YAML file holds; None where nothing follows the option.
+        file: Where it stands; None means on the command line.
+    """
+
+    name: str
+    value: Any
+    file: Path | None = None
+
+    @property
+    def label(self) -> str:
+        """The option as messages call it."""
+        return f"{self.name} in {self.file}" if self.file else f"--{self.name}"
 
 
 def parse_command_line(
     cls: type, *callables: Callable | str, argv: list[str] | None, skip: Iterable[str] = ()
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], set[str]]:
     """Options from the signatures of a class and of what takes the arguments of one run; help from their docstrings.
 
-    ``--config FILE.yaml`` reads options from a file and ``--print_config`` prints one to start from.
+    ``--config FILE`` reads options from a YAML file, ``--print_config`` prints one to start from, and ``--debug`` logs
+    more. What cannot be used ends in one line and exit status 2.
 
     Args:
         cls: Class whose constructor takes the options.
@@ -858,28 +1122,262 @@ def parse_command_line(
         skip: Arguments that are no options.
 
     Returns:
-        Keyword arguments for the constructor, and for each of the callables.
+        Keyword arguments for the constructor and for each of the callables, and the names of the options that the user
+        gave, on the command line or in a file (``augmentation`` for any part of it).
     """
+    from jsonargparse import ArgumentError
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser, names = _build_parser(cls, callables, set(skip))
+    options = _options_of(parser)
+    if {"-h", "--help"} & set(words):
+        print(_format_help(parser.prog, _first_line(cls), options))
+        raise SystemExit(0)
+    if "--debug" in words:
+        logger.setLevel(logging.DEBUG)
+    words = [word for word in words if word != "--debug"]
+    given: list[_Given] = []
+    try:
+        for option in _read_given(words, options):
+            _check_given(option, options)
+            given.append(option)
+        parsed = parser.parse_args(words)
+    except (InputError, ArgumentError) as error:
+        print(f"{parser.prog}: {_one_line(str(error), given, options)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    try:
+        values = vars(parser.instantiate_classes(parsed))
+    except ValueError as error:  # jsonargparse wraps what a dataclass says of its values
+        raise _innermost(error) from None
+    given_names = _top_names(option.name for option in given) - set(GENERAL_OPTIONS)
+    return [{name: values[name] for name in wanted} for wanted in names], given_names
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What an error was raised from in the end."""
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return error
+
+
+def _top_names(names: Iterable[str]) -> set[str]:
+    """Names of options, without the part that follows the name of a dataclass."""
+    return {name.partition(".")[0] for name in names}
+
+
+def _build_parser(cls: type, callables: Iterable[Callable | str], skip: set[Any]) -> tuple[Any, list[set[str]]]:
+    """jsonargparse's parser, and the names of the options that the class and each of the callables take."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(
-        description=(cls.__doc__ or "").strip().split("\n")[0],
-        epilog="Write lists in quotes, as in --target_size '[64,256,256]'; null stands for None.",
-    )
-    parser.add_argument("--config", action="config", help="YAML file with options; --print_config prints one")
-    taken: set[Any] = set(skip)
-    names = [set(parser.add_class_arguments(cls, skip=taken))]
+    parser = ArgumentParser(exit_on_error=False, add_help=False)
+    parser.add_argument("--config", action="config")  # brings --print_config
+    names = [_top_names(parser.add_class_arguments(cls, skip=skip))]
     for call in callables:
-        taken |= set.union(*names)
+        taken = skip.union(*names)
         if isinstance(call, str):
             added = parser.add_method_arguments(cls, call, skip=taken)
             signature = inspect.signature(getattr(cls, call))
         else:
             added = parser.add_function_arguments(call, skip=taken)
             signature = inspect.signature(call)
-        names.append(set(added) | (set(signature.parameters) & set.union(*names)))
-    values = vars(parser.instantiate_classes(parser.parse_args(argv)))
-    return [{name: values[name] for name in wanted} for wanted in names]
+        names.append(_top_names(added) | (set(signature.parameters) & (taken - skip)))
+    return parser, names
+
+
+def _type_of(action: Any) -> Any:
+    """The annotation that an option was made from."""
+    return getattr(action, "_typehint", None) or getattr(action, "basetype", None)
+
+
+def _optional_dataclasses(hint: Any) -> list[Any]:
+    """The dataclasses in a union, such as ``Augmentation | None``."""
+    return [kind for kind in get_args(hint) if get_origin(hint) in (Union, UnionType) and is_dataclass(kind)]
+
+
+def _options_of(parser: Any) -> dict[str, Any]:
+    """jsonargparse's action for each option by its name; the parts of a dataclass follow it, as ``augmentation.zoom``.
+
+    Of an optional dataclass jsonargparse's parser knows no parts, so they come from a parser of its own.
+    """
+    from jsonargparse import ArgumentParser
+
+    options = {}
+    for action in parser._actions:
+        name = action.dest
+        if name in GENERAL_OPTIONS or name.endswith(".help"):
+            continue
+        options[name] = action
+        for kind in _optional_dataclasses(_type_of(action)):
+            parts = ArgumentParser(add_help=False)
+            parts.add_class_arguments(kind, name, default=action.default)
+            options |= {part: value for part, value in _options_of(parts).items() if part != name}
+    return options
+
+
+# ---- what the user gave
+
+
+def _read_given(words: Sequence[str], options: dict[str, Any]) -> Iterator[_Given]:
+    """The options on the command line and in the files of ``--config``."""
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
+        if not re.match(r"--\w[^\s=]*(=|$)", word):
+            continue
+        name, is_joined, joined = word.removeprefix("--").partition("=")
+        value = joined if is_joined else None if following.startswith("--") else following
+        yield from _split(_Given(name, value), options)
+        if name == "config" and value is not None:
+            yield from _read_file(Path(value), options)
+
+
+def _read_file(path: Path, options: dict[str, Any]) -> Iterator[_Given]:
+    """The options in a YAML file, and in one that it names itself as its config."""
+    from jsonargparse import get_loader
+
+    try:
+        content = get_loader("yaml")(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config: {error.strerror}: {path}") from error
+    except Exception as error:  # whatever PyYAML raises
+        raise InputError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
+    check(isinstance(content, dict) and bool(content), f"{path} must hold lines like 'name: value'")
+    for name, value in content.items():
+        if name == "config":
+            yield from _read_file(path.parent / str(value), options)
+        else:
+            yield from _split(_Given(str(name), value, path), options)
+
+
+def _split(given: _Given, options: dict[str, Any]) -> Iterator[_Given]:
+    """A dataclass's value as its parts; anything else as it is. A trailing + of jsonargparse means to append."""
+    from jsonargparse import get_loader
+
+    given = replace(given, name=given.name.removesuffix("+"))
+    value = given.value
+    if any(name.startswith(f"{given.name}.") for name in options):
+        with suppress(Exception):
+            value = get_loader("yaml")(value) if isinstance(value, str) else value
+        if isinstance(value, dict) and value:
+            for part, part_value in value.items():
+                yield from _split(_Given(f"{given.name}.{part}", part_value, given.file), options)
+            return
+    yield given
+
+
+def _check_given(given: _Given, options: dict[str, Any]) -> None:
+    """Refuses an option that does not exist, and one without a value."""
+    known, dashes = ([*options, *GENERAL_OPTIONS], "--") if given.file is None else ([*options], "")
+    if given.name not in known:
+        nearest = _nearest(given.name, known)
+        advice = f"; did you mean {dashes}{nearest}?" if nearest else ""
+        raise InputError(f"there is no option {given.label}{advice} (--help lists all)")
+    if given.value is None and given.name != "print_config":
+        hint = _type_of(options.get(given.name)) or Path  # of --config
+        is_null = given.file is not None and type(None) in get_args(hint)
+        check(is_null, f"{given.label} needs a value: {_type_words(hint)}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str | None:
+    """The name that a misspelt one probably stands for; also one that it abbreviates or forgets to qualify."""
+
+    def likeness(other: str) -> tuple[float, float]:
+        whole = SequenceMatcher(None, name, other).ratio()
+        leaf = SequenceMatcher(None, name.rpartition(".")[2], other.rpartition(".")[2]).ratio()
+        return max(whole, leaf, 0.9 * other.startswith(name)), whole
+
+    best = max(known, key=likeness)
+    return best if likeness(best)[0] >= 0.6 else None
+
+
+def _one_line(message: str, given: Sequence[_Given], options: dict[str, Any]) -> str:
+    """An error message of jsonargparse as a person reads it; one of ours stays."""
+    name = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    faulty = [option for option in given if option.name == name in options]
+    if not faulty:
+        return " ".join(re.sub(r'Parser key "([^"]+)"', r"--\1", message).split())
+    # Of an option that stands in a file and on the command line, the one whose value the message tells.
+    option = max(faulty, key=lambda option: str(option.value) in message)
+    words = _type_words(_type_of(options[name]))
+    article = "one of " if words.startswith("{") else "a " if re.match("whole|number|list", words) else ""
+    example = "; write lists like '[1,2,3]'" if "list" in words else ""
+    return f"{option.label} must be {article}{words}, not {option.value!r}{example}"
+
+
+# ---- help
+
+
+def _type_words(hint: Any) -> str:
+    """An annotation as a person reads it."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "{" + ",".join(map(str, parts)) + "}"
+    if origin in (Union, UnionType):
+        return " or ".join(_type_words(part) for part in parts if not (part is str and Path in parts))
+    if is_dataclass(hint):
+        return f"'{{{fields(hint)[0].name}: ...}}'"
+    if origin and issubclass(origin, Iterable):
+        count = f"{len(parts)} " if origin is tuple and Ellipsis not in parts else ""
+        return f"list of {count}{_type_words(parts[0])}" + "s" * (parts[0] in (int, float, str, Path))
+    return TYPE_WORDS.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _default_words(default: Any) -> str:
+    """A default as the user would write it."""
+    return default if isinstance(default, str) else json.dumps(default, separators=(",", ":"), default=str)
+
+
+def _first_line(documented: Any) -> str:
+    """The first line of a docstring."""
+    return (documented.__doc__ or "").strip().split("\n")[0]
+
+
+def _option_help(name: str, options: dict[str, Any]) -> str:
+    """What an option does, its type and its default."""
+    action = options[name]
+    text = f"{action.container.title.removesuffix('.')}." if hasattr(action, "basetype") else action.help or ""
+    notes = [_type_words(hint)] if (hint := _type_of(action)) else []
+    if any(other.startswith(f"{name}.") for other in options):
+        notes.append("parts below" if action.default else "default null, parts below")
+    else:
+        notes.append("required" if action.required else f"default {_default_words(action.default)}")
+    return f"{text} ({', '.join(notes)})".strip()
+
+
+def _format_help(prog: str, description: str, options: dict[str, Any]) -> str:
+    """The text of ``--help``: the options, a group for the parts of each dataclass, and what all scripts have."""
+    groups: dict[str, list[tuple[str, str]]] = {"": []}
+    for name in options:
+        groups.setdefault(name.rpartition(".")[0], []).append((f"--{name}", _option_help(name, options)))
+    width = min(max(shutil.get_terminal_size().columns - 2, 60), 120)
+    lines = [f"usage: {prog} [options]", "", *_wrap(description, width)]
+    for parent, entries in groups.items():
+        hint = _type_of(options.get(parent))
+        kind = next(iter(_optional_dataclasses(hint)), hint)
+        lines += ["", *_wrap(f"parts of --{parent}: {_first_line(kind)}" if parent else "options:", width)]
+        lines += [line for entry in entries for line in _format_entry(*entry, width)]
+    lines += ["", "general options:"]
+    lines += [line for entry in GENERAL_OPTIONS.values() for line in _format_entry(*entry, width)]
+    lines += ["", *_wrap("Lists are written in quotes: '[64,256,256]'; null stands for Python's None.", width)]
+    return "\n".join(lines)
+
+
+def _format_entry(option: str, text: str, width: int) -> list[str]:
+    """An option and its help beside it, or below it where the option is long."""
+    start, lines = f"  {option}  ", _wrap(text, width - HELP_COLUMN)
+    if len(start) > HELP_COLUMN:
+        lines = ["", *lines]
+    rest = [" " * HELP_COLUMN + line for line in lines[1:]]
+    return [(start.ljust(HELP_COLUMN) + lines[0]).rstrip(), *rest]
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """The lines of a docstring's text; no option is broken at a hyphen."""
+    return textwrap.wrap(text.replace("``", ""), width, break_long_words=False, break_on_hyphens=False)
+
+
+def refuse_options(names: Iterable[str], why: str) -> None:
+    """Raises InputError where a user gave options that would be ignored."""
+    if given := ", ".join(f"--{name}" for name in sorted(names)):
+        raise InputError(f"{given} would be ignored: {why}")
 
 
 def run_main(work: Callable[[list[str] | None], int], argv: list[str] | None) -> int:
@@ -897,7 +1395,7 @@ def run_main(work: Callable[[list[str] | None], int], argv: list[str] | None) ->
         status = work(argv)
         leave_processes()
         return status
-    except (InputError, UserError, OSError, MissingPackageError) as error:
+    except (InputError, UserError, OSError, ImportError) as error:
         logger.debug("traceback", exc_info=True)
         logger.error("%s", error)
         return 1

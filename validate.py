@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +24,20 @@ import torch
 from torch import Tensor, nn
 
 from infer import (
+    RESULT_FILES,
+    THRESHOLD,
     NoduleInferencer,
     Segmentation,
     Subset,
     choose_scans,
+    content_box,
+    describe_mismatch,
     draw_overlay,
-    find_candidates,
     hits_of,
     map_scans,
+    report_failures,
+    tell_noise,
+    write_failures,
 )
 from utils import (
     ANNOTATION_COLUMNS,
@@ -40,15 +46,22 @@ from utils import (
     InputError,
     ProcessedScan,
     Shape,
+    Vector,
     atomic_path,
     check,
     count_cores,
+    delete_files,
     do_once,
+    now,
     parse_command_line,
+    process_count,
     process_rank,
+    read_json,
+    read_metadata,
     read_processed,
     read_split,
     read_table,
+    refuse_options,
     run_main,
     write_csv,
     write_json,
@@ -59,7 +72,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+VALIDATION_FILES = (
+    "validation_results.csv",
+    "nodule_results.csv",
+    "candidates.csv",
+    "failed_scans.csv",
+    "metrics_distribution.png",
+    "validation_summary.json",
+    "froc.*",
+)
+RUN_FILES = {"validation": VALIDATION_FILES, "inference": RESULT_FILES}  # what stands in folders of a training run
+PREDICTIONS_DIR = "experiments/predictions"  # for the score of anyone's marks
 METRICS = ("dice", "sensitivity", "precision", "recall")
+COUNTS = (
+    "tp_voxels",
+    "fp_voxels",
+    "fn_voxels",
+    "nodules",
+    "nodules_found",
+    "false_positive_nodules",
+    "on_excluded_findings",
+)
 NODULE_COLUMNS = (*ANNOTATION_COLUMNS, "dice")
 SIZES_MM = {"< 6 mm": (0.0, 6.0), "6-10 mm": (6.0, 10.0 + 1e-9), "> 10 mm": (10.0 + 1e-9, math.inf)}
 UNKNOWN_DIAMETER_MM = 10.0  # of a finding with a diameter of -1, as in the official script
@@ -183,15 +216,19 @@ class Validator:
         output_dir: Where the tables and pictures go.
         device: 'cuda', 'cuda:<n>' or 'cpu'.
         threshold: Probability from which a voxel counts as nodule.
-        min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the one that the training chose; for
-            a live network it is chosen anew, for the best Dice.
+        min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the one that the training chose at a
+            threshold of 0.5, and 0 (all stay) for another threshold; for a live network it is chosen anew, for the best
+            Dice.
         mirrors: Mirror images, 0 to 7, whose probabilities are averaged with those of the scan itself; null takes the
             training's, and 0 for a live network.
         mixed_precision: Compute in half precision where the hardware gains by it.
+        overwrite: Replace the results of another checkpoint, data set or setting in output_dir.
         model: A live network instead of a checkpoint; then no files are written.
         window: Shape (z, y, x) of the sliding window of a live network; None takes each scan whole.
         seriesuids: Scans to score with a live network.
         loss: Function of logits and target (B, 1, Z, Y, X) to average over the scans.
+        grid_spacing: Voxel size (x, y, z) in mm by which a live network's nodules are judged; None takes that of each
+            scan.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
@@ -204,14 +241,16 @@ class Validator:
         checkpoint_path: str | Path = "experiments/luna16_unet/checkpoints/best_model.pth",
         output_dir: str | Path = "experiments/luna16_unet/validation",
         device: str = "cuda",
-        threshold: float = 0.5,
+        threshold: float = THRESHOLD,
         min_score: float | None = None,
         mirrors: int | None = None,
         mixed_precision: bool = True,
+        overwrite: bool = False,
         model: nn.Module | None = None,
         window: Shape | None = None,
         seriesuids: Sequence[str] | None = None,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        grid_spacing: Vector | None = None,
     ) -> None:
         check(model is None or seriesuids is not None, "a live model needs the seriesuids to score")
         self.data_dir = Path(data_dir)
@@ -228,9 +267,13 @@ class Validator:
             min_score,
             mirrors,
             mixed_precision,
+            overwrite,
             model=model,
             window=window,
+            grid_spacing=grid_spacing,
         )
+        self.failed: dict[str, str] = {}  # {series UID: reason} of the last run
+        self._example: tuple[ProcessedScan, Segmentation] | None = None
 
     def run_validation(
         self,
@@ -247,12 +290,23 @@ class Validator:
             excluded_path: LUNA16's annotations_excluded.csv: findings on which marks do not count as wrong, nor
                 predicted nodules in ``dice_without_excluded``. Without the file they count.
 
+        Scans that cannot be used stand in ``failed`` and failed_scans.csv, each with its reason; with a live network
+        they are an error.
+
         Returns:
             Tables, summary and loss.
+
+        Raises:
+            FileExistsError: output_dir holds other results.
+            InputError: There is no scan to score, or none that can be used.
         """
         parts = self._choose(subset, fold)
-        excluded = read_excluded(excluded_path) if self.writes_files else None
         scored = [uid for uid, part in parts.items() if part != "train"]
+        self.inferencer.check_prepared_alike(self.data_dir, scored)
+        origin = self._claim(subset, fold) if self.writes_files else {}
+        excluded = read_excluded(excluded_path) if self.writes_files else None
+        self._example = None
+        self.failed = {}
         scans: list[ExaminedScan] = map_scans(
             self.data_dir,
             scored,
@@ -261,26 +315,51 @@ class Validator:
             desc="validation",
             leave=self.writes_files,
             finishers=max(1, min(MOST_FINISHERS, count_cores() // 4)),
+            failed=self.failed if self.writes_files else None,
         )
+        check(bool(scans), f"no scan could be scored; the first: {next(iter(self.failed.items()), None)}")
+        tell_noise([scan.found for scan in scans])
         if self.chooses_min_score:
             self.inferencer.min_score = choose_min_score(scans)
+        parts = {uid: part for uid, part in parts.items() if uid not in self.failed}
+        result = self._result(scans, parts, origin)
+        if self.writes_files:
+            do_once(lambda: self._write(result, excluded))
+        return result
+
+    def _result(self, scans: list[ExaminedScan], parts: dict[str, str], origin: dict[str, Any]) -> ValidationResult:
+        """Tables and summary of the examined scans."""
         min_score = self.inferencer.min_score
         rows = {scan.seriesuid: scan.row(min_score) for scan in scans}
         table = pd.DataFrame([{"seriesuid": uid, "part": part} | rows.get(uid, {}) for uid, part in parts.items()])
         nodules = [row for scan in scans for row in scan.nodule_rows(min_score)]
-        marks = [scan.found.marks(scan.seriesuid) for scan in scans]
-        result = ValidationResult(
+        settings = {
+            "threshold": self.inferencer.threshold,
+            "min_score": min_score,
+            "mirrors": self.inferencer.mirrors,
+            "chosen_on_these_scans": bool(origin) and "validation" in parts.values(),
+            "training_scans_left_out": list(parts.values()).count("train"),
+            "failed_scans": len(self.failed),
+        }
+        return ValidationResult(
             table,
             pd.DataFrame(nodules, columns=NODULE_COLUMNS),
-            pd.concat(marks, ignore_index=True),
-            summarize(table)
-            | {"threshold": self.inferencer.threshold, "min_score": min_score, "mirrors": self.inferencer.mirrors},
+            pd.concat([scan.found.marks(scan.seriesuid) for scan in scans], ignore_index=True),
+            summarize(table) | settings | origin,
             float(np.mean([scan.loss for scan in scans])),
             min_score,
         )
-        if self.writes_files:
-            do_once(lambda: self._write(result, excluded))
-        return result
+
+    def _claim(self, subset: Subset, fold: int | None) -> dict[str, Any]:
+        """Whose results will stand in output_dir; refuses one that holds others, or clears it with ``overwrite``."""
+        ours = self.inferencer.origin | {"data_dir": str(self.data_dir.resolve()), "subset": subset, "fold": fold}
+        path = self.output_dir / "validation_summary.json"
+        mismatch = describe_mismatch(self.output_dir, read_json(path), ours) if path.is_file() else ""
+        if mismatch and not self.inferencer.overwrite:
+            raise FileExistsError(mismatch)
+        if mismatch:
+            do_once(lambda: delete_files(self.output_dir, VALIDATION_FILES))
+        return ours | {"date": now()}
 
     def _choose(self, subset: Subset, fold: int | None) -> dict[str, str]:
         """{series UID: part} of the scans to go through."""
@@ -303,12 +382,11 @@ class Validator:
 
     def _predict(self, scan: ProcessedScan) -> tuple[Tensor, Tensor | float]:
         """Probability (z, y, x), and loss, which the device may still be at."""
-        self.inferencer.check_prepared_alike(scan)
         image = self.inferencer.to_tensor(scan.image)
         truth = torch.from_numpy(scan.mask)[None, None]
         if self.loss is not None:
             truth = truth.to(image.device)  # sent later, it would wait for the network
-        logits = self.inferencer.logits(image, scan.lung_box)
+        logits = self.inferencer.logits(image, content_box(scan.image))
         with torch.inference_mode():
             loss = math.nan if self.loss is None else self.loss(logits, truth.to(logits.device))
         return torch.sigmoid(logits)[0, 0], loss
@@ -318,22 +396,34 @@ class Validator:
     ) -> ExaminedScan:
         """Compares all that was found in a scan with the truth."""
         probability, loss = predicted
-        found = find_candidates(probability.cpu().numpy(), scan.geometry, self.inferencer.threshold)
+        found = self.inferencer.find_candidates(probability.cpu().numpy(), scan.geometry)
+        if not self.writes_files and scan.seriesuid == self._example_uid:
+            self._example = scan, found
         return ExaminedScan.of(scan, found, float(loss), excluded)
+
+    @cached_property
+    def _example_uid(self) -> str:
+        """Of the scans that the first process looks at, the one with the most nodule voxels."""
+        assert self.seriesuids is not None
+        ours = self.seriesuids[:: process_count()]
+        return max(ours, key=lambda uid: sum(n["voxels"] for n in read_metadata(self.data_dir, uid)["nodules"]))
 
     def draw_example(self) -> Figure:
         """Overlay of the scan with the most nodule voxels, to follow a training by eye."""
-        assert self.seriesuids is not None
-        scans = [read_processed(self.data_dir, uid) for uid in self.seriesuids]
-        scan = max(scans, key=lambda s: sum(nodule["voxels"] for nodule in s.metadata["nodules"]))
-        probability = self.inferencer.predict_probability(scan.image, scan.lung_box)
-        found = self.inferencer.segment(probability, scan.geometry)
+        if self._example is None:
+            scan = read_processed(self.data_dir, self._example_uid)
+            probability = self.inferencer.predict_probability(scan.image, content_box(scan.image))
+            self._example = scan, self.inferencer.find_candidates(probability, scan.geometry)
+        scan, found = self._example[0], self._example[1].keep(self.inferencer.min_score)
         image, truth = np.asarray(scan.image, np.float32), np.asarray(scan.mask)
-        return draw_overlay(image, scan.geometry, found.mask, found.nodules, truth, scan.seriesuid, most=1)
+        annotated, title = scan.metadata["nodules"], scan.seriesuid
+        return draw_overlay(image, scan.geometry, found.mask, found.nodules, truth, title, most=1, annotated=annotated)
 
     def _write(self, result: ValidationResult, excluded: pd.DataFrame | None) -> None:
         scored = result.table.loc[result.table["part"] != "train", "seriesuid"]
-        write_csv(self.output_dir / "validation_results.csv", result.table)
+        write_failures(self.output_dir, self.failed)
+        counts = dict.fromkeys(COUNTS, "Int64")  # whole numbers; of training scans there are none
+        write_csv(self.output_dir / "validation_results.csv", result.table.astype(counts))
         write_csv(self.output_dir / "nodule_results.csv", result.nodules)
         write_csv(self.output_dir / "candidates.csv", result.candidates)
         with atomic_path(self.output_dir / "metrics_distribution.png") as temporary:
@@ -513,32 +603,57 @@ def summarize(table: pd.DataFrame) -> dict[str, Any]:
 
 def format_summary(summary: dict[str, Any]) -> str:
     """The summary as a person reads it on the console."""
-    lines = [f"{'per scan':<14}{'mean ± std':>16}   scans where it is defined"]
-    for name in METRICS:
+    scans, without = summary["scans"], summary["scans_without_nodules"]
+    lines = [f"{scans} scans, {scans - without} of them with {summary['nodules']} nodules"]
+    if left_out := summary.get("training_scans_left_out"):
+        lines[0] += f"; {left_out} training scans left out"
+    defined = [name for name in METRICS if summary[name]["scans"]]
+    if defined:
+        lines.append(f"{'per scan':<14}{'mean ± std':>16}   scans where it is defined")
+    for name in defined:
         value = summary[name]
-        figures = f"{value['mean']:.3f} ± {value['std']:.3f}" if value["scans"] else "undefined"
-        lines.append(f"{name:<14}{figures:>16}   {value['scans']} of {summary['scans']}")
-    lines += [
-        f"masks of nodules with a score of {summary['min_score']:.2f} or more, of voxels with {summary['threshold']:g}",
-        f"Dice per scan, predicted nodules on excluded findings ignored: {_told(summary['dice_without_excluded'])}",
-        f"Dice per scan, scans with nodules alone: {_told(summary['dice_of_scans_with_nodules'])}",
-        f"Dice pooled over all voxels of all scans: {_told(summary['dice_pooled'])}",
+        figures = f"{value['mean']:.3f}" + (f" ± {value['std']:.3f}" if value["scans"] > 1 else "")
+        lines.append(f"{name:<14}{figures:>16}   {value['scans']} of {scans}")
+    if len(defined) < len(METRICS):
+        names = ", ".join(name for name in METRICS if name not in defined)
+        lines.append(f"undefined: {names} (there is nothing to compare: no nodule, or nothing predicted)")
+    further = {
+        "Dice per scan, predicted nodules on excluded findings ignored": summary["dice_without_excluded"],
+        "Dice per scan, scans with nodules alone": summary["dice_of_scans_with_nodules"],
+        "Dice pooled over all voxels of all scans": summary["dice_pooled"],
+    }
+    lines += [f"{name}: {value:.3f}" for name, value in further.items() if math.isfinite(value)]
+    lines.append(
         f"nodules found: {summary['nodules_found']} of {summary['nodules']}, "
         f"false-positive nodules: {summary['false_positive_nodules']}, of which "
-        f"{summary['on_excluded_findings']} on excluded findings",
-        f"scans without nodules: {summary['scans_without_nodules']}, of which "
-        f"{summary['scans_without_nodules_but_predicted']} with a prediction ("
-        f"{summary['false_positive_nodules_there']} nodules, {summary['false_positive_voxels_there']} voxels)",
-    ]
+        f"{summary['on_excluded_findings']} on excluded findings"
+    )
+    if without:
+        lines.append(
+            f"scans without nodules: {without}, of which {summary['scans_without_nodules_but_predicted']} with a "
+            f"prediction ({summary['false_positive_nodules_there']} nodules, "
+            f"{summary['false_positive_voxels_there']} voxels)"
+        )
+    lines.append(
+        f"the masks hold voxels with a probability of {summary['threshold']:g} or more, in nodules with a score of "
+        f"{summary['min_score']:.2f} or more"
+    )
     if summary.get("by_size"):
-        low, high = summary["cpm"]["interval"]
-        lines.append(f"FROC: CPM {summary['cpm']['value']:.3f} (95 % interval {low:.3f} to {high:.3f})")
+        lines.append(f"FROC: CPM {summary['cpm']['value']:.3f}{_interval_text(summary['cpm']['interval'], summary)}")
         lines.append(pd.DataFrame(summary["by_size"]).round(3).to_string(index=False))
+    if summary.get("chosen_on_these_scans"):
+        lines.append(
+            "The training chose its best epoch and min_score on these validation scans, so the figures flatter the "
+            "network; a held-out fold (train.py --fold) or new scans (--subset new) give fair ones."
+        )
     return "\n".join(lines)
 
 
-def _told(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "undefined"
+def _interval_text(interval: Sequence[float], counts: dict[str, Any]) -> str:
+    """The interval where there is more than one nodule and scan to draw from."""
+    if min(counts["nodules"], counts["scans"]) < 2 or not np.isfinite(interval).all():
+        return ""
+    return f" (95 % interval {interval[0]:.3f} to {interval[1]:.3f})"
 
 
 def draw_distribution(table: pd.DataFrame) -> Figure:
@@ -692,8 +807,8 @@ def draw_froc(result: FROC) -> Figure:
     axes, band, title = figure.subplots(), result.band, f"CPM {result.cpm:.3f}"
     axes.plot(_GRID, band["sensitivity"], label="FROC")
     axes.plot(FP_PER_SCAN, result.sensitivities, "o", color="C0", clip_on=False)
-    if np.isfinite(result.intervals).all():
-        title += " (95 % interval {:.3f} to {:.3f})".format(*result.intervals[-1])
+    if interval := _interval_text(result.intervals[-1], result.counts):
+        title += interval
         axes.fill_between(_GRID, band["lower"], band["upper"], alpha=0.2, lw=0, label="95 % interval over scans")
     for x, y, ends in zip(FP_PER_SCAN, result.sensitivities, result.intervals, strict=False):
         edge, shift = (np.nanmin([y, *ends]), -16) if y > 0.5 else (np.nanmax([y, *ends]), 8)
@@ -840,9 +955,9 @@ def score_predictions(
     annotations_path: str | Path = "data/LUNA16/annotations.csv",
     excluded_path: str | Path = "data/LUNA16/annotations_excluded.csv",
     seriesuids_path: str | Path | None = None,
-    output_dir: str | Path = "experiments/luna16_unet/validation",
+    output_dir: str | Path = PREDICTIONS_DIR,
 ) -> FROC:
-    """Scores marks by LUNA16's rules and writes ``froc.csv`` and ``froc.png``; needs no network.
+    """Scores marks by LUNA16's rules and writes ``froc.csv``, ``froc.png`` and ``froc.json``; needs no network.
 
     Args:
         predictions: CSV file of marks (seriesuid, coordX, coordY, coordZ, probability), or a pattern of several, such
@@ -851,12 +966,12 @@ def score_predictions(
         excluded_path: LUNA16's annotations_excluded.csv.
         seriesuids_path: File of the scans that were searched, one a line. null takes those of the
             validation_results.csv beside each predictions file.
-        output_dir: Where froc.csv and froc.png go.
+        output_dir: Where the three files go.
 
     Raises:
         FileNotFoundError: There is no such file.
         FileExistsError: output_dir holds the scores of a network, and the marks are not its own.
-        ValueError: A table is unusable, or two files have marks in the same scan.
+        InputError: A table is unusable, or two files have marks in the same scan.
     """
     given = Path(str(predictions))
     paths = [given] if given.is_file() else [Path(name) for name in sorted(glob.glob(str(predictions)))]  # noqa: PTH207 - a pattern may be absolute
@@ -864,26 +979,48 @@ def score_predictions(
         raise FileNotFoundError(f"no file matches {predictions}")
     _refuse_scores_of_others(Path(output_dir), paths)
     tables = [read_table(path, CANDIDATE_COLUMNS) for path in paths]
-    if seriesuids_path is not None:
-        names = Path(seriesuids_path).read_text(encoding="utf-8").split()
-        scans = [name for name in names if name != "seriesuid"]  # a heading
-    else:
-        scans = [uid for path in paths for uid in _scans_beside(path)]
+    scans = _read_scans(seriesuids_path, paths)
     marked = [uid for table in tables for uid in table["seriesuid"].unique()]
     for uids, what in ((marked, "marks in"), (scans, "a result for")):
         twice = pd.Index(uids)[pd.Index(uids).duplicated()]
         check(twice.empty, f"two files have {what} the scan {next(iter(twice), None)}; each fold must be there once")
-    annotations = read_table(annotations_path, ANNOTATION_COLUMNS)
-    elsewhere = set(annotations["seriesuid"]) - set(scans)
-    if elsewhere:
+    annotations = _annotations_of(annotations_path, scans)
+    curve = froc(pd.concat(tables), annotations, read_excluded(excluded_path), scans)
+    write_froc(curve, output_dir)
+    origin = {"predictions": [str(path.resolve()) for path in paths], "annotations": str(annotations_path)}
+    origin |= {"excluded": str(excluded_path), "seriesuids": str(seriesuids_path or "beside the predictions")}
+    cpm = {"value": curve.cpm, "interval": curve.intervals[-1].tolist()}
+    write_json(Path(output_dir) / "froc.json", origin | {"date": now(), "cpm": cpm, "counts": curve.counts})
+    return curve
+
+
+def _read_scans(seriesuids_path: str | Path | None, predictions: Sequence[Path]) -> list[str]:
+    """Series UIDs of the scans that were searched."""
+    if seriesuids_path is None:
+        return [uid for path in predictions for uid in _scans_beside(path)]
+    try:
+        names = Path(seriesuids_path).read_text(encoding="utf-8").split()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{seriesuids_path} must be a text file with one series UID a line ({error})") from error
+    return [name for name in names if name != "seriesuid"]  # a heading
+
+
+def _annotations_of(path: str | Path, scans: Sequence[str]) -> pd.DataFrame:
+    """LUNA16's annotations, of which some must lie in the scans."""
+    annotations = read_table(path, ANNOTATION_COLUMNS)
+    annotated = set(annotations["seriesuid"])
+    check(
+        bool(annotated & set(scans)),
+        f"{path} has no annotation in any of the {len(scans)} scans that were searched; name the annotations of these "
+        "scans by annotations_path (--annotations_path)",
+    )
+    if elsewhere := annotated - set(scans):
         logger.warning(
             "%d scans with nodules of %s were not searched, and their nodules are not counted; is a fold missing?",
             len(elsewhere),
-            annotations_path,
+            path,
         )
-    curve = froc(pd.concat(tables), annotations, read_excluded(excluded_path), scans)
-    write_froc(curve, output_dir)
-    return curve
+    return annotations
 
 
 def _refuse_scores_of_others(output_dir: Path, predictions: Sequence[Path]) -> None:
@@ -911,29 +1048,43 @@ def _scans_beside(predictions: Path) -> list[str]:
 
 def format_froc(curve: FROC) -> str:
     """The curve's table and counts as a person reads them on the console."""
-    counts = ", ".join(f"{value} {name}" for name, value in curve.counts.items())
-    return f"{curve.table().round(6).to_string(index=False)}\n{counts}"
+    counts, table = curve.counts, curve.table().round(6)
+    if not _interval_text(curve.intervals[-1], counts):
+        table = table.drop(columns=["lower", "upper"])
+    left_out = {
+        "on excluded findings": counts["on_excluded"],
+        "further hits on a nodule": counts["repeated"],
+        "beyond the limit of marks a scan": counts["over_limit"],
+        "in scans that are not listed": counts["unlisted"],
+    }
+    ignored = ", ".join(f"{count} {why}" for why, count in left_out.items() if count) or "none"
+    return (
+        f"{table.to_string(index=False)}\n"
+        f"{counts['nodules']} nodules in {counts['scans']} scans: {counts['tp']} found, {counts['fn']} missed\n"
+        f"{counts['fp']} false positives; marks that count neither way: {ignored}"
+    )
 
 
 def _command(argv: list[str] | None) -> int:
-    options, run_options, score_options = parse_command_line(
-        Validator,
-        "run_validation",
-        score_predictions,
-        argv=argv,
-        skip=["model", "window", "seriesuids", "loss"],
+    skipped = ["model", "window", "seriesuids", "loss", "grid_spacing"]
+    (options, run_options, score_options), given = parse_command_line(
+        Validator, "run_validation", score_predictions, argv=argv, skip=skipped
     )
     if score_options["predictions"] is not None:
+        refuse_options(given - set(score_options), "they are for scoring a network; leave them out with predictions")
+        if "output_dir" not in given:
+            score_options["output_dir"] = PREDICTIONS_DIR
         print(format_froc(score_predictions(**score_options)))
         print(f"table and picture: {score_options['output_dir']}")
         return 0
+    refuse_options(given - set(options) - set(run_options), "they are for scoring marks; name these by predictions")
     validator = Validator(**options)
     summary = validator.run_validation(**run_options).summary
     if process_rank():
         return 0
     print(format_summary(summary))
     print(f"tables and pictures: {validator.output_dir}")
-    return 0
+    return report_failures(validator.failed, validator.output_dir)
 
 
 def main(argv: list[str] | None = None) -> int:

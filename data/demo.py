@@ -18,6 +18,7 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORK = "[16,32,64,128]"  # a small network for two cores; the default one wants a GPU
+DECIMALS = {"coordX": 1, "coordY": 1, "coordZ": 1, "diameter_mm": 1, "probability": 2}  # mm, and the score
 
 
 def run(script: str, **options: object) -> None:
@@ -71,26 +72,39 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    report(ROOT / experiment, time.perf_counter() - start)
+    report(experiment, time.perf_counter() - start)
     return 0
 
 
+def read_nodules(inference: Path) -> pd.DataFrame:
+    """Nodules of the scans that inference_summary.csv lists; mm with one decimal, scores with two."""
+    scans = pd.read_csv(inference / "inference_summary.csv", dtype={"seriesuid": str})["seriesuid"]
+    tables = [pd.read_csv(inference / f"{uid}_nodules.csv", dtype={"seriesuid": str}) for uid in scans]
+    tables = [table for table in tables if len(table)]  # the columns of an empty table are no numbers
+    columns = ["seriesuid", *DECIMALS]
+    if not tables:
+        return pd.DataFrame(columns=columns)
+    return pd.concat(tables)[columns].astype(dict.fromkeys(DECIMALS, float)).round(DECIMALS)
+
+
 def report(experiment: Path, seconds: float) -> None:
-    """Prints Dice, nodules and pictures of a finished demo."""
-    summary = json.loads((experiment / "validation" / "validation_summary.json").read_text())
-    nodules = pd.concat(pd.read_csv(path) for path in sorted((experiment / "inference").glob("*_nodules.csv")))
+    """Prints Dice, nodules and pictures of a finished demo.
+
+    Args:
+        experiment: Its folder, relative to the project's.
+        seconds: How long it took.
+    """
+    validation, inference = experiment / "validation", experiment / "inference"
+    summary = json.loads((ROOT / validation / "validation_summary.json").read_text())
+    nodules = read_nodules(ROOT / inference)
     print(f"\nThe demo took {seconds / 60:.1f} minutes.")
     print(f"Whole-scan Dice on the {summary['scans']} validation scans: {summary['dice']['mean']:.3f}")
     print(f"Scans with nodules alone: {summary['dice_of_scans_with_nodules']:.3f}")
     print(f"Nodules found: {summary['nodules_found']} of {summary['nodules']}")
-    print(
-        nodules[["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm", "probability"]]
-        .round(2)
-        .to_string(index=False)
-    )
+    print("infer.py marked no nodule" if nodules.empty else nodules.to_string(index=False))
     print("Pictures:")
-    for path in [experiment / "validation" / "metrics_distribution.png", *(experiment / "inference").glob("*/*.png")]:
-        print(f"  {path}")
+    for path in [validation / "metrics_distribution.png", *sorted((ROOT / inference).glob("*/[!.]*.png"))]:
+        print(f"  {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
 
 
 if __name__ == "__main__":

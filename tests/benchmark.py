@@ -245,6 +245,7 @@ def training(bench: Bench) -> Iterator[tuple]:
     repeats = 64 if bench.device.type == "cuda" else 4  # so many that starting an epoch does not count for much
     uids = read_processed_list(bench.processed) * repeats
     dataset = LUNA16Dataset(bench.processed, uids, Augmentation(), cache=None, device=bench.device)
+    trainer._set_global_states()
     trainer.sampler = ScanSampler(len(uids), seed=0)
     trainer.loader = make_loader(dataset, trainer.sampler, BATCH_SIZE, WORKERS, bench.device)
     torch.manual_seed(0)

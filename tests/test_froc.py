@@ -288,7 +288,9 @@ def test_band_holds_the_operating_points() -> None:
 
 @pytest.mark.parametrize("num_bootstraps", [0, 10])
 def test_picture_names_the_cpm(num_bootstraps: int) -> None:
-    axes = draw_froc(score(marks(("a", 0.0, 0.9)), num_bootstraps=num_bootstraps)).axes[0]
+    found, both = marks(("a", 0.0, 0.9), ("b", 0.0, 0.9)), findings(("a", 0.0, 10.0), ("b", 0.0, 10.0))
+    result = score(found, annotations=both, seriesuids=["a", "b"], num_bootstraps=num_bootstraps)
+    axes = draw_froc(result).axes[0]
     assert axes.get_title().startswith("CPM 1.000")
     assert ("interval" in axes.get_title()) == bool(num_bootstraps)
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1/8", "1/4", "1/2", "1", "2", "4", "8"]

@@ -1,11 +1,16 @@
 """Probability maps, nodules and what is written of them."""
 
+import hashlib
 import json
 import math
 import random
 import runpy
 import shutil
+import subprocess
+import sys
 import threading
+from datetime import datetime
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -30,8 +35,9 @@ from infer import (
 from model import LungNodule3DUNet, load_checkpoint, save_checkpoint
 from preprocess import LUNA16Preprocessor
 from train import Trainer
-from utils import Geometry, find_scans, read_processed, read_processed_list
+from utils import Geometry, InputError, find_scans, read_metadata, read_processed, read_processed_list, read_split
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"channels": (4, 8), "strides": (2,), "num_res_units": 0, "dropout": 0.1}
 
 
@@ -482,6 +488,26 @@ def test_surer_of_two_equal_nodules_has_the_higher_probability(extract):
     first, second = extract(mask, ORIGIN, SPACING, probability)
     assert (first["center_voxel"][0], second["center_voxel"][0]) == pytest.approx((46.5, 6.5))
     assert first["probability"] > second["probability"]
+
+
+@pytest.mark.parametrize("in_plane_mm", [0.5, 0.7, 1.0, 1.4])
+@pytest.mark.parametrize("slices_mm", [1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0])
+def test_score_of_a_ball_does_not_hang_on_where_it_lies_between_the_slices(slices_mm, in_plane_mm):
+    spacing = (min(in_plane_mm, slices_mm),) * 2 + (slices_mm,)
+    offsets = [(0, 0, 0), *np.random.default_rng(0).random((20, 3)), (0, 0, 0.5), (0.5, 0.5, 0.5), (0, 0.5, 0)]
+    for diameter_mm in (4.0, 5.0, 8.0, 12.0, 20.0):
+        shape = tuple(round((diameter_mm + 8) / step) + 2 for step in spacing[::-1])
+        middle = np.multiply(shape[::-1], spacing) / 2
+        scores = []
+        for offset in offsets:
+            ball = ball_mask(spacing, [middle + np.multiply(offset, spacing)], diameter_mm, shape)
+            probability = np.where(ball, np.float32(0.9), np.float32(0))
+            geometry = Geometry(shape, (0.0, 0.0, 0.0), spacing)
+            found = find_candidates(probability, geometry, 0.5, smallest_mm3=0)
+            scores += [nodule["probability"] for nodule in found.nodules]
+        assert len(scores) > 8
+        assert max(scores) - min(scores) <= 0.05
+        assert max(scores) == pytest.approx(0.9, abs=0.02)
 
 
 def test_vessel_has_a_lower_probability_than_a_ball(extract):
@@ -987,10 +1013,9 @@ def test_results_of_another_smallest_score_are_not_mixed(trained, processed_dir)
 def test_results_of_another_checkpoint_are_not_mixed(trained, run_dir, processed_dir, tmp_path):
     trained(Nothing()).infer_dataset(processed_dir)
     shutil.copytree(run_dir / "checkpoints", tmp_path / "copy")
-    with (tmp_path / "copy" / "best_model.pth").open("ab") as file:
-        file.write(b"x")  # other bytes
-    other = trained(Nothing())
-    other.checkpoint_path = tmp_path / "copy" / "best_model.pth"
+    path = tmp_path / "copy" / "best_model.pth"
+    save_checkpoint(path, load_checkpoint(path) | {"epoch": 7})  # other bytes
+    other = NoduleInferencer(path, trained().output_dir, "cpu", min_score=0.0, mixed_precision=False)
     with pytest.raises(FileExistsError, match="holds results of"):
         other.infer_dataset(processed_dir)
 
@@ -1022,6 +1047,190 @@ def test_data_prepared_with_other_settings_is_refused(trained, processed_dir, tm
         path.write_text(json.dumps(metadata))
     with pytest.raises(ValueError, match=r"preprocessed otherwise .*hu_max: 500\.0 instead of 400\.0"):
         trained(Nothing()).infer_dataset(tmp_path / "other")
+
+
+def test_results_of_other_scans_of_the_same_checkpoint_are_not_mixed(trained, processed_dir, tmp_path):
+    trained(Nothing()).infer_dataset(processed_dir)
+    refusal = rf"holds results of .*, of the validation scans of {processed_dir}; name another output_dir"
+    with pytest.raises(FileExistsError, match=refusal):
+        trained(Nothing()).infer_dataset(processed_dir, "all")
+    shutil.copytree(processed_dir, tmp_path / "copy")
+    with pytest.raises(FileExistsError, match=refusal):
+        trained(Nothing()).infer_dataset(tmp_path / "copy")
+    with pytest.raises(FileExistsError, match=refusal):
+        trained(Nothing()).infer_scan(write_chest(tmp_path / "chest.mhd"))
+
+
+def test_raw_scans_and_a_data_set_are_not_mixed(trained, processed_dir, tmp_path):
+    trained(Nothing()).infer_scan(write_chest(tmp_path / "chest.mhd"))
+    with pytest.raises(FileExistsError, match=r"holds results of .*, of single scans; name another output_dir"):
+        trained(Nothing()).infer_dataset(processed_dir)
+
+
+def test_results_say_whose_they_are(dataset_run, run_dir, processed_dir):
+    path = run_dir / "checkpoints" / "best_model.pth"
+    for name in ("inference.json", "inference_summary.json"):
+        origin = json.loads((dataset_run[0] / name).read_text())
+        assert origin["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert (origin["threshold"], origin["mirrors"]) == (0.5, 0)
+        assert datetime.fromisoformat(origin["date"]).tzinfo is not None
+    origin = json.loads((dataset_run[0] / "inference.json").read_text())
+    assert (origin["data_dir"], origin["subset"]) == (str(processed_dir), "all")
+
+
+def test_one_bad_scan_costs_none_of_the_others(run_dir, processed_dir, tmp_path, capsys):
+    shutil.copytree(processed_dir, tmp_path / "data")
+    uids = read_processed_list(processed_dir)
+    (tmp_path / "data" / "images" / f"{uids[2]}.npy").unlink()
+    words = {"checkpoint_path": run_dir / "checkpoints" / "best_model.pth", "output_dir": tmp_path / "out"}
+    words |= {"data_dir": tmp_path / "data", "subset": "all", "device": "cpu"}
+    assert infer.main([f"--{name}={value}" for name, value in words.items()]) == 1
+    (failed,) = pd.read_csv(tmp_path / "out" / "failed_scans.csv", dtype={"seriesuid": str}).to_dict("records")
+    assert failed["seriesuid"] == uids[2]
+    assert "does not exist; run python preprocess.py first" in failed["reason"]
+    table = pd.read_csv(tmp_path / "out" / "inference_summary.csv", dtype={"seriesuid": str})
+    assert table["seriesuid"].tolist() == [uid for uid in uids if uid != uids[2]]
+    assert "1 scans could not be used" in capsys.readouterr().out
+
+
+class Marker(nn.Module):
+    """Finds what is bright, more surely the brighter it is."""
+
+    def forward(self, image):
+        return 8 * (image - 0.5)
+
+
+@pytest.fixture(scope="module")
+def uneven_data(phantom_dir, tmp_path_factory):
+    """Phantoms at 32 x 48 x 48, of which two were cut to half their slices, so that the voxel sizes differ."""
+    folder = tmp_path_factory.mktemp("uneven")
+    shutil.copytree(phantom_dir, folder / "phantom")
+    for path in sorted((folder / "phantom" / "raw").rglob("*.mhd"))[:2]:
+        scan = sitk.ReadImage(str(path))
+        for old in path.parent.glob(f"{path.stem}.*"):
+            old.unlink()
+        sitk.WriteImage(scan[:, :, scan.GetDepth() // 4 : 3 * scan.GetDepth() // 4], str(path))
+    preprocessor = LUNA16Preprocessor(
+        folder / "phantom" / "raw",
+        folder / "phantom" / "annotations.csv",
+        folder / "none",
+        folder / "processed",
+        target_size=(32, 48, 48),
+    )
+    assert not preprocessor.process_all().failed
+    return folder / "processed"
+
+
+@pytest.mark.parametrize("min_score", [0.15, 0.2, 0.25])
+def test_array_alone_gives_the_very_mask_that_the_data_set_gives(uneven_data, tmp_path, min_score):
+    run = tmp_path / "run"
+    Trainer(uneven_data, run, num_epochs=1, device="cpu", mixed_precision=False, **TINY).train()
+    path = run / "checkpoints" / "best_model.pth"
+    inferencer = NoduleInferencer(path, tmp_path / "out", "cpu", min_score=min_score, mixed_precision=False)
+    inferencer.model = Marker()
+    inferencer.infer_dataset(uneven_data, "all")
+    spacings, kept, marked = set(), 0, 0
+    for uid in read_processed_list(uneven_data):
+        image = np.load(uneven_data / "images" / f"{uid}.npy")
+        mask = inferencer.predict(image)
+        np.testing.assert_array_equal(mask, np.load(tmp_path / "out" / "predicted_masks" / f"{uid}.npy"))
+        kept += mask.sum()
+        marked += (inferencer.predict_probability(image) >= 0.5).sum()
+        spacings.add(tuple(read_metadata(uneven_data, uid)["spacing"]))
+    assert 0 < kept < marked and len(spacings) > 1
+
+
+def test_array_alone_gives_the_very_mask_with_a_sliding_window(trained, processed_dir):
+    inferencer = trained(Marker(), min_score=0.15)
+    inferencer.window = (16, 24, 24)
+    (uid,) = inferencer.infer_dataset(processed_dir)["seriesuid"]
+    mask = inferencer.predict(np.load(processed_dir / "images" / f"{uid}.npy"))
+    assert mask.any()
+    np.testing.assert_array_equal(mask, np.load(inferencer.output_dir / "predicted_masks" / f"{uid}.npy"))
+
+
+def test_specks_are_no_nodules_but_one_coarse_voxel_is():
+    probability = np.zeros((12, 12, 40), np.float32)
+    probability[5, 5, 5] = 0.9  # 1 mm3
+    probability[4:6, 4:6, 14] = 0.9  # 4 mm3, below a ball of 2 mm
+    probability[4:6, 4:6, 24:26] = 0.9  # 8 mm3
+    fine = find_candidates(probability, Geometry(probability.shape, (0.0, 0.0, 0.0), UNIT), 0.5)
+    assert [nodule["volume_voxels"] for nodule in fine.nodules] == [8]
+    assert (fine.mask.sum(), len(fine.candidates)) == (8, 3)  # specks are marks still
+    coarse = find_candidates(probability, Geometry(probability.shape, (0.0, 0.0, 0.0), (1.4, 1.4, 5.0)), 0.5)
+    assert sorted(nodule["volume_voxels"] for nodule in coarse.nodules) == [1, 4, 8]
+
+
+def test_map_of_many_specks_is_noise_and_takes_no_longer(monkeypatch):
+    rng = np.random.default_rng(0)
+    probability = np.where(rng.random((60, 80, 80)) < 0.02, 0.9, 0.0).astype(np.float32)
+    probability[20:24, 20:24, 20:24] = 0.95
+    described = []
+    score = infer._score
+    monkeypatch.setattr(infer, "_score", lambda *given: described.append(1) or score(*given))
+    found = find_candidates(probability, Geometry(probability.shape, (0.0, 0.0, 0.0), UNIT), 0.5, smallest_mm3=0)
+    assert len(infer._components(probability >= 0.5)) > 3000
+    assert found.is_noise
+    assert len(found.nodules) == infer.MOST_COMPONENTS and len(described) <= 2 * infer.MOST_COMPONENTS
+    assert found.mask[20:24, 20:24, 20:24].all()  # the largest stay
+
+
+def test_map_that_marks_more_than_a_litre_is_noise_and_stays_whole():
+    probability = np.zeros((60, 60, 60), np.float32)
+    probability[5:55, 5:55, 5:55] = 0.9
+    geometry = Geometry(probability.shape, (0.0, 0.0, 0.0), (2.1, 2.0, 2.0))
+    found = find_candidates(probability, geometry, 0.5)
+    assert found.is_noise and found.mask.sum() == 50**3
+    assert not find_candidates(probability, Geometry(probability.shape, (0.0, 0.0, 0.0), UNIT), 0.5).is_noise
+
+
+def test_noise_is_looked_at_once(live):
+    network = Counting()
+    image = spotted(*2 * np.argwhere(np.ones((12, 12, 12))))  # 1728 spots
+    live(network, window=(8, 8, 8)).predict_probability(image)
+    once = len(network.seen)
+    network.seen.clear()
+    live(network, window=(8, 8, 8), mirrors=3).predict_probability(image)
+    assert len(network.seen) == once
+
+
+def test_noise_is_told(trained, processed_dir, caplog):
+    class Speckled(nn.Module):
+        def forward(self, image):
+            torch.manual_seed(0)
+            return torch.where(torch.rand(image.shape) < 0.03, 5.0, -10.0)
+
+    with caplog.at_level("INFO"):
+        trained(Speckled()).infer_dataset(processed_dir)
+    assert "the maps of 1 of 1 scans are mostly noise" in caplog.text
+
+
+def test_picture_counts_the_annotated_nodules_that_the_tables_count(trained, processed_dir, monkeypatch):
+    (uid,) = choose_scans(processed_dir, trained().checkpoint_path, "validation")
+    figures = []
+    monkeypatch.setattr(NoduleInferencer, "_write_scan", lambda self, result, figure: figures.append(figure))
+    inferencer, scan = trained(Nothing()), read_processed(processed_dir, uid)
+    nodule = {"center_world": scan.geometry.world([16, 24, 24]).tolist(), "diameter_mm": 5.0, "voxels": 8}
+    nodule["center_voxel"] = [24.0, 24.0, 16.0]
+    touching = nodule | {"center_world": scan.geometry.world([16, 24, 26]).tolist()}
+    unseen = nodule | {"center_world": scan.geometry.world([2, 4, 4]).tolist(), "voxels": 0}
+    scan.metadata["nodules"] = [nodule, touching, unseen]
+    inferencer._finish({uid: "validation"}, "here", scan, np.zeros(scan.mask.shape, np.float32))
+    assert "0 predicted, 3 annotated, 3 missed" in figures[0].get_suptitle()
+
+
+def test_specks_in_one_place_share_a_row_of_the_picture(processed_dir):
+    scan = read_processed(processed_dir, read_processed_list(processed_dir)[0])
+    mask = np.zeros(scan.mask.shape, np.uint8)
+    mask[10:13, 20:22, 20:26:2] = 1  # three, a voxel apart
+    mask[10:13, 40:42, 40:42] = 1
+    fine = Geometry(mask.shape, (0.0, 0.0, 0.0), UNIT)
+    found = extract_nodules(mask, fine)
+    figure = infer.draw_overlay(np.asarray(scan.image, np.float32), fine, mask, found, title="scan")
+    assert "4 predicted" in figure.get_suptitle()
+    titles = [axes.get_title() for axes in figure.axes[::4]]
+    assert len(titles) == 2
+    assert sum("and 2 more here" in title for title in titles) == 1
 
 
 def test_picture_of_a_missed_nodule_says_so(processed_dir):
@@ -1205,6 +1414,113 @@ def test_raw_phantom_gives_the_mask_of_its_processed_array(trained, phantom_dir,
     np.testing.assert_array_equal(np.load(inferencer.output_dir / "predicted_masks" / f"{uid}.npy"), expected)
 
 
+def test_picture_of_a_raw_scan_shows_the_ct_itself(trained, tmp_path, monkeypatch):
+    pictured = []
+    draw = infer.draw_overlay
+
+    def watch(image, *given, **more):
+        pictured.append(image)
+        return draw(image, *given, **more)
+
+    monkeypatch.setattr(infer, "draw_overlay", watch)
+    trained(Nothing()).infer_scan(write_chest(tmp_path / "chest.mhd"))
+    (image,) = pictured
+    body = (-350 + 1000) / 1400
+    middle = np.asarray(image)[image.shape[0] // 2, image.shape[1] // 2]
+    assert middle[len(middle) // 2] == pytest.approx(body, abs=0.01)  # between the lungs, where the network sees air
+
+
+def test_raw_scan_says_how_its_lungs_were_found_and_on_what_grid(trained, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        trained(Bright(HALF)).infer_scan(write_chest(tmp_path / "chest.mhd"))
+    assert "chest.mhd: lungs by threshold (" in caplog.text and " litres with their margin)" in caplog.text
+    assert "grid of 32 x 48 x 48 voxels of 7.5 x 5.8 x 6.2 mm (z, y, x)" in caplog.text
+    assert "chest: 1 nodule, the highest score is " in caplog.text
+
+
+class Level(nn.Module):
+    """Gives a cube the probability p, and everything else nearly none."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.logit = math.log(p / (1 - p))
+
+    def forward(self, image):
+        logits = torch.full_like(image, -9.0)
+        logits[..., 10:14, 20:24, 20:24] = self.logit
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("probability", "told"),
+    [
+        (0.01, "no nodule found; no faint mark either: the highest probability of a voxel is 0.01"),
+        (0.3, "no nodule found; 1 fainter marks with scores up to 0."),
+    ],
+)
+def test_clean_scan_is_told_from_a_network_that_marks_nothing(trained, tmp_path, caplog, probability, told):
+    with caplog.at_level("INFO"):
+        trained(Level(probability)).infer_scan(write_chest(tmp_path / "chest.mhd"))
+    assert f"chest: {told}" in caplog.text
+
+
+def test_raw_training_scan_is_warned_of(trained, run_dir, phantom_dir, monkeypatch, caplog):
+    monkeypatch.setattr(infer, "MAX_PICTURED", 1)
+    uid = read_split(run_dir / "checkpoints" / "split.json")["train"][0]
+    inferencer = trained(Nothing())
+    inferencer.infer_scan(find_scans(phantom_dir / "raw")[uid])
+    assert f"{uid} is a training scan of this network" in caplog.text
+    assert pd.read_csv(inferencer.output_dir / "inference_summary.csv")["part"].tolist() == ["train"]
+
+
+def test_hundredth_scan_costs_what_the_first_one_costs(trained, tmp_path, monkeypatch):
+    """Counts what is read and written beside the scan's own files, but for the summary's own size."""
+    path = write_chest(tmp_path / "a.mha", (12, 20, 20))
+    inferencer = trained(Nothing())
+    reads, tables = [], []
+    read_bytes, read_table = Path.read_bytes, infer.read_table
+    monkeypatch.setattr(Path, "read_bytes", lambda self: reads.append(self) or read_bytes(self))
+    monkeypatch.setattr(infer, "read_table", lambda *given: tables.append(given) or read_table(*given))
+    for name in "abcde":
+        shutil.copy(path, tmp_path / f"{name}.mha") if name != "a" else None
+        inferencer.infer_scan(tmp_path / f"{name}.mha")
+    assert not [read for read in reads if read.suffix == ".pth"]  # the checkpoint is hashed when it is loaded
+    assert not tables  # marks are appended
+    summary = json.loads((inferencer.output_dir / "inference_summary.json").read_text())
+    assert list(summary["scans"]) == list("abcde")
+
+
+def test_marks_of_a_scan_that_is_done_again_are_replaced(trained, tmp_path):
+    first, second = write_chest(tmp_path / "a.mha"), write_chest(tmp_path / "b.mha")
+    for path in (first, second, first):
+        inferencer = trained(Bright(HALF))
+        inferencer.infer_scan(path)
+    assert sorted(pd.read_csv(inferencer.output_dir / "candidates.csv")["seriesuid"]) == ["a", "b"]
+
+
+def test_two_processes_in_one_folder_both_arrive_whole(run_dir, tmp_path):
+    code = f"""
+import sys
+import torch
+from infer import NoduleInferencer
+torch.set_num_threads(1)
+inferencer = NoduleInferencer({str(run_dir / "checkpoints" / "best_model.pth")!r}, {str(tmp_path / "out")!r}, "cpu")
+for path in sys.argv[1:]:
+    inferencer.infer_scan(path)
+"""
+    names = [f"{letter}{number}" for letter in "ab" for number in range(3)]
+    for name in names:
+        write_chest(tmp_path / f"{name}.mha", (12, 20, 20))
+    paths = [str(tmp_path / f"{name}.mha") for name in names]
+    command = [sys.executable, "-c", code]
+    processes = [subprocess.Popen([*command, *part], cwd=ROOT) for part in (paths[:3], paths[3:])]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    summary = json.loads((tmp_path / "out" / "inference_summary.json").read_text())
+    assert sorted(summary["scans"]) == names
+    assert sorted(pd.read_csv(tmp_path / "out" / "inference_summary.csv")["seriesuid"]) == names
+    assert sorted(json.loads((tmp_path / "out" / "inference.json").read_text())["raw_scans"]) == names
+
+
 def test_raw_scan_needs_a_checkpoint(live, tmp_path):
     with pytest.raises(RuntimeError, match="needs the preprocessing of a checkpoint"):
         live(Bright()).infer_scan(write_chest(tmp_path / "chest.mhd"))
@@ -1323,6 +1639,24 @@ def test_command_line_infers_one_raw_scan(run_dir, tmp_path, capsys):
     assert infer.main([f"--{name}={value}" for name, value in arguments.items()]) == 0
     assert "no nodule found" in capsys.readouterr().out
     assert (tmp_path / "out" / "predicted_masks" / "chest.nii.gz").is_file()
+
+
+@pytest.mark.parametrize("given", [{"subset": "validation"}, {"data_dir": "data"}])
+def test_choice_of_a_data_set_with_a_raw_scan_is_refused(trained, tmp_path, given):
+    with pytest.raises(InputError, match=f"{next(iter(given))} choose scans of a data set; leave them out with input"):
+        trained().run(tmp_path / "chest.mhd", **given)
+
+
+def test_console_tables_fit_a_terminal(dataset_run, chest_runs):
+    _, summary = dataset_run
+    long = summary.assign(seriesuid=["1.3.6.1.4.1.14519.5.2.1.6279.6001." + str(n) * 30 for n in range(4)])
+    long.loc[0, ["nodules", "largest_diameter_mm", "highest_score"]] = [0, math.nan, math.nan]
+    nodules = infer.nodule_table("1.3.6.1.4.1.14519.5.2.1.6279.6001." + "1" * 30, [chest_runs[False][2]])
+    for text in (infer.format_scans(long), infer.format_nodules(nodules)):
+        assert "nan" not in text.lower() and "/" not in text
+        assert max(map(len, text.splitlines())) <= 80
+    assert "3 nodules in 3 of 4 scans" in infer.format_scans(long)
+    assert infer.format_nodules(nodules[:0]) == "no nodule found"
 
 
 def test_command_line_without_a_checkpoint_ends_with_status_1(tmp_path, caplog):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sqlite3
 import sys
 import threading
 import time
+import tracemalloc
 from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
@@ -37,7 +39,7 @@ from preprocess import (
     select_lungs,
     widen,
 )
-from utils import Geometry, query_lidc, read_metadata, read_scan
+from utils import Geometry, query_lidc, read_lung_points, read_metadata, read_scan
 
 FLIPPED = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
 TURNED_Z = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # index x runs along world y
@@ -365,18 +367,38 @@ def test_lung_points_lie_in_the_lungs():
     lungs = np.zeros((4, 5, 6), bool)
     lungs[1, 2, 3] = lungs[3, 4, 5] = True
     prepared = preprocess.PreparedScan(np.zeros((4, 5, 6)), Geometry((4, 5, 6), (0,) * 3, (1,) * 3), lungs, "threshold")
-    assert sorted(set(map(tuple, prepared.lung_points()))) == [(1, 2, 3), (3, 4, 5)]
+    assert sorted(set(map(tuple, prepared.lung_points().tolist()))) == [(1, 2, 3), (3, 4, 5)]
 
 
 def test_lung_points_lie_in_the_whole_array_where_no_lungs_were_used():
-    points = np.array(unmasked(image_of(noise((6, 8, 10))), target_size=(2, 3, 4)).lung_points())
+    points = unmasked(image_of(noise((6, 8, 10))), target_size=(2, 3, 4)).lung_points()
     assert sorted(map(tuple, np.unique(points, axis=0).tolist())) == list(np.ndindex(2, 3, 4))
+
+
+def without_lungs(shape_zyx: tuple[int, int, int]) -> preprocess.PreparedScan:
+    array = np.broadcast_to(np.float16(0), shape_zyx)
+    return preprocess.PreparedScan(array, Geometry(shape_zyx, (0,) * 3, (1,) * 3), None, "none")
+
+
+def test_lung_points_of_the_whole_array_are_those_of_an_index_of_all_voxels():
+    chosen = np.random.default_rng(0).choice(np.arange(7 * 8 * 9), preprocess.LUNG_POINTS)
+    expected = np.stack(np.unravel_index(chosen, (7, 8, 9)), axis=1)
+    np.testing.assert_array_equal(without_lungs((7, 8, 9)).lung_points(), expected)
+
+
+def test_lung_points_of_the_whole_array_need_no_index_of_all_voxels():
+    prepared = without_lungs((64, 256, 256))
+    tracemalloc.start()
+    points = prepared.lung_points()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (points.shape, peak < 1e6) == ((preprocess.LUNG_POINTS, 3), True)
 
 
 def test_lung_point_is_the_middle_where_the_lungs_are_empty():
     grid = Geometry((3, 3, 3), (0,) * 3, (1,) * 3)
     prepared = preprocess.PreparedScan(np.zeros((3, 3, 3)), grid, np.zeros((3, 3, 3), bool), "threshold")
-    assert prepared.lung_points() == [[1, 1, 1]]
+    assert prepared.lung_points().tolist() == [[1, 1, 1]]
 
 
 def test_crop_to_lungs_lays_the_grid_over_the_lungs_and_their_margin():
@@ -644,6 +666,46 @@ def test_impossible_mask_source_is_refused(options, message):
         LUNA16Preprocessor(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        (
+            {"target_spacing": (2.0, 2.0, 2.0)},
+            "target_spacing (2.0, 2.0, 2.0) is ignored: it takes effect only with target_size null",
+        ),
+        ({"lidc_readers": 2}, "lidc_readers 2 is ignored: it takes effect only with mask_source lidc"),
+        ({"crop_margin_mm": 9.0}, "crop_margin_mm 9.0 is ignored: it takes effect only with crop_to_lungs"),
+        (
+            {"mask_lungs": False, "lung_margin_mm": 9.0},
+            "lung_margin_mm 9.0 is ignored: it takes effect only with mask_lungs or crop_to_lungs",
+        ),
+        (
+            {"mask_lungs": False, "lung_closing_mm": 9.0},
+            "lung_closing_mm 9.0 is ignored: it takes effect only with mask_lungs or crop_to_lungs",
+        ),
+    ],
+)
+def test_setting_without_effect_is_told(options, warning, caplog):
+    LUNA16Preprocessor(**options)
+    assert caplog.messages == [warning]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mask_lungs": False},
+        {"target_spacing": [1, 1, 1]},
+        {"target_size": None, "target_spacing": (2.0, 2.0, 2.0)},
+        {"crop_to_lungs": True, "crop_margin_mm": 9.0},
+        {"mask_lungs": False, "crop_to_lungs": True, "lung_margin_mm": 9.0, "lung_closing_mm": 9.0},
+    ],
+)
+def test_setting_with_effect_is_not_warned_of(options, caplog):
+    LUNA16Preprocessor(**options)
+    assert caplog.messages == []
+
+
 # --------------------------------------------------------------------------------------- phantoms: world and voxels
 
 
@@ -873,7 +935,7 @@ def test_run_writes_one_image_mask_and_metadata_a_scan(raw_dir):
     output = raw_dir.parent / "processed"
     files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     tables = {"processed_files.txt", "failed_files.csv", "annotation_problems.csv"}
-    names = ["images/{}.npy", "masks/{}.npy", "{}_metadata.npy", "{}_metadata.json"]
+    names = ["images/{}.npy", "masks/{}.npy", "points/{}.npy", "{}_metadata.npy", "{}_metadata.json"]
     assert files == tables | {name.format(uid) for uid in UIDS for name in names}
 
 
@@ -898,7 +960,9 @@ def test_changed_annotation_redoes_its_scan_only(raw_dir):
     assert np.load(raw_dir.parent / "processed" / "masks" / "1.3.npy").any()
 
 
-@pytest.mark.parametrize("lost", ["images/1.2.npy", "masks/1.2.npy", "1.2_metadata.json"])
+@pytest.mark.parametrize(
+    "lost", ["images/1.2.npy", "masks/1.2.npy", "points/1.2.npy", "1.2_metadata.npy", "1.2_metadata.json"]
+)
 def test_scan_that_lost_a_file_is_redone(raw_dir, lost):
     small(raw_dir).process_all()
     (raw_dir.parent / "processed" / lost).unlink()
@@ -956,6 +1020,29 @@ def test_data_file_that_vanishes_after_the_first_run_does_not_stop_the_second(ra
 real_process_scan = preprocess.process_scan
 
 
+def process_or_fail(task: preprocess.ScanTask) -> dict[str, Any]:
+    """A bug, a lack of memory and a missing package, one in each scan."""
+    if task.seriesuid == "1.1":
+        return {}["hu"]
+    if task.seriesuid == "1.2":
+        raise MemoryError
+    raise ImportError("pip install it")
+
+
+def test_bug_is_told_from_what_a_user_can_mend_and_keeps_its_traceback(raw_dir, monkeypatch, caplog):
+    monkeypatch.setattr(preprocess, "process_scan", process_or_fail)
+    reasons = {
+        "1.1": "unexpected KeyError: 'hu'",
+        "1.2": "it does not fit into memory",
+        "1.3": "pip install it",
+    }
+    assert small(raw_dir).process_all().failed == failures_of(raw_dir) == reasons
+    assert sorted(caplog.messages)[-3:] == [f"{uid}: {reason}" for uid, reason in reasons.items()]
+    traces = [record for record in caplog.records if record.exc_info]
+    assert [record.getMessage()[:3] for record in traces] == ["1.1"]
+    assert 'return {}["hu"]' in caplog.text  # the line in the other process
+
+
 def process_unless_killed(task: preprocess.ScanTask) -> dict[str, Any]:
     """What the kernel does to a process that takes all memory, for one scan."""
     if task.seriesuid == "1.2":
@@ -971,17 +1058,29 @@ def second_scan_kills_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("second_scan_kills_its_process")
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_killed_process_leaves_the_other_scans_done(raw_dir, num_processes):
+def test_killed_process_leaves_the_other_scans_done(raw_dir, num_processes, caplog):
     summary = small(raw_dir, num_processes=num_processes).process_all()
-    assert summary.failed == {"1.2": "its process was killed, probably for want of memory"}
+    assert summary.failed == {"1.2": "its process was killed, probably for lack of memory"}
     assert (sorted(summary.processed), listed(raw_dir)) == (["1.1", "1.3"], ["1.1", "1.3"])
+    assert "1.2: its process was killed, probably for lack of memory" in caplog.messages
 
 
-def test_annotation_without_its_scan_is_named(raw_dir, caplog):
-    write_annotations(raw_dir, "1.1,5,5,4,3", "9.9,1,2,3,4")
+def test_annotations_of_scans_that_are_not_there_are_counted_in_one_line(raw_dir, caplog):
+    rows = [f"9.{number},1,2,3,4" for number in range(20)]
+    write_annotations(raw_dir, "1.1,5,5,4,3", *rows, "9.0,5,5,5,4")
     small(raw_dir).process_all()
-    assert problems_of(raw_dir) == [["9.9", 1, 2, 3, 4, "without a scan"]]
-    assert "1 annotation(s) without a scan: 9.9 at (1.0, 2.0, 3.0)" in caplog.messages
+    assert problems_of(raw_dir) == []
+    told = f"21 of 22 annotations left out: their scans (20, such as 9.0) are not in {raw_dir}"
+    assert [message for message in caplog.messages if "9." in message] == [told]
+
+
+def test_log_names_three_annotations_at_most(raw_dir, caplog):
+    write_annotations(raw_dir, *[f"1.1,{x},5,40,3" for x in range(5)])
+    small(raw_dir).process_all()
+    assert len(problems_of(raw_dir)) == 5
+    named = ", ".join(f"1.1 at ({x}.0, 5.0, 40.0)" for x in range(3))
+    table = raw_dir.parent / "processed" / "annotation_problems.csv"
+    assert f"5 annotation(s) outside their scan: {named} and 2 more in {table}" in caplog.messages
 
 
 def test_annotation_outside_its_scan_is_named(raw_dir, caplog):
@@ -1036,10 +1135,17 @@ def test_scan_without_lungs_is_warned_of(raw_dir, caplog):
     assert "3 scan(s) without lungs were left unmasked" in caplog.messages
 
 
-def test_log_says_that_target_spacing_has_no_effect(raw_dir, caplog):
+def test_log_counts_where_the_lungs_came_from(raw_dir, caplog):
+    caplog.set_level(logging.INFO)
+    lung_block(raw_dir)
+    masked(raw_dir).process_all()
+    assert "lungs: 1 by seg-lungs, 0 by threshold, 0 not found" in caplog.messages
+
+
+def test_log_says_nothing_of_lungs_that_are_not_used(raw_dir, caplog):
     caplog.set_level(logging.INFO)
     small(raw_dir).process_all()
-    assert "target_size (4, 5, 6) stretches each scan to it; target_spacing has no effect" in caplog.messages
+    assert [message for message in caplog.messages if message.startswith("lungs") or "threshold" in message] == []
 
 
 @pytest.mark.parametrize(("fits", "processes"), [(2.5, 2), (0.5, 1), (100, 3)])
@@ -1079,10 +1185,29 @@ def test_scan_that_moved_to_another_subset_is_redone(raw_dir):
     assert small(raw_dir).process_all().processed == ["1.1"]
 
 
-def test_metadata_have_points_in_the_lungs_for_patches(raw_dir):
-    points = np.array(small(raw_dir).process_single_scan("1.1")["lung_points_zyx"])
-    assert points.shape == (preprocess.LUNG_POINTS, 3)
+def test_points_in_the_lungs_are_written_for_patches(raw_dir):
+    small(raw_dir).process_single_scan("1.1")
+    points = read_lung_points(raw_dir.parent / "processed", "1.1")
+    assert (points.shape, points.dtype) == ((preprocess.LUNG_POINTS, 3), np.int32)
     assert set(map(tuple, points.tolist())) == set(np.ndindex(4, 5, 6))  # without lungs, the whole array
+
+
+def test_metadata_are_short_enough_to_read(raw_dir):
+    small(raw_dir).process_single_scan("1.1")
+    assert len((raw_dir.parent / "processed" / "1.1_metadata.json").read_text().splitlines()) < 100
+
+
+def test_lung_points_before_preprocessing_are_an_error_that_says_what_to_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"points/1\.1\.npy does not exist; run python preprocess.py first"):
+        read_lung_points(tmp_path, "1.1")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"no array"])
+def test_damaged_lung_points_are_an_error_that_says_what_to_run(raw_dir, content):
+    small(raw_dir).process_single_scan("1.1")
+    (raw_dir.parent / "processed" / "points" / "1.1.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"points/1\.1\.npy is damaged .*; run python preprocess.py again"):
+        read_lung_points(raw_dir.parent / "processed", "1.1")
 
 
 @pytest.fixture
@@ -1181,15 +1306,64 @@ def test_missing_raw_folder_is_refused(raw_dir):
         small(raw_dir).process_all()
 
 
-def test_command_line_ends_with_status_0_and_counts(raw_dir, capsys):
+def test_lung_masks_are_not_spoken_of_before_the_annotations_are_read(raw_dir, caplog):
+    (raw_dir / "annotations.csv").unlink()
+    with pytest.raises(FileNotFoundError):
+        small(raw_dir, mask_lungs=True).process_all()
+    assert caplog.messages == []
+
+
+def told(capsys: pytest.CaptureFixture) -> list[str]:
+    """What was printed, without the number of seconds."""
+    return re.sub(r"in \d+ s\n", "in TIME\n", capsys.readouterr().out).splitlines()
+
+
+def test_command_line_ends_with_status_0_and_what_comes_next(raw_dir, capsys):
     assert main(command_line(raw_dir)) == 0
-    assert capsys.readouterr().out == "3 processed, 0 skipped, 0 failed\n"
+    output = raw_dir.parent / "processed"
+    assert told(capsys) == [
+        "3 processed, 0 done before, 0 failed in TIME",
+        "1 nodule in 1 of 3 scans",
+        f"{output}: next, python train.py --data_dir {output}",
+    ]
+
+
+def test_second_command_line_counts_all_scans(raw_dir, capsys):
+    small(raw_dir).process_all()
+    main(command_line(raw_dir))
+    assert told(capsys)[:2] == ["0 processed, 3 done before, 0 failed in TIME", "1 nodule in 1 of 3 scans"]
 
 
 def test_command_line_ends_with_status_1_after_a_failed_scan(raw_dir, capsys):
     cut_off(raw_dir, "1.2")
     assert main(command_line(raw_dir)) == 1
-    assert capsys.readouterr().out == "2 processed, 0 skipped, 1 failed\n"
+    lines = told(capsys)
+    assert lines[0] == "2 processed, 0 done before, 1 failed in TIME"
+    assert lines[2] == f"{raw_dir.parent / 'processed' / 'failed_files.csv'}: why scans failed"
+
+
+def summary_of(seconds: float = 12.0, **nodules: int) -> preprocess.ProcessingSummary:
+    return preprocess.ProcessingSummary(list(nodules), [], {}, nodules, seconds)
+
+
+def test_next_command_is_short_for_the_default_folder():
+    text = preprocess.format_summary(summary_of(a=2, b=0), Preprocessing(), Path("data/LUNA16/processed"))
+    assert text.splitlines() == [
+        "2 processed, 0 done before, 0 failed in 12 s",
+        "2 nodules in 1 of 2 scans",
+        "data/LUNA16/processed: next, python train.py",
+    ]
+
+
+def test_next_command_has_what_scans_of_different_shapes_need():
+    text = preprocess.format_summary(summary_of(a=2, b=0), Preprocessing(target_size=None), Path("my data"))
+    assert text.endswith("my data: next, python train.py --data_dir 'my data' --patch_size '[96,96,96]'")
+
+
+def test_one_scan_is_too_few_to_train_next():
+    text = preprocess.format_summary(summary_of(300.0, a=1), Preprocessing(), Path("data/LUNA16/processed"))
+    assert text.startswith("1 processed, 0 done before, 0 failed in 5 min\n1 nodule in 1 of 1 scans\n")
+    assert text.endswith("data/LUNA16/processed: training needs two scans or more")
 
 
 def test_command_line_ends_with_status_1_for_a_wrong_setting(raw_dir, caplog):
@@ -1342,7 +1516,7 @@ def test_cluster_gives_the_local_result_byte_for_byte_even_when_a_worker_dies(ph
     assert not summary.failed
     prepare_phantoms(phantom_dir, tmp_path / "local")
     files = sorted(path.relative_to(tmp_path / "local") for path in (tmp_path / "local").rglob("*") if path.is_file())
-    assert len(files) == 4 * 4 + 3  # image, mask, metadata twice; three lists
+    assert len(files) == 4 * 5 + 3  # image, mask, points, metadata twice; three lists
     for path in files:
         assert (tmp_path / "cluster" / path).read_bytes() == (tmp_path / "local" / path).read_bytes()
 
@@ -1354,7 +1528,33 @@ def test_scan_that_fails_on_a_cluster_is_listed_and_the_others_are_done(phantom_
     summary = prepare_phantoms(tmp_path / "data", tmp_path / "out", scheduler=cluster.scheduler_address)
     assert len(summary.processed) == 3
     (reason,) = summary.failed.values()
-    assert reason.startswith("ValueError: ")
+    assert reason.startswith(f"{broken.with_suffix('.mhd')}: the header needs ")
+
+
+def process_or_fail_on_cluster(task: preprocess.ScanTask) -> dict[str, Any]:
+    """A bug in one scan, and in another what Dask raises for one that killed its workers."""
+    from distributed import KilledWorker
+
+    if task.seriesuid.endswith(".0"):
+        return {}["hu"]
+    if task.seriesuid.endswith(".1"):
+        raise KilledWorker("its task", SimpleNamespace(address="tcp://its.worker"), 3)
+    return real_process_scan(task)
+
+
+def test_bug_or_killed_workers_on_a_cluster_leave_the_other_scans_done(
+    phantom_dir, tmp_path, monkeypatch, caplog, cluster
+):
+    monkeypatch.setattr(preprocess, "process_scan", process_or_fail_on_cluster)
+    summary = prepare_phantoms(phantom_dir, tmp_path, scheduler=cluster.scheduler_address)
+    bug, killed, *others = uids_of(phantom_dir)
+    assert summary.failed == {
+        bug: "unexpected KeyError: 'hu'",
+        killed: "its process was killed, probably for lack of memory",
+    }
+    assert sorted(summary.processed) == others
+    assert 'return {}["hu"]' in caplog.text
+    assert "num_processes 1 is ignored: it takes effect only without a scheduler" in caplog.messages
 
 
 def test_cluster_without_a_worker_is_told_and_waited_for(phantom_dir, tmp_path, caplog):

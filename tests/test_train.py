@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +23,7 @@ from dataset import Augmentation
 from infer import NoduleInferencer
 from model import SubpixelUNet, load_checkpoint, save_checkpoint
 from train import Trainer
-from utils import UserError, read_processed_list, read_split
+from utils import InputError, UserError, read_processed_list, read_split
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = {**TINY, "device": "cpu", "mixed_precision": False}
@@ -209,7 +214,7 @@ def test_resumed_run_equals_one_that_was_never_stopped(processed_dir, tmp_path, 
     expected, found = (weights(tmp_path / name, "checkpoint_epoch_3.pth") for name in ("whole", "stopped"))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     logs = [
-        pd.read_csv(tmp_path / name / "log.csv").drop(columns=["seconds", "validation_seconds"])
+        pd.read_csv(tmp_path / name / "log.csv").drop(columns=["training_seconds", "validation_seconds"])
         for name in ("whole", "stopped")
     ]
     pd.testing.assert_frame_equal(*logs)
@@ -322,6 +327,238 @@ def test_undefined_dice_leaves_the_choice_to_the_loss(processed_dir, tmp_path, m
     assert load_checkpoint(tmp_path / "checkpoints" / "best_model.pth")["epoch"] == 2
 
 
+def test_loss_that_is_not_a_number_makes_no_worse_epoch_the_best(processed_dir, tmp_path, monkeypatch):
+    scores = iter([(0.8, float("nan")), (0.5, 0.3), (0.8, 0.4)])
+
+    class Result:
+        def __init__(self) -> None:
+            (self.dice, self.loss), self.min_score = next(scores), 0.25
+            one = {"mean": self.dice}
+            self.summary = {"sensitivity": one, "precision": one}
+            self.summary |= {"dice_of_scans_with_nodules": self.dice, "false_positive_nodules": 0}
+
+    monkeypatch.setattr(train.Validator, "run_validation", lambda self: Result())
+    trainer = Trainer(processed_dir, tmp_path, num_epochs=3, **CPU)
+    trainer.train()
+    assert (trainer.best["epoch"], trainer.best["dice"]) == (3, 0.8)  # 2 is worse, 3 has a loss
+
+
+def test_without_a_nodule_to_find_an_epoch_with_false_marks_is_not_better_than_one_without(
+    processed_dir, tmp_path, monkeypatch
+):
+    found = iter([(math.nan, 0.5, 0), (0.0, 0.9, 19), (0.0, 0.5, 3)])  # Dice, loss, false-positive nodules
+
+    class Result:
+        def __init__(self) -> None:
+            self.dice, self.loss, false = next(found)
+            self.min_score, one = 0.0, {"mean": self.dice}
+            self.summary = {"sensitivity": one, "precision": one}
+            self.summary |= {"dice_of_scans_with_nodules": math.nan, "false_positive_nodules": false}
+
+    monkeypatch.setattr(train.Validator, "run_validation", lambda self: Result())
+    trainer = Trainer(processed_dir, tmp_path, num_epochs=3, **CPU)
+    trainer.train()
+    assert trainer.best["epoch"] == 1
+    assert trainer.describe_best() == (
+        "best epoch: 1 of 3, by validation loss 0.5000 (Dice is undefined: no validation scan has a nodule)"
+    )
+
+
+def test_split_is_told_with_its_nodules_and_a_part_without_any_is_warned_of(processed_dir, tmp_path, caplog):
+    data = tmp_path / "data"
+    shutil.copytree(processed_dir, data)
+    split = Trainer(processed_dir, tmp_path / "first", **CPU).split
+    for uid in split["validation"]:
+        path = data / f"{uid}_metadata.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"nodules": []}))
+    trainer = Trainer(data, tmp_path / "run", num_epochs=1, **CPU)
+    trainer.split, trainer.validator.seriesuids = split, split["validation"]
+    with caplog.at_level("INFO"):
+        trainer.train()
+    assert "1 validation (0 nodules)" in caplog.text
+    assert "no validation scan has a nodule: there is no Dice" in caplog.text
+    assert "by validation loss" in trainer.describe_best()
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_building_a_trainer_changes_no_file_and_no_global_state(processed_dir, run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    before = everything_in(tmp_path)
+    torch.manual_seed(5)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    flags = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    Trainer(processed_dir, tmp_path / "run", overwrite=True, deterministic=True, **CPU)
+    assert everything_in(tmp_path) == before
+    assert torch.equal(states[0], torch.get_rng_state())
+    np.testing.assert_array_equal(states[1], np.random.get_state()[1])  # noqa: NPY002
+    assert states[2] == random.getstate()
+    assert flags == (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)
+
+
+def test_overwrite_that_fails_in_its_first_epoch_has_cost_nothing(processed_dir, run_dir, tmp_path, monkeypatch):
+    shutil.copytree(run_dir, tmp_path / "run")
+    before = everything_in(tmp_path)
+
+    def step(self: Trainer, batch: dict) -> torch.Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    with pytest.raises(UserError):
+        Trainer(processed_dir, tmp_path / "run", num_epochs=1, overwrite=True, **CPU).train()
+    assert before.items() <= everything_in(tmp_path).items()
+
+
+def test_overwrite_leaves_nothing_of_the_deleted_run(processed_dir, run_dir, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    old_logs = [path.name for path in run.glob("logs_*")]
+    for name in ("validation/validation_results.csv", "validation/froc.png", "inference/candidates.csv", "notes.txt"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("of the old run")
+    time.sleep(1.1)  # logs are named by the second
+    Trainer(processed_dir, run, num_epochs=1, overwrite=True, **CPU).train()
+    assert [path for path in run.rglob("*") if path.is_file() and path.read_bytes() == b"of the old run"] == [
+        run / "notes.txt"  # what is not ours stays
+    ]
+    assert not {path.name for path in run.glob("logs_*")} & set(old_logs)
+
+
+def test_logs_alone_are_no_run_to_be_replaced(processed_dir, tmp_path):
+    (tmp_path / "logs_20260101-000000").mkdir()
+    (tmp_path / "logs_20260101-000000" / "events.1").write_text("of a run that ended in its first epoch")
+    Trainer(processed_dir, tmp_path, **CPU)
+
+
+def test_file_that_a_killed_run_was_writing_is_no_run(processed_dir, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for name in (".partial-0123abcd-4711-89abcdef-best_model.pth", ".4711.best_model.pth"):
+        (tmp_path / "checkpoints" / name).write_text("half of a checkpoint")
+    Trainer(processed_dir, tmp_path, **CPU)
+
+
+TRAINING = """
+import sys
+from train import main
+sys.exit(main(["--data_dir", {data!r}, "--output_dir", {run!r}, "--num_epochs", "500", "--checkpoint_interval", "500",
+               "--validation_interval", "500", "--device", "cpu", "--channels", "[4,8]", "--strides", "[2]",
+               "--num_res_units", "0", "--dropout", "0", "--mixed_precision", "false"]))
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_training_keeps_its_last_whole_epoch_and_says_how_to_go_on(processed_dir, tmp_path, number, status):
+    run = tmp_path / "run"
+    code = TRAINING.format(data=str(processed_dir), run=str(run))
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "epoch 3/500" in line and "loss" in line:
+            process.send_signal(number)
+            break
+    lines += process.stderr.readlines()
+    assert process.wait(timeout=60) == status, "".join(lines)
+    (path,) = (run / "checkpoints").glob("checkpoint_epoch_*.pth")
+    epoch = load_checkpoint(path)["epoch"]
+    assert epoch >= 3
+    assert path.name == f"checkpoint_epoch_{epoch}.pth"
+    last = lines[-1]
+    assert f"epoch {epoch} is kept" in last and "--resume true" in last
+    trainer = Trainer(
+        processed_dir, run, num_epochs=epoch, checkpoint_interval=500, validation_interval=500, resume=True, **CPU
+    )
+    assert len(trainer.train()) == epoch
+
+
+def test_epoch_that_no_checkpoint_holds_is_kept_as_it_was(processed_dir, tmp_path, monkeypatch):
+    options = {**CPU, "num_epochs": 5, "dropout": 0.3, "learning_rate": 1e-2, "validation_interval": 5}
+    Trainer(processed_dir, tmp_path / "whole", checkpoint_interval=1, **options).train()
+    stop_after(monkeypatch, 3)
+    with pytest.raises(Stopped):
+        Trainer(processed_dir, tmp_path / "stopped", checkpoint_interval=5, **options).train()
+    expected, found = (weights(tmp_path / name, "checkpoint_epoch_3.pth") for name in ("whole", "stopped"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_finished_run_that_is_resumed_says_so(processed_dir, run_dir, tmp_path, caplog):
+    shutil.copytree(run_dir, tmp_path / "run")
+    with caplog.at_level("INFO"):
+        assert len(Trainer(processed_dir, tmp_path / "run", num_epochs=2, resume=True, **CPU).train()) == 2
+    assert f"all 2 epochs of {tmp_path / 'run'} are done; a larger num_epochs prolongs the run" in caplog.text
+
+
+def test_run_can_be_prolonged_along_the_cosine_of_its_new_length(processed_dir, run_dir, tmp_path, caplog):
+    shutil.copytree(run_dir, tmp_path / "run")
+    log = Trainer(processed_dir, tmp_path / "run", num_epochs=4, resume=True, **CPU).train()
+    assert log["learning_rate"].tolist() == pytest.approx([1e-4, 0.5e-4, 0.5e-4, 1e-4 * (1 - math.sqrt(0.5)) / 2])
+    assert "the run had 2 epochs and now has 4" in caplog.text
+
+
+def test_missing_permission_makes_no_resume_take_an_older_checkpoint(processed_dir, run_dir, tmp_path, monkeypatch):
+    shutil.copytree(run_dir, tmp_path / "run")
+    read = Path.read_bytes
+
+    def refuse(self: Path) -> bytes:
+        if self.name == "checkpoint_epoch_2.pth":
+            raise PermissionError(13, "Permission denied", str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(PermissionError):
+        Trainer(processed_dir, tmp_path / "run", num_epochs=2, resume=True, **CPU).train()
+
+
+@pytest.mark.parametrize(
+    ("num_epochs", "interval", "expected"),
+    [
+        (4, 1, [1, 2, 3, 4]),
+        (4, 3, [3, 4]),
+        (20, 1, [1, 2, *range(3, 21)]),
+        (100, 1, [1, 2, 4, 8, *range(11, 101)]),
+        (100, 5, [5, 10, *range(15, 101, 5)]),
+    ],
+)
+def test_first_validations_are_sparse(processed_dir, tmp_path, num_epochs, interval, expected):
+    trainer = Trainer(processed_dir, tmp_path, num_epochs=num_epochs, validation_interval=interval, **CPU)
+    assert [epoch for epoch in range(1, num_epochs + 1) if trainer._validates(epoch)] == expected
+
+
+@pytest.mark.parametrize("name", ["patches_per_scan", "nodule_share", "hard_share", "warmup_epochs"])
+def test_option_of_patches_without_patches_is_refused(processed_dir, tmp_path, name):
+    with pytest.raises(InputError, match=f"{name} would be ignored: set patch_size"):
+        Trainer(processed_dir, tmp_path, **{name: 1}, **CPU)
+
+
+def test_options_without_effect_on_a_cpu_are_told(processed_dir, tmp_path, caplog):
+    Trainer(processed_dir, tmp_path, num_epochs=1, num_workers=2, **CPU).train()
+    assert "num_workers without effect: training is on a CPU" in caplog.text
+
+
+def test_training_from_python_tells_its_epochs(processed_dir, tmp_path):
+    code = f"""
+from train import Trainer
+Trainer({str(processed_dir)!r}, {str(tmp_path / "run")!r}, num_epochs=2, device="cpu", mixed_precision=False,
+        channels=(4, 8), strides=(2,), num_res_units=0).train()
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert [line[:10] for line in result.stderr.splitlines() if line.startswith("epoch")] == [
+        "epoch 1/2:",
+        "epoch 2/2:",
+    ]
+
+
+def test_missing_array_is_told_before_training(processed_dir, tmp_path):
+    shutil.copytree(processed_dir, tmp_path / "data")
+    uid = read_processed_list(processed_dir)[0]
+    path = tmp_path / "data" / "masks" / f"{uid}.npy"
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(InputError, match=rf"masks.{uid}\.npy is damaged .*; run python preprocess.py again"):
+        Trainer(tmp_path / "data", tmp_path / "run", **CPU)
+
+
 def test_training_learns_to_mark_what_is_bright(processed_dir, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(processed_dir, data)
@@ -354,7 +591,7 @@ def test_patch_size_that_the_strides_do_not_divide_is_refused(processed_dir, tmp
         ("num_workers", -1),
         ("validation_fraction", 1.0),
         ("fold", 10),
-        ("threshold", 1.5),
+        ("nodule_share", 1.5),  # also without patches
     ],
 )
 def test_value_out_of_range_is_refused_by_name(processed_dir, tmp_path, name, value):

@@ -1,9 +1,11 @@
 """Metrics and the validator."""
 
+import hashlib
 import json
 import math
 import random
 import shutil
+from datetime import datetime, timedelta
 
 import matplotlib.image
 import numpy as np
@@ -14,8 +16,8 @@ from torch import nn
 
 import validate
 from infer import NoduleInferencer, Segmentation, find_candidates
-from model import DiceBCELoss, LungNodule3DUNet
-from utils import Geometry, ProcessedScan, read_processed, read_processed_list
+from model import DiceBCELoss, LungNodule3DUNet, load_checkpoint, save_checkpoint
+from utils import Geometry, InputError, ProcessedScan, read_processed, read_processed_list
 from validate import (
     ExaminedScan,
     Overlap,
@@ -631,6 +633,209 @@ def test_validation_scans_alone_are_listed_by_default(run_dir, processed_dir, tm
     validator = Validator(processed_dir, run_dir / "checkpoints" / "best_model.pth", tmp_path, "cpu")
     validator.inferencer.model = Nothing()
     assert dict.fromkeys(validator.run_validation().table["seriesuid"], "validation").items() <= parts.items()
+
+
+# ---------------------------------------------------------------------------------------------- whose results they are
+
+
+def test_summary_says_whose_results_it_holds(all_run, run_dir, processed_dir):
+    summary = json.loads((all_run[0] / "validation_summary.json").read_text())
+    path = run_dir / "checkpoints" / "best_model.pth"
+    assert (summary["checkpoint"], summary["data_dir"]) == (str(path), str(processed_dir))
+    assert summary["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (summary["subset"], summary["fold"], summary["threshold"], summary["mirrors"]) == ("all", None, 0.5, 0)
+    assert abs(datetime.now().astimezone() - datetime.fromisoformat(summary["date"])) < timedelta(hours=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "subset"), [({}, "all"), ({"threshold": 0.6}, "validation"), ({"min_score": 0.9}, "validation")]
+)
+def test_results_of_other_scans_or_settings_are_not_replaced(run_dir, processed_dir, tmp_path, arguments, subset):
+    path = run_dir / "checkpoints" / "best_model.pth"
+    Validator(processed_dir, path, tmp_path, "cpu").run_validation()
+    Validator(processed_dir, path, tmp_path, "cpu").run_validation()  # the same again is no other
+    (tmp_path / "froc.png").write_text("of the earlier run")
+    before = (tmp_path / "validation_summary.json").read_text()
+    with pytest.raises(FileExistsError, match=r"holds results of .*best_model\.pth at threshold 0\.5.*overwrite=True"):
+        Validator(processed_dir, path, tmp_path, "cpu", **arguments).run_validation(subset)
+    assert (tmp_path / "validation_summary.json").read_text() == before
+    Validator(processed_dir, path, tmp_path, "cpu", overwrite=True, **arguments).run_validation(subset)
+    assert (tmp_path / "validation_summary.json").read_text() != before
+    assert not [path for path in tmp_path.iterdir() if path.read_bytes() == b"of the earlier run"]
+
+
+def test_summary_says_where_epoch_and_score_were_chosen_on_the_scans_it_scores(
+    all_run, fold_run, processed_dir, tmp_path
+):
+    held_out = Validator(processed_dir, fold_run / "checkpoints" / "best_model.pth", tmp_path, "cpu").run_validation(
+        "test"
+    )
+    assert (all_run[1].summary["chosen_on_these_scans"], held_out.summary["chosen_on_these_scans"]) == (True, False)
+    assert "flatter the network; a held-out fold" in format_summary(all_run[1].summary)
+    assert "flatter" not in format_summary(held_out.summary)
+
+
+def test_score_learnt_at_another_threshold_is_dropped_and_told(run_dir, processed_dir, tmp_path, caplog):
+    path = tmp_path / "checkpoints" / "best_model.pth"
+    shutil.copytree(run_dir / "checkpoints", path.parent)
+    save_checkpoint(path, load_checkpoint(path) | {"min_score": 0.4})
+    assert Validator(processed_dir, path, tmp_path / "out", "cpu").inferencer.min_score == 0.4
+    assert not caplog.text
+    assert Validator(processed_dir, path, tmp_path / "out", "cpu", threshold=0.3).inferencer.min_score == 0
+    assert "the min_score of 0.40 was learnt at a threshold of 0.5, not 0.3" in caplog.text
+    assert Validator(processed_dir, path, tmp_path / "out", "cpu", 0.3, min_score=0.2).inferencer.min_score == 0.2
+
+
+@pytest.fixture
+def damaged_data(processed_dir, tmp_path):
+    """(processed data of which one scan is cut off, its series UID); for a split of validation scans alone."""
+    shutil.copytree(processed_dir, tmp_path / "damaged")
+    uid = read_processed_list(processed_dir)[1]
+    path = tmp_path / "damaged" / "images" / f"{uid}.npy"
+    path.write_bytes(path.read_bytes()[:2000])
+    return tmp_path / "damaged", uid
+
+
+def test_one_bad_scan_costs_none_of_the_others(copied_run, damaged_data, tmp_path, capsys, caplog):
+    (data, uid), uids = damaged_data, read_processed_list(damaged_data[0])
+    (copied_run.parent / "split.json").write_text(json.dumps({"train": [], "validation": uids}))
+    words = {"data_dir": data, "checkpoint_path": copied_run, "output_dir": tmp_path / "out", "device": "cpu"}
+    assert validate.main([f"--{name}={value}" for name, value in words.items()]) == 1
+    failed = pd.read_csv(tmp_path / "out" / "failed_scans.csv", dtype={"seriesuid": str})
+    assert failed["seriesuid"].tolist() == [uid]
+    assert "is damaged" in failed["reason"][0] and "run python preprocess.py again" in failed["reason"][0]
+    table = pd.read_csv(tmp_path / "out" / "validation_results.csv", dtype={"seriesuid": str})
+    assert table["seriesuid"].tolist() == [other for other in uids if other != uid]
+    summary = json.loads((tmp_path / "out" / "validation_summary.json").read_text())
+    assert (summary["scans"], summary["failed_scans"]) == (3, 1)
+    assert (tmp_path / "out" / "froc.csv").is_file()
+    assert "1 scans could not be used" in capsys.readouterr().out
+    assert uid in caplog.text
+
+
+def test_list_of_failures_goes_with_them(copied_run, processed_dir, damaged_data, tmp_path):
+    (copied_run.parent / "split.json").write_text(
+        json.dumps({"train": [], "validation": read_processed_list(processed_dir)})
+    )
+    Validator(damaged_data[0], copied_run, tmp_path / "out", "cpu").run_validation()
+    assert (tmp_path / "out" / "failed_scans.csv").is_file()
+    shutil.copytree(processed_dir, damaged_data[0], dirs_exist_ok=True)
+    Validator(damaged_data[0], copied_run, tmp_path / "out", "cpu").run_validation()
+    assert not (tmp_path / "out" / "failed_scans.csv").exists()
+
+
+def test_bug_in_one_scan_keeps_its_traceback_and_is_called_unexpected(run_dir, processed_dir, tmp_path, caplog):
+    class Buggy(nn.Module):
+        def forward(self, image):
+            return image[9, 9]
+
+    validator = Validator(processed_dir, run_dir / "checkpoints" / "best_model.pth", tmp_path, "cpu")
+    validator.inferencer.model = Buggy()
+    with pytest.raises(InputError, match=r"no scan could be scored.*unexpected IndexError"):
+        validator.run_validation()
+    assert "Traceback" in caplog.text and "in forward" in caplog.text
+
+
+def test_bad_validation_scan_ends_a_validation_of_a_live_network(damaged_data):
+    data, uid = damaged_data
+    validator = Validator(data, device="cpu", model=Nothing(), seriesuids=read_processed_list(data))
+    with pytest.raises(InputError, match=rf"{uid}\.npy is damaged"):
+        validator.run_validation()
+
+
+def test_validated_scan_is_not_predicted_again_for_its_picture(processed_dir):
+    class Counting(Nothing):
+        seen = 0
+
+        def forward(self, image):
+            self.seen += 1
+            return super().forward(image)
+
+    network, uids = Counting(), read_processed_list(processed_dir)
+    validator = Validator(processed_dir, device="cpu", model=network, seriesuids=uids)
+    validator.run_validation()
+    assert validator.draw_example().get_suptitle().split("\n")[0] in uids
+    assert network.seen == len(uids)
+
+
+# ------------------------------------------------------------------------------------------------- what a person reads
+
+
+def told(rows, **further):
+    extra = {"cpm": {"value": 1.0, "interval": [1.0, 1.0]}, "by_size": [{"diameter": "< 6 mm", "nodules": 1}]}
+    return format_summary(LEVELS | summarize(pd.DataFrame(rows)) | extra | further)
+
+
+def test_one_scan_has_no_deviation_and_one_nodule_no_interval():
+    text = told([row("a", 0.5, nodules=1, found=1)])
+    assert "±" not in text.splitlines()[2] and "dice" in text.splitlines()[2]
+    assert "CPM 1.000\n" in text
+    two = told([row("a", 0.5, nodules=1, found=1), row("b", 0.5, nodules=1, found=1)])
+    assert "±" in two.splitlines()[2] and "95 % interval" in two
+
+
+def test_nothing_defined_is_said_once():
+    text = told([row("c", math.nan, nodules=0, found=0)], by_size=[])
+    assert text.count("undefined") == 1
+
+
+def test_summary_says_how_many_training_scans_were_left_out(all_run):
+    assert "3 training scans left out" in format_summary(all_run[1].summary)
+
+
+def test_counts_are_whole_numbers_in_the_table(all_run):
+    lines = (all_run[0] / "validation_results.csv").read_text().splitlines()
+    columns = lines[0].split(",")
+    for line in lines[1:]:
+        cells = dict(zip(columns, line.split(","), strict=True))
+        assert all("." not in cells[name] for name in validate.COUNTS)
+
+
+def test_counts_of_a_froc_are_told_in_words(challenge):
+    write_marks(challenge / "marks.csv", *HITS_AND_MISTAKE, HITS_AND_MISTAKE[0])
+    text = validate.format_froc(score("marks.csv", seriesuids_path="seriesuids.csv"))
+    assert "scans: " in text and " found, " in text and " missed" in text
+    assert "1 false positives; marks that count neither way: 1 further hits on a nodule" in text
+    assert "_" not in text.replace("fp_per_scan", "")
+
+
+def test_score_of_marks_says_whose_they_are(challenge):
+    write_marks(challenge / "marks.csv", *HITS_AND_MISTAKE)
+    curve = score("marks.csv", seriesuids_path="seriesuids.csv")
+    origin = json.loads((challenge / "out" / "froc.json").read_text())
+    assert origin["predictions"] == [str((challenge / "marks.csv").resolve())]
+    assert (origin["annotations"], origin["seriesuids"]) == ("annotations.csv", "seriesuids.csv")
+    assert origin["cpm"]["value"] == curve.cpm
+
+
+def test_annotations_of_other_scans_are_named_as_the_culprit(challenge):
+    write_fold(challenge / "fold0", [("x", 0, 0.9)], {"x": "test", "y": "test"})
+    with pytest.raises(InputError, match=r"annotations\.csv has no annotation in any of the 2 scans.*annotations_path"):
+        score("fold0/candidates.csv")
+
+
+def test_default_folder_for_marks_is_not_that_of_a_network(challenge, capsys):
+    write_marks(challenge / "marks.csv", *HITS_AND_MISTAKE)
+    write_fold(challenge / "experiments/luna16_unet/validation", [("a", 0, 0.9)], {"a": "test"})
+    words = ["--predictions=marks.csv", "--seriesuids_path=seriesuids.csv", "--annotations_path=annotations.csv"]
+    assert validate.main(words) == 0
+    assert (challenge / "experiments" / "predictions" / "froc.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--predictions=marks.csv", "--threshold=0.5"],
+        ["--predictions=marks.csv", "--subset=new"],
+        ["--predictions=marks.csv", "--fold=1"],
+        ["--annotations_path=annotations.csv"],
+        ["--seriesuids_path=seriesuids.csv"],
+    ],
+)
+def test_option_that_would_be_ignored_is_refused(challenge, caplog, words):
+    write_marks(challenge / "marks.csv", *HITS_AND_MISTAKE)
+    assert validate.main(words) == 1
+    assert f"{words[-1].partition('=')[0]} would be ignored" in caplog.text
 
 
 @pytest.fixture
