@@ -19,6 +19,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from torch.utils.data import DataLoader
 
+import dataset
 from dataset import (
     LUNG_LEVEL,
     Augmentation,
@@ -954,6 +955,39 @@ def test_without_pylidc_no_patient_is_known_and_the_log_says_so(monkeypatch, cap
     assert "each scan counts as its own" in caplog.text
 
 
+@pytest.mark.parametrize(("spacing_zyx", "turns"), [((1.0, 0.7, 0.7), {1, 2, 3}), ((1.0, 0.7, 0.9), {2})])
+def test_quarter_turns_want_equal_spacing(spacing_zyx, turns):
+    augmentation = Augmentation(rotate90_prob=1.0)
+    drawn = [
+        augmentation.draw(np.random.default_rng(seed), (8, 16, 16), spacing_zyx, np.empty((0, 3))) for seed in range(40)
+    ]
+    assert {parameters.quarter_turns for parameters in drawn} == turns
+
+
+@pytest.mark.parametrize(
+    ("name", "probability"),
+    [
+        ("zoom", "affine_prob"),
+        ("rotate_degrees", "affine_prob"),
+        ("noise_std", "noise_prob"),
+        ("fade_share", "fade_prob"),
+    ]
+    + [("scale_factor", "scale_prob"), ("shift_offset", "shift_prob")],
+)
+def test_range_of_a_change_that_never_happens_is_refused(name, probability):
+    with pytest.raises(ValueError, match=f"{name} would be ignored: {probability} is 0"):
+        Augmentation(**{probability: 0.0, name: 0.3})
+    Augmentation(**{probability: 0.0})
+
+
+def test_order_augmentation_and_split_draw_from_streams_of_their_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr(dataset, "generator_of", lambda *key: seen.append(key) or np.random.default_rng(abs(hash(key))))
+    list(ScanSampler(3, seed=0))
+    list(patch_sampler())
+    assert len({stream for stream, *_ in seen}) == 2
+
+
 # ------------------------------------------------------------------------------------------------------------- folds
 
 
@@ -1043,5 +1077,7 @@ def test_fold_without_a_scan_is_refused(tmp_path, make_scans):
 
 @pytest.mark.usefixtures("no_patients")
 def test_fold_must_leave_two_patients(tmp_path, make_scans):
-    with pytest.raises(ValueError, match="two patients or more, not 1"):
+    with pytest.raises(
+        ValueError, match=r"two patients or more, not 1, beside the 1 scans of fold 0; hold out another"
+    ):
         make_split(tmp_path, make_scans(2, subsets=2), fold=0)

@@ -1,8 +1,10 @@
 """The network, its loss and its checkpoints."""
 
+import hashlib
 import inspect
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from model import (
     place,
     save_checkpoint,
 )
+from utils import UserError
 
 SMALL = {"channels": (4, 8), "strides": (2,), "num_res_units": 1, "dropout": 0.0}
 
@@ -413,6 +416,38 @@ def test_flipped_bit_anywhere_is_harmless_or_a_value_error_that_names_the_file(c
             if not isinstance(error, ValueError) or str(checkpoint_path) not in str(error):
                 wrong.append(f"{type(error).__name__}: {error}")
     assert sorted(set(wrong)) == []
+
+
+def test_missing_permission_is_not_called_damage(checkpoint_path, monkeypatch):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        load_checkpoint(checkpoint_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000 bytes"),
+        MemoryError(),
+    ],
+)
+def test_lack_of_memory_is_not_called_damage(checkpoint_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(UserError, match="does not fit into memory") as caught:
+        load_checkpoint(checkpoint_path)
+    assert "damaged" not in str(caught.value)
+
+
+def test_checkpoint_says_the_hash_of_its_file(checkpoint_path):
+    expected = hashlib.sha256(checkpoint_path.read_bytes()).hexdigest()
+    assert load_checkpoint(checkpoint_path)["sha256"] == expected
 
 
 def test_file_of_another_kind_is_refused(tmp_path):

@@ -6,9 +6,13 @@ import importlib
 import json
 import logging
 import math
+import os
 import random
 import re
+import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -58,6 +62,8 @@ OBLIQUE = sitk.Euler3DTransform((0, 0, 0), 0.3, -0.5, 0.2).GetMatrix()
 DIRECTIONS = {"identity": utils.IDENTITY, "flipped": FLIPPED, "turned": TURNED_Z, "oblique": OBLIQUE}
 
 # ---------------------------------------------------------------------------------------------------------- geometry
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(params=DIRECTIONS)
@@ -1327,6 +1333,137 @@ def test_check_raises_what_does_not_hold():
         check(False, "it must be positive")
 
 
+# ------------------------------------------------------------------------------------------- files of killed writers
+
+WRITER = """
+import os, signal, sys
+from utils import atomic_path
+with atomic_path(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_file_of_a_killed_writer_is_cleared_by_the_next_one(tmp_path, monkeypatch):
+    subprocess.run([sys.executable, "-c", WRITER, str(tmp_path / "model.pth")], cwd=ROOT, check=False)
+    (partial,) = tmp_path.iterdir()
+    assert partial.name.startswith(".partial-") and partial.suffix == ".pth"
+    assert not list(tmp_path.glob("model*")) and not list(tmp_path.glob("checkpoint_epoch_*.pth"))
+    monkeypatch.setattr(utils, "_tidy_folders", set())  # as in a new process
+    write_text(tmp_path / "other.txt", "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["other.txt"]
+
+
+def test_file_that_another_writer_is_at_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "_tidy_folders", set())
+    elsewhere = tmp_path / ".partial-00000000-1-abcdefab-model.pth"  # another machine; no process of ours is its writer
+    elsewhere.write_text("half")
+    with utils.atomic_path(tmp_path / "model.pth") as ours:
+        ours.write_text("whole")
+        monkeypatch.setattr(utils, "_tidy_folders", set())
+        write_text(tmp_path / "other.txt", "whole")  # meets a file whose process lives
+        assert ours.exists() and elsewhere.exists()
+    os.utime(elsewhere, (0, 0))  # nobody has touched it for years
+    monkeypatch.setattr(utils, "_tidy_folders", set())
+    write_text(tmp_path / "other.txt", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pth", "other.txt"]
+
+
+def test_temporary_names_differ_between_writers_and_machines(tmp_path, monkeypatch):
+    names = set()
+    for node in ("a", "a", "b"):
+        monkeypatch.setattr("platform.node", lambda node=node: node)
+        with utils.atomic_path(tmp_path / "x.txt") as temporary:
+            names.add(temporary.name)
+            temporary.write_text("")
+    assert len(names) == 3
+    assert len({name.split("-")[1] for name in names}) == 2
+
+
+def test_folder_lock_lets_one_at_a_time(tmp_path):
+    code = f"""
+import time
+from pathlib import Path
+from utils import folder_lock
+for _ in range(20):
+    with folder_lock({str(tmp_path)!r}):
+        count = int(Path({str(tmp_path / "count")!r}).read_text())
+        time.sleep(0.005)
+        Path({str(tmp_path / "count")!r}).write_text(str(count + 1))
+"""
+    (tmp_path / "count").write_text("0")
+    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(2)]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    assert (tmp_path / "count").read_text() == "40"
+
+
+def test_damaged_json_is_named(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": ')
+    with pytest.raises(InputError, match=r"a\.json is damaged or no JSON"):
+        utils.read_json(tmp_path / "a.json")
+
+
+def test_damaged_array_is_named(processed_dir, tmp_path):
+    uid = read_processed_list(processed_dir)[0]
+    shutil.copytree(processed_dir, tmp_path / "data")
+    (tmp_path / "data" / "images" / f"{uid}.npy").write_bytes(b"")
+    with pytest.raises(InputError, match=rf"{uid}\.npy is damaged .*; run python preprocess.py again"):
+        read_processed(tmp_path / "data", uid)
+
+
+def test_appended_rows_are_those_of_a_whole_table(tmp_path):
+    table = pd.DataFrame({"seriesuid": ["a", "b"], "probability": [0.25, 1 / 3]})
+    write_csv(tmp_path / "a.csv", table[:1])
+    utils.append_csv(tmp_path / "a.csv", table[1:])
+    write_csv(tmp_path / "b.csv", table)
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------- random streams
+
+
+def test_streams_are_distinct_and_repeatable():
+    keys = [(stream, seed, *rest) for stream in ("a", "b") for seed in (0, 1) for rest in ((), (0,), (0, 0), (1,))]
+    first = {utils.generator_of(*key).random() for key in keys}
+    assert len(first) == len(keys)
+    assert first == {utils.generator_of(*key).random() for key in keys}
+
+
+# ------------------------------------------------------------------------------------------------------ what is told
+
+
+def test_progress_tells_a_line_a_minute_where_there_is_no_terminal(monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr(utils.time, "monotonic", lambda: now[0])
+    with caplog.at_level("INFO"), utils.Progress(8, "validation", "scan") as progress:
+        for _ in range(8):
+            now[0] += 25
+            progress.advance("loss 0.5")
+    assert caplog.messages == [
+        "validation: 3 of 8 scans, about 2 min left, loss 0.5",
+        "validation: 6 of 8 scans, about 1 min left, loss 0.5",
+    ]
+
+
+def test_what_is_told_without_logging_goes_to_stderr():
+    code = "import utils; utils.tell('half way'); print('result')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("result\n", "half way\n")
+
+
+def test_failure_is_noted_in_a_line_and_a_bug_with_its_traceback(caplog):
+    failures = {}
+    for name, error in (("a", InputError("the scan\nis 2-D")), ("b", IndexError("9")), ("c", MemoryError())):
+        with utils.noting(failures, name):
+            raise error
+    assert {name: utils.reason_of(error) for name, error in failures.items()} == {
+        "a": "the scan is 2-D",
+        "b": "unexpected IndexError: 9",
+        "c": "it does not fit into memory",
+    }
+    assert [record.exc_info is not None for record in caplog.records] == [False, True, False]
+
+
 @pytest.fixture
 def logging_untouched() -> None:
     """Undoes what run_main sets up."""
@@ -1350,6 +1487,24 @@ class TestRunMain:
         assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
             ("ERROR", "lungs must be given")
         ]
+
+    @pytest.mark.parametrize("error", [ValueError, KeyError, RuntimeError, TypeError])
+    def test_bug_that_looks_like_a_mistake_keeps_its_traceback(self, error):
+        with pytest.raises(error, match="operands"):
+            run_main(lambda argv: raise_(error("operands could not be broadcast")), None)
+
+    def test_debug_shows_the_traceback_of_a_mistake(self, caplog, monkeypatch):
+        monkeypatch.setattr(utils.logger, "level", logging.NOTSET)
+
+        def work(argv: list[str] | None) -> int:
+            parse_command_line(Machine, argv=argv, skip=["model"])
+            raise InputError("lungs must be given")
+
+        assert run_main(work, []) == 1
+        assert "Traceback" not in caplog.text
+        assert run_main(work, ["--debug"]) == 1
+        assert "Traceback" in caplog.text and "lungs must be given" in caplog.text
+        utils.logger.setLevel(logging.NOTSET)
 
     def test_interruption_gives_status_130(self):
         assert run_main(lambda argv: raise_(KeyboardInterrupt()), None) == 130
