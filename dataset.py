@@ -720,7 +720,7 @@ def make_split(
     given = f"from {len(metadata)} scans" if fold is None else f"beside the {len(test)} scans of fold {fold}"
     remedy = "preprocess more scans" if fold is None else "hold out another fold or none"
     check(len(groups) >= 2, f"a split needs two patients or more, not {len(groups)}, {given}; {remedy}")
-    rng = generator_of("split", seed)
+    rng = np.random.default_rng(seed)  # no stream of generator_of, whatever its name
     validation: list[list[str]] = []
     train: list[list[str]] = []
     for has_nodule in (True, False):

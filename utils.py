@@ -699,12 +699,6 @@ class ProcessedScan:
     metadata: dict[str, Any]
 
     @property
-    def lung_box(self) -> Box:
-        """Half-open box (z, y, x) around the lungs."""
-        lower, upper = self.metadata["lung_box_zyx"]
-        return tuple(lower), tuple(upper)
-
-    @property
     def geometry(self) -> Geometry:
         """Where the voxels lie; identity direction."""
         return processed_geometry(self.metadata, self.image.shape)

@@ -51,7 +51,7 @@ def compare(
     for uid in tqdm(uids, unit="scan", disable=None):
         scan = read_processed(data_dir, uid)
         nodules += [(uid, *n["center_world"], n["diameter_mm"]) for n in scan.metadata["nodules"]]
-        probability = inferencer.predict_probability(scan.image, scan.lung_box)
+        probability = inferencer.predict_probability(scan.image)
         for name, score in SCORES.items():
             with mock.patch.object(infer, "_score", score):
                 found = find_candidates(probability, scan.geometry, inferencer.threshold)
