@@ -235,7 +235,8 @@ class NoduleInferencer:
             mirrors = checkpoint["training"]["mirrors"] if mirrors is None else mirrors
             if min_score is None:
                 min_score = self._learnt_score(checkpoint["min_score"])
-        self.device = join_processes(select_device(device))
+        self.asked_device = device
+        self.device = join_processes(select_device(device, warn=False))
         self.autocast_dtype = autocast_dtype(self.device, mixed_precision)
         self.min_score = min_score or 0.0
         self.mirrors = mirrors or 0
@@ -352,6 +353,7 @@ class NoduleInferencer:
         Raises:
             ValueError: It is no 3-D float array of that range.
         """
+        select_device(self.asked_device)  # warns of a missing GPU when there is something to compute
         array = np.asarray(image)
         check(array.ndim == 3 and array.size > 0, f"image must have three axes (z, y, x), not shape {array.shape}")
         check(
@@ -543,7 +545,7 @@ class NoduleInferencer:
         given = {name: value for name, value in (("data_dir", data_dir), ("subset", subset)) if value is not None}
         if input is None:
             return self.infer_dataset(**given)  # type: ignore[arg-type]
-        check(not given, f"{' and '.join(given)} choose scans of a data set; leave them out with input")
+        check(not given, f"leave out {' and '.join(given)} with input: it is for the scans of a data set")
         if process_rank():
             return pd.DataFrame()  # one scan is the first process's work
         return nodule_table(scan_name(input), self.infer_scan(input))
@@ -641,8 +643,9 @@ def describe_mismatch(output_dir: Path, theirs: dict[str, Any], ours: dict[str, 
     differing = [name for name in ours if name != "checkpoint" and theirs.get(name) != ours[name]]
     if not differing:
         return ""
-    of = f"of {theirs.get('checkpoint')} at threshold {theirs.get('threshold')}, min_score {theirs.get('min_score')} "
-    of += f"and {theirs.get('mirrors')} mirrors"
+    min_score = theirs.get("min_score")
+    of = f"of {theirs.get('checkpoint')} at threshold {theirs.get('threshold')}, min_score "
+    of += f"{min_score if min_score is None else round(min_score, 4)} and {theirs.get('mirrors')} mirrors"
     if {"data_dir", "subset", "fold"} & set(differing):
         folder = theirs.get("data_dir")
         of += f", of the {theirs.get('subset')} scans of {folder}" if folder else ", of single scans"

@@ -213,7 +213,7 @@ class Trainer:
         self.split = self._split(uids)
         self.metadata = self._read_metadata()
         self.preprocessing = next(iter(self.metadata.values()))["preprocessing"]
-        self.device = own_gpu(select_device(device))
+        self.device = own_gpu(select_device(device, warn=False))
         self.autocast_dtype = autocast_dtype(self.device, mixed_precision)
         self.grid_spacing = np.median([self.metadata[uid]["spacing"] for uid in self.split["train"]], axis=0).tolist()
         if not is_distributed():  # else the processes must have found each other
@@ -400,6 +400,7 @@ class Trainer:
         Raises:
             UserError: CUDA is out of memory (the message names remedies), or no step of an epoch had a finite loss.
         """
+        select_device(self.settings["device"])  # warns of a missing GPU
         device = join_processes(self.device)
         if is_distributed():
             self.device = device

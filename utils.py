@@ -844,8 +844,8 @@ def seed_everything(seed: int) -> None:
 _warned_devices: set[str] = set()
 
 
-def select_device(device: str | torch.device) -> torch.device:
-    """``device``, or the CPU with one warning where CUDA is asked for and absent.
+def select_device(device: str | torch.device, warn: bool = True) -> torch.device:
+    """``device``, or the CPU with one warning where CUDA is asked for and absent; ``warn`` puts the warning off.
 
     Raises:
         ValueError: No such kind of device.
@@ -857,7 +857,7 @@ def select_device(device: str | torch.device) -> torch.device:
     except RuntimeError as error:
         raise InputError(f"device must be 'cuda', 'cuda:<n>' or 'cpu', not {device!r}") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        if str(device) not in _warned_devices:
+        if warn and str(device) not in _warned_devices:
             logger.warning("no CUDA device found: running on the CPU, which is much slower")
             _warned_devices.add(str(device))
         return torch.device("cpu")

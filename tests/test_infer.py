@@ -1643,7 +1643,7 @@ def test_command_line_infers_one_raw_scan(run_dir, tmp_path, capsys):
 
 @pytest.mark.parametrize("given", [{"subset": "validation"}, {"data_dir": "data"}])
 def test_choice_of_a_data_set_with_a_raw_scan_is_refused(trained, tmp_path, given):
-    with pytest.raises(InputError, match=f"{next(iter(given))} choose scans of a data set; leave them out with input"):
+    with pytest.raises(InputError, match=f"leave out {next(iter(given))} with input: it is for the scans of a data set"):
         trained().run(tmp_path / "chest.mhd", **given)
 
 
