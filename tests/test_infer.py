@@ -923,8 +923,9 @@ def test_picture_opens_and_is_not_empty(dataset_run, processed_dir):
     assert picture.std() > 0.05
 
 
-def test_nodules_file_opens_as_the_brief_opens_one(dataset_run, processed_dir):
+def test_nodules_file_opens_as_the_brief_opens_one(dataset_run, run_dir, processed_dir):
     folder, _ = dataset_run
+    grid_spacing = tuple(load_checkpoint(run_dir / "checkpoints" / "best_model.pth")["grid_spacing"])
     uid = read_processed_list(processed_dir)[0]
     (nodule,) = np.load(folder / f"{uid}_nodules.npy", allow_pickle=True).item()
     metadata = np.load(processed_dir / f"{uid}_metadata.npy", allow_pickle=True).item()
@@ -933,7 +934,8 @@ def test_nodules_file_opens_as_the_brief_opens_one(dataset_run, processed_dir):
     assert nodule["center_world"] == pytest.approx(np.array(metadata["origin"]) + index * metadata["spacing"])
     assert nodule["bbox"] == (10, 14, 20, 25, 20, 26)
     probability = torch.sigmoid(Block()(torch.zeros(1, 1, 32, 48, 48)))[0, 0].numpy()
-    (expected,) = extract_nodules(probability >= 0.5, read_processed(processed_dir, uid).geometry, probability)
+    geometry = read_processed(processed_dir, uid).geometry
+    (expected,) = find_candidates(probability, geometry, 0.5, grid_spacing).nodules
     assert nodule["probability"] == pytest.approx(expected["probability"])
     assert 0 < nodule["probability"] <= 1
 
