@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -62,7 +63,6 @@ from utils import (
     read_processed_list,
     read_scan,
     read_split,
-    read_table,
     reason_of,
     resample,
     run_main,
@@ -93,15 +93,24 @@ PROBABILITY_EPS = 1e-7  # keeps the logit of a mean probability finite
 # Axes (z, y, x) that an image is flipped along for another look at it.
 MIRRORS = ((), (2,), (1,), (0,), (1, 2), (0, 1), (0, 2), (0, 1, 2))
 OUTSIDE_LOGIT = -20.0  # where no network looked: a probability of 2e-9
-RESULT_FILES = (
-    "predicted_masks/*",
-    "visualizations/*",
-    "*_nodules.*",
-    "inference_summary.*",
+# Files of a run in output_dir, and of each scan.
+RUN_FILES = (
+    "inference_summary.npy",
+    "inference_summary.json",
+    "inference_summary.csv",
     "candidates.csv",
     "failed_scans.csv",
     "inference.json",
 )
+SCAN_FILES = (
+    "predicted_masks/{}.npy",
+    "predicted_masks/{}.nii.gz",
+    "visualizations/{}.png",
+    "{}_nodules.npy",
+    "{}_nodules.json",
+    "{}_nodules.csv",
+)
+SUMMARY_SHARE = 0.05  # a summary is written anew when so many of its scans are new
 CANDIDATE_THRESHOLD = 0.1  # a spot that reaches it is a candidate
 MAX_CANDIDATES = 100  # a scan, LUNA16's limit
 LOOK_SIGMA = 0.25  # of the window, how far from its middle another look counts
@@ -225,6 +234,8 @@ class NoduleInferencer:
         self.preprocessing: Preprocessing | None = None
         self.checkpoint_sha256 = ""
         self.failed: dict[str, str] = {}  # {series UID: reason} of the last run
+        self._new_scans: dict[str, dict[str, Any]] = {}  # raw ones that are not in the summary yet
+        self._num_summarized = 0
         if model is None:
             checkpoint = load_checkpoint(self.checkpoint_path)
             self.checkpoint_sha256 = checkpoint["sha256"]
@@ -243,6 +254,7 @@ class NoduleInferencer:
         self.model = model or place(build_network(checkpoint), self.device)
         self.window = window
         self.grid_spacing = grid_spacing
+        weakref.finalize(self, _add_to_summary, self.output_dir, self.origin, self._new_scans)
 
     def _learnt_score(self, min_score: float) -> float:
         """The min_score of a checkpoint, which holds at the threshold that it was chosen with."""
@@ -414,10 +426,10 @@ class NoduleInferencer:
         spacing: Sequence[float],
         probability: np.ndarray | None = None,
     ) -> list[dict[str, Any]]:
-        """Nodules of a mask; see ``extract_nodules``."""
+        """Nodules of a mask; see ``extract_nodules``. They are scored as those of this network's tables are."""
         x, y, z = map(float, origin)
         geometry = Geometry(np.shape(mask), (x, y, z), tuple(map(float, spacing)))  # type: ignore[arg-type]
-        return extract_nodules(mask, geometry, probability)
+        return extract_nodules(mask, geometry, probability, self.grid_spacing)
 
     # ---- scans and folders
 
@@ -446,13 +458,20 @@ class NoduleInferencer:
         parts = choose_scans(data_dir, self.checkpoint_path, subset)
         self.check_prepared_alike(data_dir, list(parts))
         source = str(Path(data_dir).resolve())
-        do_once(lambda: self._claim_output(source, subset, {}))
+        do_once(lambda: self._claim_output(source, subset, dict.fromkeys(parts, source)))
         finish = partial(self._finish, parts, source)
         self.failed = {}
         results = map_scans(data_dir, list(parts), self._predict, finish, desc="inference", failed=self.failed)
-        do_once(lambda: write_failures(self.output_dir, self.failed))
         tell_noise([result.found for result in results])
-        return self._write_summary(results)
+        do_once(lambda: self._write_results(results))
+        return summary_table({result.seriesuid: result.row() for result in results})
+
+    def _write_results(self, results: Sequence[ScanResult]) -> None:
+        """The tables of a data set."""
+        write_failures(self.output_dir, self.failed)
+        marks = [result.found.marks(result.seriesuid) for result in results] or [Segmentation.nothing().marks("")]
+        write_csv(self.output_dir / "candidates.csv", pd.concat(marks))
+        write_summary(self.output_dir, self.origin, {result.seriesuid: result.row() for result in results})
 
     def _predict(self, scan: ProcessedScan) -> np.ndarray:
         """Probability (z, y, x) of a processed scan."""
@@ -485,7 +504,7 @@ class NoduleInferencer:
             raise RuntimeError("a raw scan needs the preprocessing of a checkpoint; build NoduleInferencer from one")
         name, source = scan_name(path), str(Path(path).resolve())
         scan = read_scan(path)
-        self._claim_output(None, None, {name: source})
+        is_again = self._claim_output(None, None, {name: source})
         part = self._part_of(name)
         prepared = self.preprocessing.prepare(scan)
         self._tell_prepared(path, prepared)
@@ -499,8 +518,7 @@ class NoduleInferencer:
             prepared.grid.image(found.mask), Geometry.from_image(scan), linear=False, pixel_type=sitk.sitkUInt8
         )
         write_image(self.output_dir / "predicted_masks" / f"{name}.nii.gz", own_mask)
-        with folder_lock(self.output_dir):
-            self._write_summary([result], keep=True)
+        self._add_result(result, is_again)
         tell(f"{name}: {result}")
         return found.nodules
 
@@ -577,32 +595,59 @@ class NoduleInferencer:
             "threshold": self.threshold,
             "min_score": self.min_score,
             "mirrors": self.mirrors,
+            "computed_in": str(self.autocast_dtype or torch.float32).removeprefix("torch."),
         }
 
-    def _claim_output(self, data_dir: str | None, subset: str | None, raw: dict[str, str]) -> None:
+    def _claim_output(self, data_dir: str | None, subset: str | None, scans: dict[str, str]) -> bool:
         """Notes in output_dir whose results it holds, so that those of two checkpoints or data sets never mix.
 
         Args:
             data_dir: Folder of the processed scans; None for raw scans.
             subset: Their subset; None for raw scans.
-            raw: {name: path} of raw scans, whose results must not replace those of others of that name.
+            scans: {name: path} of the scans; a raw one must not replace another of its name.
+
+        Returns:
+            Whether a result of one of them is there.
         """
         path, ours = self.output_dir / "inference.json", self.origin | {"data_dir": data_dir, "subset": subset}
         with folder_lock(self.output_dir):
-            theirs = read_json(path) if path.is_file() else ours
-            mismatch = describe_mismatch(self.output_dir, theirs, ours)
-            known: dict[str, str] = {} if mismatch else theirs.get("raw_scans", {})
-            others = [f"another {name}, {known[name]}" for name in raw if known.get(name, raw[name]) != raw[name]]
-            if not self.overwrite and (mismatch or others):
-                raise FileExistsError(mismatch or f"{self.output_dir} holds results of {others[0]}{REMEDY}")
+            mismatch = claim(path, ours, self.overwrite)
+            theirs = read_json(path) if path.is_file() and not mismatch else {}
+            known: dict[str, str] = theirs.get("scans", {})
+            others = [f"another {name}, {known[name]}" for name in scans if known.get(name, scans[name]) != scans[name]]
+            if others and not self.overwrite:
+                raise FileExistsError(f"{self.output_dir} holds results of {others[0]}{REMEDY}")
             if mismatch:
-                delete_files(self.output_dir, RESULT_FILES)
-            write_json(path, ours | {"date": now(), "raw_scans": known | raw})
+                delete_results(self.output_dir)
+            write_json(path, ours | {"date": now(), "scans": known | scans})
+            return any(name in known for name in scans)
 
-    def _earlier_scans(self) -> dict[str, dict[str, Any]]:
-        """{name: what the summary says of it} of the scans whose results are in output_dir."""
-        path = self.output_dir / "inference_summary.json"
-        return read_json(path)["scans"] if path.is_file() else {}
+    def _add_result(self, result: ScanResult, is_again: bool) -> None:
+        """Adds a raw scan to the tables of output_dir.
+
+        Rows are appended, and the summary's .json and .npy, which must be whole, are written anew when enough scans are
+        new, so that the hundredth scan costs what the first one costs; what is missing then is written when the
+        inferencer goes.
+        """
+        uid = result.seriesuid
+        self._new_scans[uid] = result.row()
+        rows, marks = summary_table({uid: self._new_scans[uid]}), result.found.marks(uid)
+        with folder_lock(self.output_dir):
+            for name, table in (("inference_summary.csv", rows), ("candidates.csv", marks)):
+                path = self.output_dir / name
+                if is_again and path.is_file():
+                    old = pd.read_csv(path, dtype={"seriesuid": str})
+                    write_csv(path, pd.concat([old[old["seriesuid"] != uid], table]))
+                elif path.is_file():
+                    append_csv(path, table)
+                else:
+                    write_csv(path, table)
+        if is_again or len(self._new_scans) >= SUMMARY_SHARE * self._num_summarized:
+            self.write_summary()
+
+    def write_summary(self) -> None:
+        """Brings inference_summary.json and .npy up to date with the raw scans of this inferencer."""
+        self._num_summarized = _add_to_summary(self.output_dir, self.origin, self._new_scans)
 
     def _write_scan(self, result: ScanResult, figure: Figure) -> None:
         """Mask, nodules and picture of one scan."""
@@ -613,29 +658,56 @@ class NoduleInferencer:
         with atomic_path(self.output_dir / "visualizations" / f"{uid}.png") as temporary:
             figure.savefig(temporary)
 
-    def _write_summary(self, results: Sequence[ScanResult], keep: bool = False) -> pd.DataFrame:
-        """Writes the tables of all scans of a run; ``keep`` adds them to those of earlier runs in the folder."""
-        earlier = self._earlier_scans() if keep else {}
-        ours = {result.seriesuid: result.row() for result in results}
-        scans = earlier | ours
-        rows = [{"seriesuid": uid} | scan | {"nodules": len(scan["nodules"])} for uid, scan in scans.items()]
-        summary = pd.DataFrame(rows)
-        if process_rank():
-            return summary
-        path = self.output_dir / "inference_summary.npy"
-        write_objects(path, self.origin | {"date": now(), "scans": scans})
-        write_csv(path.with_suffix(".csv"), summary)
-        marks = pd.concat([result.found.marks(result.seriesuid) for result in results] or [nodule_table("", [])])
-        marks = marks[list(CANDIDATE_COLUMNS)]
-        path = self.output_dir / "candidates.csv"
-        if keep and path.is_file() and not set(earlier) & set(ours):
-            append_csv(path, marks)
-            return summary
-        if keep and path.is_file():
-            table = read_table(path, CANDIDATE_COLUMNS)
-            marks = pd.concat([table[~table["seriesuid"].isin(ours)], marks])
-        write_csv(path, marks)
-        return summary
+
+def summary_table(scans: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """Rows of the summary as a table: the number of nodules instead of the nodules."""
+    return pd.DataFrame([{"seriesuid": uid} | scan | {"nodules": len(scan["nodules"])} for uid, scan in scans.items()])
+
+
+def write_summary(output_dir: Path, origin: dict[str, Any], scans: dict[str, dict[str, Any]]) -> None:
+    """Writes inference_summary.npy, .json and .csv."""
+    path = output_dir / "inference_summary.npy"
+    write_objects(path, origin | {"date": now(), "scans": scans})
+    write_csv(path.with_suffix(".csv"), summary_table(scans))
+
+
+def _add_to_summary(output_dir: Path, origin: dict[str, Any], new: dict[str, dict[str, Any]]) -> int:
+    """Moves rows into the summary, beside those of other processes; returns how many scans it has then."""
+    if not new:
+        return 0
+    with folder_lock(output_dir):
+        path = output_dir / "inference_summary.json"
+        scans = (read_json(path)["scans"] if path.is_file() else {}) | new
+        new.clear()
+        # The table may hold rows of other processes that are not in their summary yet, so it stays as it is.
+        write_objects(path.with_suffix(".npy"), origin | {"date": now(), "scans": scans})
+        return len(scans)
+
+
+def delete_results(output_dir: Path) -> None:
+    """Deletes the results of an earlier run, by the names of its scans, and no file of anyone else."""
+    path = output_dir / "inference.json"
+    with suppress(InputError, OSError):
+        names = read_json(path).get("scans", {})
+        delete_files(output_dir, [pattern.format(name) for name in names for pattern in SCAN_FILES])
+    delete_files(output_dir, RUN_FILES)
+
+
+def claim(path: Path, ours: dict[str, Any], overwrite: bool) -> str:
+    """Why results cannot go into a folder that holds those that ``path`` tells of; empty where they can.
+
+    Raises:
+        FileExistsError: They cannot, and are not to be replaced.
+    """
+    try:
+        theirs = read_json(path) if path.is_file() else ours
+        check(isinstance(theirs, dict), f"{path} is damaged")
+        mismatch = describe_mismatch(path.parent, theirs, ours)
+    except InputError as error:
+        mismatch = f"{error}{REMEDY}"
+    if mismatch and not overwrite:
+        raise FileExistsError(mismatch)
+    return mismatch
 
 
 def describe_mismatch(output_dir: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> str:
@@ -643,13 +715,15 @@ def describe_mismatch(output_dir: Path, theirs: dict[str, Any], ours: dict[str, 
     differing = [name for name in ours if name != "checkpoint" and theirs.get(name) != ours[name]]
     if not differing:
         return ""
-    min_score = theirs.get("min_score")
+    min_score, folder = theirs.get("min_score"), theirs.get("data_dir")
     of = f"of {theirs.get('checkpoint')} at threshold {theirs.get('threshold')}, min_score "
     of += f"{min_score if min_score is None else round(min_score, 4)} and {theirs.get('mirrors')} mirrors"
     if {"data_dir", "subset", "fold"} & set(differing):
-        folder = theirs.get("data_dir")
         of += f", of the {theirs.get('subset')} scans of {folder}" if folder else ", of single scans"
-    return f"{output_dir} holds results {of}{REMEDY}"
+    if theirs.get("checkpoint") == ours.get("checkpoint") and "checkpoint_sha256" in differing:
+        of += ", which has changed since"
+    names = ", ".join(name.removesuffix("_sha256") for name in differing)
+    return f"{output_dir} holds results {of} (what differs: {names}){REMEDY}"
 
 
 def report_failures(failed: dict[str, str], output_dir: Path) -> int:
@@ -804,6 +878,11 @@ class Segmentation:
     numbers: list[int]
     is_noise: bool = False
 
+    @classmethod
+    def nothing(cls) -> Segmentation:
+        """Of a scan in which nothing was found."""
+        return cls(np.zeros((1, 1, 1), np.int32), [], [])
+
     @property
     def scores(self) -> np.ndarray:
         """(n + 1,) score of each number that a voxel can have, -1 for 0, the background."""
@@ -835,7 +914,10 @@ class Segmentation:
 
 
 def extract_nodules(
-    mask: np.ndarray, geometry: Geometry, probability: np.ndarray | None = None
+    mask: np.ndarray,
+    geometry: Geometry,
+    probability: np.ndarray | None = None,
+    grid_spacing: Vector | None = None,
 ) -> list[dict[str, Any]]:
     """Nodules of a mask: connected components (26 neighbours), touching nodules split; the likeliest first.
 
@@ -845,6 +927,7 @@ def extract_nodules(
         mask: (z, y, x), nodule where not 0.
         geometry: Where its voxels lie.
         probability: Float (z, y, x), or None.
+        grid_spacing: Voxel size (x, y, z) in mm by which shape is judged; None takes that of ``geometry``.
 
     Returns:
         One dict a nodule: ``center_world`` [x, y, z] in LPS mm, ``center_voxel`` [x, y, z] as floats, ``diameter_mm``
@@ -858,8 +941,9 @@ def extract_nodules(
     check(mask.ndim == 3, f"mask must have three axes (z, y, x), not shape {mask.shape}")
     if probability is not None:
         check(np.shape(probability) == mask.shape, f"probability {np.shape(probability)} and mask {mask.shape} differ")
-    parts = _nodule_voxels(_components(mask != 0), geometry)
-    return [nodule for _, nodule in _describe(parts, geometry, probability, geometry)]
+    grid = replace(geometry, spacing=grid_spacing or geometry.spacing)
+    parts = _nodule_voxels(_components(mask != 0), grid)
+    return [nodule for _, nodule in _describe(parts, geometry, probability, grid)]
 
 
 def hits_of(found: Sequence[dict[str, Any]], annotated: Sequence[dict[str, Any]]) -> np.ndarray:

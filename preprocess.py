@@ -36,6 +36,7 @@ from utils import (
     VOXEL_BYTES,
     Box,
     Geometry,
+    InputError,
     Progress,
     Shape,
     UserError,
@@ -986,7 +987,10 @@ def _join_cluster(address: str) -> Client:
         raise ImportError("a scheduler needs Dask: pip install distributed") from error
     for module in {__name__, Geometry.__module__} - {"__main__"}:  # __main__ travels anyway
         cloudpickle.register_pickle_by_value(sys.modules[module])
-    client = Client(address, timeout=CLUSTER_TIMEOUT_S)
+    try:
+        client = Client(address, timeout=CLUSTER_TIMEOUT_S)
+    except ValueError as error:
+        raise InputError(f"scheduler must be an address like tcp://10.0.0.1:8786, not {address!r} ({error})") from error
     if not client.nthreads():
         logger.warning("%s has no worker yet: waiting for one (dask worker %s)", address, address)
         client.wait_for_workers(1)

@@ -10,13 +10,15 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import os
 import random
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -49,8 +51,8 @@ from utils import (
     autocast_dtype,
     check,
     copy_from_first,
-    delete_files,
     do_once,
+    folder_lock,
     free_memory,
     gather_objects,
     gather_samples,
@@ -70,7 +72,7 @@ from utils import (
     write_csv,
     write_json,
 )
-from validate import RUN_FILES, ValidationResult, Validator
+from validate import ValidationResult, Validator, delete_results_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +80,9 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 AUGMENTATION = Augmentation()
 WARM_UP = 3  # steps before one is recorded: cuDNN tries its kernels, AdamW makes its averages
-RUN_PATTERNS = ("checkpoints/best_model.pth", "checkpoints/checkpoint_epoch_*.pth", "log.csv")  # what makes a run
+# Files of a run, and TensorBoard's beside them.
+RUN_FILE = re.compile(r"checkpoints/(best_model|checkpoint_epoch_\d+)\.pth|log\.csv")
+LOG_FILE = re.compile(r"logs_\d{8}-\d{6}/events\.out\.tfevents.*")
 GPU_SETTINGS = ("num_workers", "record_steps")
 PATCH_SETTINGS = ("patches_per_scan", "nodule_share", "hard_share", "warmup_epochs")
 REPORT_EVERY = 10  # steps between reads of what lies on the device; each read makes the host wait for it
@@ -233,6 +237,9 @@ class Trainer:
         given, defaults = self.settings, inspect.signature(type(self)).parameters
         for name in ("num_epochs", "batch_size", "checkpoint_interval", "validation_interval"):
             check(given[name] >= 1, f"{name} must be at least 1, not {given[name]}")
+        check(0 <= given["seed"] < 2**63, f"seed must be 0 to 2**63 - 1, not {given['seed']}")
+        size = given["patch_size"]
+        check(size is None or min(size) >= 1, f"patch_size must be three positive sizes (z, y, x) or null, not {size}")
         for name in ("weight_decay", "num_workers"):
             check(given[name] >= 0, f"{name} must not be negative, not {given[name]}")
         check(given["learning_rate"] > 0, f"learning_rate must be positive, not {given['learning_rate']}")
@@ -305,33 +312,38 @@ class Trainer:
             grid_spacing=self.grid_spacing,
         )
 
-    def _holds_run(self) -> bool:
-        """Whether output_dir holds an earlier run; logs alone, of one that ended in its first epoch, are none."""
-        return any(path.is_file() for pattern in RUN_PATTERNS for path in self.output_dir.glob(pattern))
+    def _old_files(self, kind: re.Pattern) -> list[Path]:
+        """Files of an earlier run in output_dir, of one kind."""
+        paths = [*self.output_dir.glob("*"), *self.output_dir.glob("*/*")]
+        return [path for path in paths if kind.fullmatch(path.relative_to(self.output_dir).as_posix())]
 
     def _check_output(self) -> None:
         """Refuses a folder that holds a run."""
-        if self._holds_run() and not (self.resume or self.overwrite):
+        if self._old_files(RUN_FILE) and not (self.resume or self.overwrite):
             raise FileExistsError(
                 f"{self.output_dir} holds a training run; go on with it by resume=True (--resume true), replace it by "
                 "overwrite=True (--overwrite true), or name another output_dir"
             )
 
-    def _start_output(self) -> None:
-        """Deletes an earlier run and its results, unless this one goes on with it, and writes the split.
+    def _start_output(self, kept: Sequence[Path]) -> None:
+        """Writes the split and, with ``overwrite``, deletes the earlier run and its results.
 
-        It is called when the first epoch is done: what fails before has cost nothing.
+        It is called when the first epoch is done and saved: what fails before has cost nothing.
+
+        Args:
+            kept: Files of this run that are there already.
         """
-        if self.overwrite and self._holds_run():
-            ours = Path(self.writer.log_dir).name if self.writer else ""
-            logs = [f"{path.name}/*" for path in self.output_dir.glob("logs_*") if path.name != ours]
-            delete_files(self.output_dir, [*RUN_PATTERNS, *logs])
-            for folder, patterns in RUN_FILES.items():
-                delete_files(self.output_dir / folder, patterns)
-            for path in self.output_dir.glob("logs_*"):
-                if not any(path.iterdir()):
-                    path.rmdir()
         write_json(self.checkpoint_dir / "split.json", self.split)
+        if not self.overwrite:
+            return
+        ours = [Path(self.writer.log_dir)] if self.writer else []
+        for path in [*self._old_files(RUN_FILE), *self._old_files(LOG_FILE)]:
+            if path not in kept and path.parent not in ours:
+                path.unlink()
+        delete_results_of_run(self.output_dir)
+        for folder in self.output_dir.glob("logs_*"):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def _split(self, uids: list[str]) -> dict[str, Any]:
         """The split of a run that goes on, or a new one."""
@@ -400,6 +412,13 @@ class Trainer:
         Raises:
             UserError: CUDA is out of memory (the message names remedies), or no step of an epoch had a finite loss.
         """
+        busy = f"another training is at work in {self.output_dir}; wait for it, or name another output_dir"
+        first = os.environ.get("RANK", "0") == "0"
+        with folder_lock(self.output_dir, busy) if first else nullcontext():
+            return self._train()
+
+    def _train(self) -> pd.DataFrame:
+        """The training itself, in a folder that is ours alone."""
         select_device(self.settings["device"])  # warns of a missing GPU
         device = join_processes(self.device)
         if is_distributed():
@@ -415,17 +434,29 @@ class Trainer:
         self.writer = None if process_rank() else SummaryWriter(str(logs))
         try:
             with self._memory_advice(), sigterm_as_interrupt():
-                for _ in range(self.epoch, self.num_epochs):
-                    self._run_epoch()
-        except KeyboardInterrupt as error:
-            raise Interrupted(f"interrupted in epoch {self.epoch + 1}; {self._keep_last_epoch()}", error) from None
-        except Exception:
-            tell(self._keep_last_epoch())
-            raise
+                try:
+                    for _ in range(self.epoch, self.num_epochs):
+                        self._run_epoch()
+                except KeyboardInterrupt as error:
+                    text = f"interrupted in epoch {self.epoch + 1}; {self._keep_last_epoch()}"
+                    raise Interrupted(text, error) from None
+                except Exception:
+                    tell(self._keep_last_epoch())
+                    raise
         finally:
             if self.writer is not None:
                 self.writer.close()
         return pd.DataFrame(self.log)
+
+    def _keep_last_epoch(self) -> str:
+        """Saves the state after the last whole epoch, if no checkpoint holds it; says what is kept."""
+        if not self._kept_epoch:
+            earlier = "; the earlier run is untouched" if self._old_files(RUN_FILE) else ""
+            return f"no epoch was finished, and nothing is kept{earlier}"
+        with signals_ignored():  # a second Ctrl-C, or the one of a scheduler, must not cost it
+            if self._unsaved is not None:
+                self._write(self.checkpoint_dir / f"checkpoint_epoch_{self._kept_epoch}.pth", self._unsaved)
+        return f"epoch {self._kept_epoch} is kept in {self.checkpoint_dir}: go on with resume=True (--resume true)"
 
     def _tell_ignored(self) -> None:
         """Names the options that have no effect on a CPU, where a user changed them."""
@@ -443,14 +474,6 @@ class Trainer:
         # For each shape that it meets cuDNN tries its kernels and keeps the fastest, which may change from run to run.
         torch.backends.cudnn.benchmark = not self.settings["deterministic"]
 
-    def _keep_last_epoch(self) -> str:
-        """Saves the state after the last whole epoch, if no checkpoint holds it; says what is kept."""
-        if not self._kept_epoch:
-            return "no epoch was finished, and nothing is kept"
-        if self._unsaved is not None:
-            self._write(self.checkpoint_dir / f"checkpoint_epoch_{self._kept_epoch}.pth", self._unsaved)
-        return f"epoch {self._kept_epoch} is kept in {self.checkpoint_dir}: go on with resume=True (--resume true)"
-
     @contextmanager
     def _memory_advice(self) -> Iterator[None]:
         try:
@@ -466,18 +489,21 @@ class Trainer:
         copy_from_first(self.network.buffers())  # batch norm's statistics, of which the first process writes its own
         result = self.validator.run_validation() if self._validates(self.epoch + 1) else None
         times = {"training_seconds": trained - start, "validation_seconds": time.perf_counter() - trained}
-        if not self.log:
-            do_once(self._start_output)
+        is_first = not self.log
         self.epoch += 1
-        self._record(train_loss, result, rate, times)
+        self.log.append(self._row(train_loss, result, rate, times))
         names = []
         if result is not None:
             self.min_score = result.min_score
             if self._is_best(result):
                 names.append("best_model.pth")
-        if self.epoch == self.num_epochs or self.epoch % self.checkpoint_interval == 0:
+        is_due = self.epoch == self.num_epochs or self.epoch % self.checkpoint_interval == 0
+        if is_due or (is_first and self.overwrite and not names):  # before the earlier run goes
             names.append(f"checkpoint_epoch_{self.epoch}.pth")
         self._save(names)
+        if is_first:
+            do_once(lambda: self._start_output([self.checkpoint_dir / name for name in names]))
+        self._write_log(result)
         tell(self._describe_epoch(self.log[-1]))
 
     def _set_learning_rate(self) -> float:
@@ -622,7 +648,10 @@ class Trainer:
 
     # ---- records
 
-    def _record(self, train_loss: float, result: ValidationResult | None, rate: float, times: dict[str, float]) -> None:
+    def _row(
+        self, train_loss: float, result: ValidationResult | None, rate: float, times: dict[str, float]
+    ) -> dict[str, float]:
+        """The row of ``log.csv`` for the epoch that is done."""
         row = {"epoch": self.epoch, "train_loss": train_loss, "learning_rate": rate}
         row |= {name: round(seconds, 2) for name, seconds in times.items()}
         if result is not None:
@@ -635,12 +664,15 @@ class Trainer:
                 "validation_precision": result.summary["precision"]["mean"],
                 "false_positive_nodules": result.summary["false_positive_nodules"],
             }
-        self.log.append(row)
+        return row
+
+    def _write_log(self, result: ValidationResult | None) -> None:
+        """log.csv, and TensorBoard's figures and picture of the epoch that is done."""
         if self.writer is None:
             return
         write_csv(self.output_dir / "log.csv", pd.DataFrame(self.log))
-        for name, value in row.items():
-            if name != "epoch" and name not in times and math.isfinite(value):
+        for name, value in self.log[-1].items():
+            if name != "epoch" and not name.endswith("_seconds") and math.isfinite(value):
                 self.writer.add_scalar(name, value, self.epoch)
         if result is not None and (self.epoch % self.checkpoint_interval == 0 or self.epoch in (1, self.num_epochs)):
             self.writer.add_image("validation", _render(self.validator.draw_example()), self.epoch, dataformats="HWC")
@@ -667,16 +699,15 @@ class Trainer:
 
     def _save(self, names: Sequence[str]) -> None:
         """Writes the state after this epoch under these names; without any it is kept in memory for an interruption."""
-        random_states = gather_objects(self._random_state())
-        if process_rank():
-            return
-        state = self._state() | {"random": random_states}  # of each process
+        state = self._state() | {"random": gather_objects(self._random_state())}  # of each process
+        self._unsaved, self._kept_epoch = state, self.epoch  # whoever interrupts the writing finds all of it
         for name in names:
             self._write(self.checkpoint_dir / name, state)
-        self._unsaved = None if names else _copy_to_memory(state)
-        self._kept_epoch = self.epoch
+        self._unsaved = None if names or process_rank() else _copy_to_memory(state)
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
+        if process_rank():
+            return
         with atomic_path(path) as temporary:
             save_checkpoint(temporary, state)
 
@@ -719,6 +750,8 @@ class Trainer:
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         theirs, mine = checkpoint["training"], self.settings
+        done = checkpoint["epoch"]
+        check(done <= self.num_epochs, f"the run has done {done} epochs, more than num_epochs={self.num_epochs}")
         differing = [
             n for n in mine if n not in FREE_SETTINGS + ("data_dir", "output_dir") and mine[n] != theirs.get(n, mine[n])
         ]
@@ -868,6 +901,20 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came, as a scheduler sends it before it kills."""
 
     status = 143
+
+
+@contextmanager
+def signals_ignored() -> Iterator[None]:
+    """Lets neither Ctrl-C nor SIGTERM stop what is done meanwhile; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -74,11 +74,21 @@ class UserError(RuntimeError):
 
 def reason_of(error: BaseException) -> str:
     """Why something failed, in one line; a bug is called unexpected."""
-    if isinstance(error, MemoryError) or "allocate memory" in str(error):
-        return "it does not fit into memory"
-    expected = isinstance(error, InputError | UserError | OSError | ImportError)
+    if _is_lack_of_memory(error):
+        return "it does not fit into memory; end other programs, or use smaller sizes"
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if expected else f"unexpected {type(error).__name__}: {text}"
+    return text if is_mendable(error) else f"unexpected {type(error).__name__}: {text}"
+
+
+def is_mendable(error: BaseException) -> bool:
+    """Whether an error is the user's to mend, and no bug of ours."""
+    is_missing_package = isinstance(error, ImportError) and error.name is None  # raised by us, not by an import
+    return isinstance(error, InputError | UserError | OSError) or is_missing_package or _is_lack_of_memory(error)
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """Of main memory; torch and SimpleITK say it in a plain RuntimeError."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
 
 @contextmanager
@@ -472,6 +482,7 @@ def _check_values(path: Path, image: sitk.Image, constant: bool) -> None:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
+MAX_ROW_BYTES = 65536  # of a table; how far back its last whole row is looked for
 PARTIAL = ".partial-"  # how the name of a file that is being written begins
 PARTIAL_DAYS = 1  # after so many days without a change a partial file of another machine counts as left behind
 _tidy_folders: set[Path] = set()
@@ -531,27 +542,29 @@ def _delete_partial_files(folder: Path) -> None:
 
 
 @contextmanager
-def folder_lock(folder: str | Path) -> Iterator[None]:
-    """Lets one process at a time read and change what a folder's tables hold; others wait. Only where flock exists."""
+def folder_lock(folder: str | Path, refusal: str = "") -> Iterator[None]:
+    """Lets one process at a time work in a folder. Only where flock exists: not on Windows.
+
+    Args:
+        folder: It is made where it is not there.
+        refusal: What FileExistsError says where another process is at work; without it one waits.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if importlib.util.find_spec("fcntl") is None:  # Windows
+    if importlib.util.find_spec("fcntl") is None:
         yield
         return
     import fcntl
 
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        except BlockingIOError as error:
+            raise FileExistsError(refusal) from error
         yield
     finally:
         os.close(descriptor)
-
-
-def sha256_of(path: str | Path) -> str:
-    """Hash of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def now() -> str:
@@ -599,20 +612,26 @@ def write_csv(path: str | Path, table: pd.DataFrame) -> None:
         table.to_csv(temporary, index=False)
 
 
-def append_csv(path: str | Path, table: pd.DataFrame) -> None:
-    """Adds rows to a table of the same columns; takes as long for a long table as for a short one."""
-    with open(path, "a", encoding="utf-8", newline="") as file:
-        file.write(table.to_csv(index=False, header=False))
+def append_csv(path: Path, table: pd.DataFrame) -> None:
+    """Adds rows to a table of the same columns; takes as long for a long table as for a short one.
+
+    Half a row at its end, which a killed process left, is cut off.
+    """
+    with open(path, "rb+") as file:
+        file.seek(max(0, path.stat().st_size - MAX_ROW_BYTES))
+        tail = file.read()
+        file.seek(tail.rfind(b"\n") + 1 - len(tail), os.SEEK_END)
+        file.truncate()
+        file.write(table.to_csv(index=False, header=False).encode())
         file.flush()
         os.fsync(file.fileno())
 
 
-def delete_files(folder: Path, patterns: Iterable[str]) -> None:
-    """Deletes the files of a folder that match a pattern."""
-    for pattern in patterns:
-        for path in folder.glob(pattern):
-            if path.is_file():
-                path.unlink()
+def delete_files(folder: Path, names: Iterable[str]) -> None:
+    """Deletes files of a folder, as far as they are there."""
+    for name in names:
+        if (folder / name).is_file():
+            (folder / name).unlink()
 
 
 def write_array(path: str | Path, array: np.ndarray) -> None:
@@ -1014,8 +1033,8 @@ SECONDS_BETWEEN_LINES = 60  # of progress, where stderr is no terminal
 
 
 def tell(message: str) -> None:
-    """Says what a person waits for: to the log, or to stderr where a caller from Python has set up none."""
-    if logging.getLogger().hasHandlers():
+    """Says what a person waits for: to the log, or to stderr where a caller from Python has set up none for it."""
+    if logging.getLogger().hasHandlers() and logger.isEnabledFor(logging.INFO):
         logger.info("%s", message)
     elif not process_rank():
         print(message, file=sys.stderr, flush=True)
@@ -1377,8 +1396,8 @@ def refuse_options(names: Iterable[str], why: str) -> None:
 def run_main(work: Callable[[list[str] | None], int], argv: list[str] | None) -> int:
     """Runs a script's work and returns its exit status.
 
-    What the user can mend (InputError, UserError, OSError, a missing optional package) ends in one clear line; with
-    ``--debug`` its traceback stands above. Anything else is a bug and keeps its traceback.
+    What the user can mend (InputError, UserError, OSError, a missing optional package, a lack of memory) ends in one
+    clear line; with ``--debug`` its traceback stands above. Anything else is a bug and keeps its traceback.
     """
     first = os.environ.get("RANK", "0") == "0"  # of those that torchrun started; what it says is said once
     level = logging.INFO if first else logging.ERROR
@@ -1389,10 +1408,13 @@ def run_main(work: Callable[[list[str] | None], int], argv: list[str] | None) ->
         status = work(argv)
         leave_processes()
         return status
-    except (InputError, UserError, OSError, ImportError) as error:
-        logger.debug("traceback", exc_info=True)
-        logger.error("%s", error)
-        return 1
     except KeyboardInterrupt as error:
-        logger.error("%s", error if str(error) else "interrupted; what is already written is complete")
+        if first:
+            logger.error("%s", error if str(error) else "interrupted; what is already written is complete")
         return getattr(error, "status", 130)
+    except Exception as error:
+        if not is_mendable(error):
+            raise
+        logger.debug("traceback", exc_info=True)
+        logger.error("%s", reason_of(error) if _is_lack_of_memory(error) else error)
+        return 1

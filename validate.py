@@ -24,14 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from infer import (
-    RESULT_FILES,
     THRESHOLD,
     NoduleInferencer,
     Segmentation,
     Subset,
     choose_scans,
+    claim,
     content_box,
-    describe_mismatch,
+    delete_results,
     draw_overlay,
     hits_of,
     map_scans,
@@ -52,11 +52,11 @@ from utils import (
     count_cores,
     delete_files,
     do_once,
+    folder_lock,
     now,
     parse_command_line,
     process_count,
     process_rank,
-    read_json,
     read_metadata,
     read_processed,
     read_split,
@@ -79,9 +79,11 @@ VALIDATION_FILES = (
     "failed_scans.csv",
     "metrics_distribution.png",
     "validation_summary.json",
-    "froc.*",
+    "validation.json",
+    "froc.csv",
+    "froc.png",
+    "froc.json",
 )
-RUN_FILES = {"validation": VALIDATION_FILES, "inference": RESULT_FILES}  # what stands in folders of a training run
 PREDICTIONS_DIR = "experiments/predictions"  # for the score of anyone's marks
 METRICS = ("dice", "sensitivity", "precision", "recall")
 COUNTS = (
@@ -300,11 +302,16 @@ class Validator:
             FileExistsError: output_dir holds other results.
             InputError: There is no scan to score, or none that can be used.
         """
+        subset = subset if fold is None else "test"
         parts = self._choose(subset, fold)
         scored = [uid for uid, part in parts.items() if part != "train"]
         self.inferencer.check_prepared_alike(self.data_dir, scored)
-        origin = self._claim(subset, fold) if self.writes_files else {}
         excluded = read_excluded(excluded_path) if self.writes_files else None
+        origin: dict[str, Any] = {}
+        if self.writes_files:
+            origin = self.inferencer.origin | {"data_dir": str(self.data_dir.resolve()), "subset": subset, "fold": fold}
+            origin |= {"excluded": None if excluded is None else str(excluded_path), "date": now()}
+            do_once(lambda: self._claim(origin))
         self._example = None
         self.failed = {}
         scans: list[ExaminedScan] = map_scans(
@@ -317,7 +324,10 @@ class Validator:
             finishers=max(1, min(MOST_FINISHERS, count_cores() // 4)),
             failed=self.failed if self.writes_files else None,
         )
-        check(bool(scans), f"no scan could be scored; the first: {next(iter(self.failed.items()), None)}")
+        if self.writes_files:
+            do_once(lambda: write_failures(self.output_dir, self.failed))
+        reason = next(iter(self.failed.values()), "")
+        check(bool(scans), f"no scan could be scored ({reason}); {self.output_dir / 'failed_scans.csv'} lists all")
         tell_noise([scan.found for scan in scans])
         if self.chooses_min_score:
             self.inferencer.min_score = choose_min_score(scans)
@@ -350,16 +360,14 @@ class Validator:
             min_score,
         )
 
-    def _claim(self, subset: Subset, fold: int | None) -> dict[str, Any]:
-        """Whose results will stand in output_dir; refuses one that holds others, or clears it with ``overwrite``."""
-        ours = self.inferencer.origin | {"data_dir": str(self.data_dir.resolve()), "subset": subset, "fold": fold}
-        path = self.output_dir / "validation_summary.json"
-        mismatch = describe_mismatch(self.output_dir, read_json(path), ours) if path.is_file() else ""
-        if mismatch and not self.inferencer.overwrite:
-            raise FileExistsError(mismatch)
-        if mismatch:
-            do_once(lambda: delete_files(self.output_dir, VALIDATION_FILES))
-        return ours | {"date": now()}
+    def _claim(self, origin: dict[str, Any]) -> None:
+        """Notes whose results will stand in output_dir; refuses one that holds others, or clears it."""
+        path = self.output_dir / "validation.json"
+        with folder_lock(self.output_dir):
+            lasting = {name: value for name, value in origin.items() if name != "date"}
+            if claim(path, lasting, self.inferencer.overwrite):
+                delete_files(self.output_dir, VALIDATION_FILES)
+            write_json(path, origin)
 
     def _choose(self, subset: Subset, fold: int | None) -> dict[str, str]:
         """{series UID: part} of the scans to go through."""
@@ -371,7 +379,6 @@ class Validator:
             held_out = split.get("fold")
             theirs = "no fold" if held_out is None else f"fold {held_out}"
             check(held_out == fold, f"{checkpoint_path} was trained with {theirs} held out, not fold {fold}")
-            subset = "test"
         parts = choose_scans(self.data_dir, checkpoint_path, subset)
         if all(part == "train" for part in parts.values()):
             raise InputError(
@@ -421,7 +428,6 @@ class Validator:
 
     def _write(self, result: ValidationResult, excluded: pd.DataFrame | None) -> None:
         scored = result.table.loc[result.table["part"] != "train", "seriesuid"]
-        write_failures(self.output_dir, self.failed)
         counts = dict.fromkeys(COUNTS, "Int64")  # whole numbers; of training scans there are none
         write_csv(self.output_dir / "validation_results.csv", result.table.astype(counts))
         write_csv(self.output_dir / "nodule_results.csv", result.nodules)
@@ -439,6 +445,12 @@ class Validator:
             for name in FROC_FILES:
                 (self.output_dir / name).unlink(missing_ok=True)  # of an earlier run
         write_json(self.output_dir / "validation_summary.json", result.summary)
+
+
+def delete_results_of_run(output_dir: Path) -> None:
+    """Deletes what validate.py and infer.py left in the folder of a training, and no file of anyone else."""
+    delete_files(output_dir / "validation", VALIDATION_FILES)
+    delete_results(output_dir / "inference")
 
 
 @dataclass(frozen=True)
@@ -1078,6 +1090,7 @@ def _command(argv: list[str] | None) -> int:
         print(f"table and picture: {score_options['output_dir']}")
         return 0
     refuse_options(given - set(options) - set(run_options), "they are for scoring marks; name these by predictions")
+    check(not {"fold", "subset"} <= given, "--subset would be ignored: --fold scores the held-out scans; leave one out")
     validator = Validator(**options)
     summary = validator.run_validation(**run_options).summary
     if process_rank():

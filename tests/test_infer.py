@@ -1008,7 +1008,7 @@ def test_results_of_another_threshold_are_not_mixed(trained, processed_dir):
 
 def test_results_of_another_smallest_score_are_not_mixed(trained, processed_dir):
     trained(Nothing(), min_score=0.25).infer_dataset(processed_dir)
-    with pytest.raises(FileExistsError, match=r"min_score 0\.25 and 0 mirrors; name another output_dir"):
+    with pytest.raises(FileExistsError, match=r"min_score 0\.25 and 0 mirrors \(what differs: min_score\); name"):
         trained(Nothing(), min_score=0.5).infer_dataset(processed_dir)
 
 
@@ -1053,7 +1053,7 @@ def test_data_prepared_with_other_settings_is_refused(trained, processed_dir, tm
 
 def test_results_of_other_scans_of_the_same_checkpoint_are_not_mixed(trained, processed_dir, tmp_path):
     trained(Nothing()).infer_dataset(processed_dir)
-    refusal = rf"holds results of .*, of the validation scans of {processed_dir}; name another output_dir"
+    refusal = rf"holds results of .*, of the validation scans of {processed_dir} \(what differs: .*\); name another"
     with pytest.raises(FileExistsError, match=refusal):
         trained(Nothing()).infer_dataset(processed_dir, "all")
     shutil.copytree(processed_dir, tmp_path / "copy")
@@ -1065,7 +1065,7 @@ def test_results_of_other_scans_of_the_same_checkpoint_are_not_mixed(trained, pr
 
 def test_raw_scans_and_a_data_set_are_not_mixed(trained, processed_dir, tmp_path):
     trained(Nothing()).infer_scan(write_chest(tmp_path / "chest.mhd"))
-    with pytest.raises(FileExistsError, match=r"holds results of .*, of single scans; name another output_dir"):
+    with pytest.raises(FileExistsError, match=r"holds results of .*, of single scans \(what differs: .*\); name"):
         trained(Nothing()).infer_dataset(processed_dir)
 
 
@@ -1480,9 +1480,9 @@ def test_hundredth_scan_costs_what_the_first_one_costs(trained, tmp_path, monkey
     path = write_chest(tmp_path / "a.mha", (12, 20, 20))
     inferencer = trained(Nothing())
     reads, tables = [], []
-    read_bytes, read_table = Path.read_bytes, infer.read_table
+    read_bytes, read_csv = Path.read_bytes, pd.read_csv
     monkeypatch.setattr(Path, "read_bytes", lambda self: reads.append(self) or read_bytes(self))
-    monkeypatch.setattr(infer, "read_table", lambda *given: tables.append(given) or read_table(*given))
+    monkeypatch.setattr(pd, "read_csv", lambda *given, **more: tables.append(given) or read_csv(*given, **more))
     for name in "abcde":
         shutil.copy(path, tmp_path / f"{name}.mha") if name != "a" else None
         inferencer.infer_scan(tmp_path / f"{name}.mha")
@@ -1490,6 +1490,37 @@ def test_hundredth_scan_costs_what_the_first_one_costs(trained, tmp_path, monkey
     assert not tables  # marks are appended
     summary = json.loads((inferencer.output_dir / "inference_summary.json").read_text())
     assert list(summary["scans"]) == list("abcde")
+
+
+def test_summary_of_many_scans_is_written_when_enough_are_new_and_when_the_inferencer_goes(
+    trained, tmp_path, monkeypatch
+):
+    def count_scans():
+        return len(json.loads((tmp_path / "out" / "inference_summary.json").read_text())["scans"])
+
+    monkeypatch.setattr(infer, "SUMMARY_SHARE", 0.5)
+    path = write_chest(tmp_path / "s0.mha", (12, 20, 20))
+    inferencer, counts = trained(Nothing()), []
+    for number in range(6):
+        inferencer.infer_scan(path)
+        counts.append(count_scans())
+        path = Path(shutil.copy(path, tmp_path / f"s{number + 1}.mha"))
+    assert counts == [1, 2, 3, 3, 5, 5]
+    table = pd.read_csv(tmp_path / "out" / "inference_summary.csv")
+    assert table["seriesuid"].tolist() == [f"s{number}" for number in range(6)]  # is always whole
+    del inferencer
+    assert count_scans() == 6
+
+
+def test_overwrite_leaves_files_of_others_alone(trained, processed_dir):
+    inferencer = trained(Nothing())
+    (uid,) = inferencer.infer_dataset(processed_dir)["seriesuid"]
+    mine = [inferencer.output_dir / name for name in ("reader2_nodules.csv", "visualizations/paper.svg")]
+    for path in mine:
+        path.write_text("mine")
+    trained(Nothing(), threshold=0.6, overwrite=True).infer_dataset(processed_dir, "train")
+    assert [path.read_text() for path in mine] == ["mine"] * 2
+    assert not list(inferencer.output_dir.rglob(f"*{uid}*"))
 
 
 def test_marks_of_a_scan_that_is_done_again_are_replaced(trained, tmp_path):
@@ -1520,7 +1551,7 @@ for path in sys.argv[1:]:
     summary = json.loads((tmp_path / "out" / "inference_summary.json").read_text())
     assert sorted(summary["scans"]) == names
     assert sorted(pd.read_csv(tmp_path / "out" / "inference_summary.csv")["seriesuid"]) == names
-    assert sorted(json.loads((tmp_path / "out" / "inference.json").read_text())["raw_scans"]) == names
+    assert sorted(json.loads((tmp_path / "out" / "inference.json").read_text())["scans"]) == names
 
 
 def test_raw_scan_needs_a_checkpoint(live, tmp_path):
@@ -1645,7 +1676,7 @@ def test_command_line_infers_one_raw_scan(run_dir, tmp_path, capsys):
 
 @pytest.mark.parametrize("given", [{"subset": "validation"}, {"data_dir": "data"}])
 def test_choice_of_a_data_set_with_a_raw_scan_is_refused(trained, tmp_path, given):
-    with pytest.raises(InputError, match=f"leave out {next(iter(given))} with input: it is for the scans of a data set"):
+    with pytest.raises(InputError, match=f"leave out {next(iter(given))} with input: it is for"):
         trained().run(tmp_path / "chest.mhd", **given)
 
 

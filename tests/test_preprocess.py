@@ -1033,7 +1033,7 @@ def test_bug_is_told_from_what_a_user_can_mend_and_keeps_its_traceback(raw_dir, 
     monkeypatch.setattr(preprocess, "process_scan", process_or_fail)
     reasons = {
         "1.1": "unexpected KeyError: 'hu'",
-        "1.2": "it does not fit into memory",
+        "1.2": "it does not fit into memory; end other programs, or use smaller sizes",
         "1.3": "pip install it",
     }
     assert small(raw_dir).process_all().failed == failures_of(raw_dir) == reasons

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -23,7 +24,7 @@ from dataset import Augmentation
 from infer import NoduleInferencer
 from model import SubpixelUNet, load_checkpoint, save_checkpoint
 from train import Trainer
-from utils import InputError, UserError, read_processed_list, read_split
+from utils import InputError, UserError, folder_lock, read_processed_list, read_split
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = {**TINY, "device": "cpu", "mixed_precision": False}
@@ -415,14 +416,15 @@ def test_overwrite_leaves_nothing_of_the_deleted_run(processed_dir, run_dir, tmp
     run = tmp_path / "run"
     shutil.copytree(run_dir, run)
     old_logs = [path.name for path in run.glob("logs_*")]
-    for name in ("validation/validation_results.csv", "validation/froc.png", "inference/candidates.csv", "notes.txt"):
+    ours = ("validation/validation_results.csv", "validation/froc.png", "inference/candidates.csv")
+    others = ("notes.txt", "logs_mine.txt", "logs_slurm/job1.out", "checkpoints/checkpoint_epoch_keep.pth")
+    for name in (*ours, *others):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("of the old run")
     time.sleep(1.1)  # logs are named by the second
     Trainer(processed_dir, run, num_epochs=1, overwrite=True, **CPU).train()
-    assert [path for path in run.rglob("*") if path.is_file() and path.read_bytes() == b"of the old run"] == [
-        run / "notes.txt"  # what is not ours stays
-    ]
+    kept = [path for path in run.rglob("*") if path.is_file() and path.read_bytes() == b"of the old run"]
+    assert sorted(kept) == sorted(run / name for name in others)  # what is not ours stays
     assert not {path.name for path in run.glob("logs_*")} & set(old_logs)
 
 
@@ -437,6 +439,75 @@ def test_file_that_a_killed_run_was_writing_is_no_run(processed_dir, tmp_path):
     for name in (".partial-0123abcd-4711-89abcdef-best_model.pth", ".4711.best_model.pth"):
         (tmp_path / "checkpoints" / name).write_text("half of a checkpoint")
     Trainer(processed_dir, tmp_path, **CPU)
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_overwrite_interrupted_while_its_first_checkpoint_is_written_loses_neither_run(
+    processed_dir, run_dir, tmp_path, monkeypatch, interval
+):
+    shutil.copytree(run_dir, tmp_path / "run")
+    before = everything_in(tmp_path / "run")
+    options = {**CPU, "num_epochs": 3, "validation_interval": interval, "checkpoint_interval": 3, "overwrite": True}
+    save = train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda *given: (save(*given), os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 2; epoch 1 is kept"):
+        Trainer(processed_dir, tmp_path / "run", **options).train()
+    assert before.items() <= everything_in(tmp_path / "run").items()
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "checkpoint_epoch_1.pth")["epoch"] == 1
+
+
+def test_epoch_whose_checkpoint_is_being_written_is_kept(processed_dir, tmp_path, monkeypatch):
+    save, calls = train.save_checkpoint, []
+
+    def interrupt(*given) -> None:
+        save(*given)
+        calls.append(given)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "save_checkpoint", interrupt)
+    options = {**CPU, "num_epochs": 5, "validation_interval": 5, "checkpoint_interval": 2}
+    with pytest.raises(KeyboardInterrupt, match="epoch 2 is kept"):
+        Trainer(processed_dir, tmp_path, **options).train()
+    assert load_checkpoint(tmp_path / "checkpoints" / "checkpoint_epoch_2.pth")["epoch"] == 2
+
+
+def test_second_signal_while_the_last_epoch_is_kept_costs_nothing(processed_dir, tmp_path, monkeypatch):
+    save = train.save_checkpoint
+
+    def impatient(*given) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        save(*given)
+
+    monkeypatch.setattr(train, "save_checkpoint", impatient)
+    run_epoch = Trainer._run_epoch
+
+    def run(self: Trainer) -> None:
+        if self.epoch == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        run_epoch(self)
+
+    monkeypatch.setattr(Trainer, "_run_epoch", run)
+    options = {**CPU, "num_epochs": 5, "validation_interval": 5, "checkpoint_interval": 5}
+    with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 3; epoch 2 is kept"):
+        Trainer(processed_dir, tmp_path, **options).train()
+    assert load_checkpoint(tmp_path / "checkpoints" / "checkpoint_epoch_2.pth")["epoch"] == 2
+
+
+def test_second_training_in_one_folder_is_refused(processed_dir, tmp_path):
+    with (
+        folder_lock(tmp_path),
+        pytest.raises(FileExistsError, match=f"another training is at work in {tmp_path}; wait for it"),
+    ):
+        Trainer(processed_dir, tmp_path, **CPU).train()
+    assert len(Trainer(processed_dir, tmp_path, num_epochs=1, **CPU).train()) == 1
+
+
+def test_run_cannot_be_shortened_below_what_it_has_done(processed_dir, run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    with pytest.raises(InputError, match="the run has done 2 epochs, more than num_epochs=1"):
+        Trainer(processed_dir, tmp_path / "run", num_epochs=1, resume=True, **CPU).train()
 
 
 TRAINING = """
@@ -592,6 +663,8 @@ def test_patch_size_that_the_strides_do_not_divide_is_refused(processed_dir, tmp
         ("validation_fraction", 1.0),
         ("fold", 10),
         ("nodule_share", 1.5),  # also without patches
+        ("seed", -1),
+        ("patch_size", (0, 16, 16)),
     ],
 )
 def test_value_out_of_range_is_refused_by_name(processed_dir, tmp_path, name, value):

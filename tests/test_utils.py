@@ -1419,6 +1419,21 @@ def test_appended_rows_are_those_of_a_whole_table(tmp_path):
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
 
 
+def test_half_a_row_that_a_killed_process_left_costs_no_other_row(tmp_path):
+    table = pd.DataFrame({"seriesuid": ["a", "b"], "probability": [0.25, 0.5]})
+    write_csv(tmp_path / "a.csv", table[:1])
+    with open(tmp_path / "a.csv", "a") as file:
+        file.write("c,0.")
+    utils.append_csv(tmp_path / "a.csv", table[1:])
+    assert pd.read_csv(tmp_path / "a.csv")["seriesuid"].tolist() == ["a", "b"]
+
+
+def test_what_is_told_reaches_who_has_set_up_logging_for_warnings_alone():
+    code = "import logging; logging.basicConfig(); import utils; utils.tell('half way')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == "half way\n"
+
+
 # ----------------------------------------------------------------------------------------------------- random streams
 
 
@@ -1459,7 +1474,7 @@ def test_failure_is_noted_in_a_line_and_a_bug_with_its_traceback(caplog):
     assert {name: utils.reason_of(error) for name, error in failures.items()} == {
         "a": "the scan is 2-D",
         "b": "unexpected IndexError: 9",
-        "c": "it does not fit into memory",
+        "c": "it does not fit into memory; end other programs, or use smaller sizes",
     }
     assert [record.exc_info is not None for record in caplog.records] == [False, True, False]
 
@@ -1492,6 +1507,22 @@ class TestRunMain:
     def test_bug_that_looks_like_a_mistake_keeps_its_traceback(self, error):
         with pytest.raises(error, match="operands"):
             run_main(lambda argv: raise_(error("operands could not be broadcast")), None)
+
+    def test_import_that_fails_for_want_of_a_name_is_a_bug(self):
+        def work(argv: list[str] | None) -> int:
+            from utils import no_such_thing  # noqa: F401
+
+            return 0
+
+        with pytest.raises(ImportError, match="cannot import name"):
+            run_main(work, None)
+
+    @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+    def test_lack_of_memory_is_one_line(self, error, caplog):
+        assert run_main(lambda argv: raise_(error), None) == 1
+        assert [record.getMessage() for record in caplog.records] == [
+            "it does not fit into memory; end other programs, or use smaller sizes"
+        ]
 
     def test_debug_shows_the_traceback_of_a_mistake(self, caplog, monkeypatch):
         monkeypatch.setattr(utils.logger, "level", logging.NOTSET)

@@ -656,7 +656,7 @@ def test_results_of_other_scans_or_settings_are_not_replaced(run_dir, processed_
     Validator(processed_dir, path, tmp_path, "cpu").run_validation()  # the same again is no other
     (tmp_path / "froc.png").write_text("of the earlier run")
     before = (tmp_path / "validation_summary.json").read_text()
-    with pytest.raises(FileExistsError, match=r"holds results of .*best_model\.pth at threshold 0\.5.*overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"holds results of .*threshold 0\.5.*\(what differs: .*overwrite=True"):
         Validator(processed_dir, path, tmp_path, "cpu", **arguments).run_validation(subset)
     assert (tmp_path / "validation_summary.json").read_text() == before
     Validator(processed_dir, path, tmp_path, "cpu", overwrite=True, **arguments).run_validation(subset)
