@@ -1,6 +1,6 @@
 """CPM of the nodule score beside those of plainer ones, on the same candidates of scans that training never saw.
 
-python tests/compare_scores.py --checkpoint_path experiments/phantom/checkpoints/best_model.pth
+python tests/bench/compare_scores.py --checkpoint_path experiments/phantom/checkpoints/best_model.pth
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import pandas as pd

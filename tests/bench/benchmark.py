@@ -1,8 +1,8 @@
 """Speed of each step beside the plain way to write it with MONAI and SimpleITK; every ratio is measured in one run.
 
-python tests/benchmark.py
-python tests/benchmark.py --rows '[extraction,froc]' --repeats 5
-python tests/benchmark.py --device cuda
+python tests/bench/benchmark.py
+python tests/bench/benchmark.py --rows '[extraction,froc]' --repeats 5
+python tests/bench/benchmark.py --device cuda
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import pandas as pd

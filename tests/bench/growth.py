@@ -1,6 +1,6 @@
 """How time, memory and disk grow with scans and voxels, measured at three sizes each and drawn.
 
-python tests/growth.py --output tests/growth.png
+python tests/bench/growth.py --output tests/bench/growth.png
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from jsonargparse import auto_cli
 
 from data.phantom import write_phantoms
 from preprocess import LUNA16Preprocessor
-from tests.benchmark import SMALL_NETWORK, WINDOW, enlarge, make_marks
+from tests.bench.benchmark import SMALL_NETWORK, WINDOW, enlarge, make_marks
 from utils import find_scans, read_scan, write_image
 
 LOOK_EVERY = 0.02  # seconds between two looks at the memory
@@ -154,30 +154,28 @@ def _memory_of_children() -> float:
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """One panel a step: time, memory and disk over size, on logarithmic axes."""
+    """One row a step; time, memory and disk over size on an axis each, from 0, so that linear growth is a line."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 8), dpi=100, layout="constrained", facecolor="white")
-    for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-        rows = table[table["step"] == panel.title]
-        axes.set_title(panel.title)
-        for column, color, above in (("seconds", "C0", -14), ("memory, MB", "C1", 6), ("disk, MB", "C2", -14)):
-            axes.plot(rows["size"], rows[column], "o-", color=color, label=column)
-            for size, value in zip(rows["size"], rows[column], strict=True):
+    figure = Figure(figsize=(12, 11), dpi=90, layout="constrained", facecolor="white")
+    for row, panel in zip(figure.subplots(len(PANELS), 3), PANELS, strict=True):
+        measured = table[table["step"] == panel.title]
+        for axes, column, color in zip(row, ("seconds", "memory, MB", "disk, MB"), ("C0", "C1", "C2"), strict=True):
+            axes.plot(measured["size"], measured[column], "o-", color=color)
+            for size, value in zip(measured["size"], measured[column], strict=True):
                 text = f"{value:.0f}" if value >= 100 else f"{value:.2g}"
-                axes.annotate(text, (size, value), (0, above), textcoords="offset points", ha="center")
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(rows["size"], [str(size) for size in rows["size"]])
-        axes.minorticks_off()
-        axes.margins(0.12, 0.2)
-        axes.set_xlabel(panel.unit)
-        axes.grid(color="0.9")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+                axes.annotate(text, (size, value), (0, 7), textcoords="offset points", ha="center")
+            axes.set_xlim(0, 1.1 * measured["size"].max())
+            axes.set_ylim(0, 1.25 * measured[column].max())
+            axes.set_xticks(measured["size"])
+            axes.set_ylabel(column)
+            axes.set_xlabel(panel.unit)
+            axes.grid(color="0.9")
+        row[1].set_title(panel.title)
     figure.savefig(path)
 
 
-def main(output: Path = Path("tests/growth.png")) -> None:
+def main(output: Path = Path("tests/bench/growth.png")) -> None:
     """Measures, prints the table and draws it.
 
     Args:
