@@ -6,6 +6,7 @@ LUNA16's ``annotations.csv`` and of ITK. The order changes in ``Geometry`` and i
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.util
 import inspect
@@ -952,8 +953,14 @@ def join_processes(device: torch.device) -> torch.device:
 
 
 def leave_processes() -> None:
-    """Leaves the processes that ``join_processes`` joined; to be called when all went well, since it waits for them."""
+    """Leaves the processes that ``join_processes`` joined; to be called when all went well, since it waits for them.
+
+    What still holds the group, as DistributedDataParallel does in its reference cycles, is let go first: a group that
+    lives until the interpreter ends can abort it.
+    """
     if (distributed := sys.modules.get("torch.distributed")) and distributed.is_initialized():
+        gather_objects(None)
+        gc.collect()
         distributed.destroy_process_group()
 
 
