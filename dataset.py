@@ -274,19 +274,19 @@ def _apply_affine(image: Tensor, mask: Tensor, affine: np.ndarray, points: np.nd
     # affine_grid counts (x, y, z) in [-1, 1] from edge to edge.
     theta = (affine * half / half[:, None])[::-1, ::-1]
     theta = np.concatenate([theta, np.zeros((3, 1))], axis=1)
-    matrix = _send(torch.from_numpy(theta).to(image.dtype), image.device)[None]
+    matrix = _to_device(torch.from_numpy(theta).to(image.dtype), image.device)[None]
     grid = functional.affine_grid(matrix, [1, 1, *shape.tolist()], align_corners=False)
     image = functional.grid_sample(image[None], grid, mode="bilinear", align_corners=False)[0]
     moved = functional.grid_sample(mask[None].to(image), grid, mode="nearest", align_corners=False)[0].to(mask.dtype)
     if points is not None and len(points):
-        z, y, x = _send(torch.from_numpy(_move_points(points, tuple(shape.tolist()), affine)), mask.device).T
+        z, y, x = _to_device(torch.from_numpy(_move_points(points, tuple(shape.tolist()), affine)), mask.device).T
         moved[0].index_put_((z, y, x), moved.new_ones(()))  # a number would be sent, and waited for
     return image, moved
 
 
-def _send(few: Tensor, device: torch.device) -> Tensor:
-    """A few numbers on the device, without waiting for what it is at."""
-    return few.to(device, non_blocking=True)
+def _to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers on the device; the host does not wait for it."""
+    return numbers.to(device, non_blocking=True)
 
 
 def _fade_nodules(image: Tensor, mask: Tensor, share: float) -> Tensor:
@@ -311,10 +311,9 @@ class LUNA16Dataset(Dataset):
         augmentation: What to draw from; None for validation.
         seed: Seed of the draws.
         patch_size_zyx: Shape of the patches; None serves whole scans.
-        cache: Where voxels are kept: on the 'device', so that none need be carried there any more; in 'memory', where
-            forked workers share them; or in their 'files', which are mapped when they are asked for. None takes the
-            first of these in which they take no more than MEMORY_SHARE of what is free; where nodules are pasted, which
-            is done in main memory, not the device.
+        cache: Where voxels are kept: on the 'device', so that training transfers none; in 'memory', shared by forked
+            workers; or in 'files', which are mapped when a sample is made. None takes the first of these in which they
+            need no more than MEMORY_SHARE of what is free, and not the device where nodules are pasted.
         device: That of the training.
 
     Raises:
@@ -361,10 +360,10 @@ class LUNA16Dataset(Dataset):
     def _choose_cache(self, device: torch.device) -> Cache:
         needed = 3 * sum(math.prod(fields["shape_zyx"]) for fields in self._fields)  # float16 image, uint8 mask
         pasted = self.augmentation is not None and self.augmentation.paste_prob > 0
-        if device.type == "cuda" and not pasted and _fits(needed, device, "on the GPU"):
+        if device.type == "cuda" and not pasted and _fits_in_memory(needed, device, "on the GPU"):
             return "device"
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each process that torchrun started here keeps all
-        return "memory" if _fits(needed, CPU, "in memory") else "files"
+        return "memory" if _fits_in_memory(needed, CPU, "in memory") else "files"
 
     def _open(self, index: int) -> tuple[Tensor, Tensor]:
         scan = read_processed(self.data_dir, self.seriesuids[index], self.cache != "files", self._fields[index])
@@ -450,7 +449,7 @@ class LUNA16Dataset(Dataset):
         }
 
 
-def _fits(needed: int, device: torch.device, where: str) -> bool:
+def _fits_in_memory(needed: int, device: torch.device, where: str) -> bool:
     """Whether training scans of so many bytes may be kept there; the log says so."""
     free = free_memory(device)
     fits = needed <= MEMORY_SHARE * free

@@ -297,16 +297,16 @@ class NoduleInferencer:
             )
             if self.mirrors:
                 for one, its_logits in zip(image[inside], logits[inside], strict=True):
-                    self._look_again(one[None], its_logits[0])
+                    self._refine_spots(one[None], its_logits[0])
             return logits
 
-    def _look_again(self, image: Tensor, logits: Tensor) -> None:
-        """Looks again at what may be a nodule, in the middle of a window and in mirror images, and averages all looks.
+    def _refine_spots(self, image: Tensor, logits: Tensor) -> None:
+        """Predicts possible nodules again, in the middle of a window and flipped, and averages all predictions.
 
         Args:
             image: (1, 1, Z, Y, X).
-            logits: (Z, Y, X) of the first look, changed in place. A look counts the less, the farther a voxel is from
-                the middle of its window.
+            logits: (Z, Y, X) of the first prediction, changed in place. Further ones count less towards the edges of
+                their window.
         """
         assert self.window is not None
         size = np.minimum(self.window, logits.shape)
@@ -325,21 +325,21 @@ class NoduleInferencer:
     def _forward(self, image: Tensor, mirrors: int = 0) -> Tensor:
         """Logits of one batch, padded with air to a size that the network takes and cropped again.
 
-        With mirrors, those of the mean probability of the images and so many mirror images of them.
+        With ``mirrors``, returns the logit of the probability averaged over the image and its first so many flips.
         """
         divisor = self.model.divisor if isinstance(self.model, SegmentationNetwork) else 1
         shape = image.shape[2:]
         padding = [n for size in reversed(shape) for n in (0, -size % divisor)]
         image = functional.pad(image.to(self.device).float(), padding)
-        logits = self._look(image, ())
+        logits = self._forward_flipped(image, ())
         if mirrors:
             total = logits.sigmoid()
             for axes in MIRRORS[1 : 1 + mirrors]:
-                total += self._look(image, axes).sigmoid()
+                total += self._forward_flipped(image, axes).sigmoid()
             logits = torch.logit(total / (1 + mirrors), eps=PROBABILITY_EPS)
         return logits[..., : shape[0], : shape[1], : shape[2]]
 
-    def _look(self, image: Tensor, axes: Sequence[int]) -> Tensor:
+    def _forward_flipped(self, image: Tensor, axes: Sequence[int]) -> Tensor:
         """float32 logits of images flipped along axes (z, y, x), flipped back."""
         dims = [axis + 2 for axis in axes]
         try:
@@ -869,7 +869,7 @@ class Segmentation:
         labels: int32 (z, y, x); every nodule of the mask has a number from 1, 0 is background.
         candidates: Nodule dicts, as ``extract_nodules`` gives them, of all that might be a nodule: those of the mask,
             and where these are fewer than MAX_CANDIDATES, the likeliest fainter spots.
-        numbers: For each candidate its number in ``labels``, 0 for one that is not in the mask.
+        numbers: Label of each candidate in ``labels``; 0 for a candidate that is not in the mask.
         is_noise: Whether the map marks more spots or more volume than any scan can hold nodules.
     """
 
@@ -885,7 +885,7 @@ class Segmentation:
 
     @property
     def scores(self) -> np.ndarray:
-        """(n + 1,) score of each number that a voxel can have, -1 for 0, the background."""
+        """(n + 1,) score of each label; label 0, the background, has -1."""
         scores = np.full(max(self.numbers, default=0) + 1, -1.0)
         scores[self.numbers] = [found["probability"] for found in self.candidates]
         scores[0] = -1.0
@@ -1027,7 +1027,7 @@ def _label(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     steps = np.array([(mask.shape[1] + 2) * (mask.shape[2] + 2), mask.shape[2] + 2, 1])
     numbers = np.stack(np.unravel_index(flat, mask.shape), axis=1) @ steps
     ahead = (np.argwhere(np.ones((3, 3, 3)))[14:] - 1) @ steps  # 13 of the 26 neighbours, the others are behind
-    pairs = [_find(numbers, numbers + step) for step in ahead]
+    pairs = [_positions_of(numbers, numbers + step) for step in ahead]
     first, second = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
     links = sparse.coo_matrix((np.ones(len(first), bool), (first, second)), (len(flat), len(flat)))
     return flat, csgraph.connected_components(links, directed=False)[1]
@@ -1062,7 +1062,7 @@ def _middles_of_spots(probability: np.ndarray, step: np.ndarray, voxel_mm3: floa
     return middles[:MAX_CANDIDATES].astype(int)
 
 
-def _find(numbers: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _positions_of(numbers: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(places in ``wanted``, places in ``numbers``) of the wanted numbers that are there; ``numbers`` ascend."""
     place = np.minimum(np.searchsorted(numbers, wanted), len(numbers) - 1)
     there = numbers[place] == wanted if len(numbers) else np.zeros(0, bool)
@@ -1255,7 +1255,7 @@ def draw_overlay(
         findings = [(f"missed, {n['diameter_mm']:.1f} mm", n) for n in missed] + findings
         counted += f", {len(annotated)} annotated, {len(missed)} missed"
     rows = _share_rows(findings)
-    shown = rows[:most] or [("axial, no nodule found", _middle(image.shape))]
+    shown = rows[:most] or [("axial, no nodule found", _placeholder_finding(image.shape))]
     figure = Figure(figsize=(15, 0.9 + 3.9 * len(shown)), dpi=100, layout="constrained", facecolor="white")
     more = f" (the first {most} of {len(rows)} findings)" if len(rows) > most else ""
     figure.suptitle(f"{title}\n{counted}{more}", fontsize=12)
@@ -1291,7 +1291,7 @@ def _reach_mm(nodule: dict[str, Any]) -> float:
     return max(20.0, 1.2 * nodule["diameter_mm"])
 
 
-def _middle(shape_zyx: Sequence[int]) -> dict[str, Any]:
+def _placeholder_finding(shape_zyx: Sequence[int]) -> dict[str, Any]:
     """What is drawn where nothing was found: whole slices, the sagittal one through a lung."""
     z, y, x = shape_zyx
     return {"center_voxel": [(x - 1) / 4, (y - 1) / 2, (z - 1) / 2], "diameter_mm": 0.0}

@@ -274,9 +274,9 @@ def _average_samples(image: sitk.Image, slab: Geometry, factors: np.ndarray, fil
 def _average_axes(
     image: sitk.Image, slab: Geometry, factors: np.ndarray, fill: float, limits: tuple[float, float] | None
 ) -> np.ndarray:
-    """The same for a source along the world's axes, where it falls apart into one sparse matrix an axis.
+    """The same for a source along the world's axes, by one sparse matrix for each axis.
 
-    A sample outside of the source has no weight; against ``fill`` as zero that is what it has to be.
+    ``fill`` is subtracted first and added back last, so a sample outside of the source contributes exactly ``fill``.
     """
     source = Geometry.from_image(image)
     weights, used = zip(*(_axis_weights(source, slab, axis, int(factors[2 - axis])) for axis in range(3)), strict=True)
@@ -392,7 +392,10 @@ def widen(lungs: sitk.Image, closing_mm: float, margin_mm: float) -> sitk.Image:
 
 
 def _distance_to(mask: sitk.Image) -> sitk.Image:
-    """Distance in mm to the voxel centres at the mask's border; there and back, that counts like the border itself."""
+    """Distance in mm to the centres of the mask's border voxels.
+
+    Growing a mask by it and then shrinking the result cancels the half voxel between centre and border.
+    """
     return sitk.SignedMaurerDistanceMap(mask, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
 
 
@@ -511,7 +514,7 @@ def draw_contours(
     agreed = votes >= (readers or len(near) // 2 + 1)
     if not agreed.any():
         return None
-    return _cover(agreed, geometry.cropped((tuple(lower), tuple(upper))), grid)
+    return _voxels_mostly_covered(agreed, geometry.cropped((tuple(lower), tuple(upper))), grid)
 
 
 def _fill_contours(contours: list[Contour], lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
@@ -527,7 +530,7 @@ def _fill_contours(contours: list[Contour], lower: np.ndarray, upper: np.ndarray
     return filled
 
 
-def _cover(mask: np.ndarray, geometry: Geometry, grid: Geometry) -> np.ndarray:
+def _voxels_mostly_covered(mask: np.ndarray, geometry: Geometry, grid: Geometry) -> np.ndarray:
     """Voxels (m, 3) of a grid of which a small mask covers half or more, or, where it does so nowhere, the most."""
     corners = np.stack([grid.index(corner) for corner in geometry.bounds()])
     first = np.clip(np.floor(corners[0]).astype(int) - 1, 0, grid.shape_zyx)
@@ -904,7 +907,7 @@ def _warn_ignored(name: str, value: Any, where: str) -> None:
 
 @dataclass(frozen=True)
 class Needs:
-    """What preparing one scan takes, by its header; nothing where that is unreadable, which its process reports."""
+    """Memory, disk and time that one scan needs, by its header; 0 where the header cannot be read."""
 
     scan_bytes: int = 0
     disk_bytes: int = 0

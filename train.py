@@ -79,7 +79,7 @@ logger = logging.getLogger(__name__)
 Step = Callable[[Tensor, Tensor], Tensor]
 
 AUGMENTATION = Augmentation()
-WARM_UP = 3  # steps before one is recorded: cuDNN tries its kernels, AdamW makes its averages
+WARM_UP = 3  # eager steps before capture: cuDNN tries its kernels, AdamW allocates its state
 # Files of a run, and TensorBoard's beside them.
 RUN_FILE = re.compile(r"checkpoints/(best_model|checkpoint_epoch_\d+)\.pth|log\.csv")
 LOG_FILE = re.compile(r"logs_\d{8}-\d{6}/events\.out\.tfevents.*")
@@ -114,7 +114,7 @@ class Trainer:
         channels: Features of each level, e.g. '[16,32,64,128,256]'.
         strides: Downsampling between the levels, e.g. '[2,2,2,2]'.
         num_res_units: Convolutions in each residual unit.
-        dropout: Dropout probability; 'subpixel' wants 0 with a hardest_share below 1 (see the README).
+        dropout: Dropout probability; set it to 0 for 'subpixel' with a hardest_share below 1.
         norm: 'batch', or, for 'subpixel', 'instance', which does not depend on how processes share a batch.
         dice_weight: Weight of the Dice loss.
         bce_weight: Weight of the binary cross-entropy.
@@ -139,10 +139,9 @@ class Trainer:
         seed: Of weights, split, order and augmentation.
         deterministic: Make a CUDA run repeatable, at the cost of speed; a CPU run always is.
         compile_network: Compile the network, which takes half a minute and needs a C compiler. On a GPU it makes steps
-            of 'unet' faster and those of 'subpixel' slower (see the README).
-        record_steps: On a GPU, record a step as a CUDA graph and replay it, so that the GPU does not wait for the
-            processor to start hundreds of kernels one by one. It keeps the memory of a step, and is left out where as
-            much again is not free, with compile_network, with float16, and with several processes.
+            of 'unet' faster and those of 'subpixel' slower (tests/bench/README.md).
+        record_steps: On a GPU, capture a step as a CUDA graph and replay it. It needs twice the memory of a step. It is
+            left out where that is not free, with compile_network, float16, or several processes.
         resume: Go on from the newest good checkpoint of output_dir.
         overwrite: Delete the checkpoints and logs of an earlier run in output_dir.
 

@@ -887,7 +887,7 @@ def select_device(device: str | torch.device, warn: bool = True) -> torch.device
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, what torch holds there for later included, or in main memory."""
+    """Free memory in bytes: of a GPU, with the blocks that torch caches there unused; else of the machine."""
     import psutil
     import torch
 

@@ -529,9 +529,8 @@ class ExaminedScan:
 def choose_min_score(scans: Sequence[ExaminedScan]) -> float:
     """The score from which nodules should stay in the mask: best for the mean Dice per scan where it is defined.
 
-    A single scan can decide which score is best, so it is the mean of what draws of the scans with replacement choose
-    (bagging, Breiman 1996). Where they choose so differently that their mean is poor, it is the best of all scans
-    together. Without any Dice it is 0.
+    It is bagged over SCORE_DRAWS bootstrap samples of the scans (Breiman 1996), so that no single scan decides. Where
+    the bagged score loses more than MUCH_WORSE, the best score of all scans together is taken. Without Dice it is 0.
     """
     scores = np.linspace(0, 1, 101)
     dice = np.array([[scan.dice(score) for scan in scans] for score in scores])
