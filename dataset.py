@@ -529,6 +529,32 @@ class ScanSampler(Sampler):
         """Nothing is kept between epochs."""
 
 
+@dataclass(frozen=True)
+class Patches:
+    """Training on patches instead of whole scans.
+
+    Args:
+        size: Shape (z, y, x) of a patch.
+        per_scan: Patches an epoch, for each scan on average.
+        nodule_share: Share of the patches that hold a nodule; each nodule is equally likely.
+        hard_share: Share of the other patches that are drawn again where the network erred.
+        warmup_epochs: Epochs over which the share of patches with a nodule falls from all to nodule_share.
+
+    Raises:
+        InputError: A value is out of its range.
+    """
+
+    size: tuple[int, int, int] = (96, 96, 96)
+    per_scan: int = 8
+    nodule_share: float = 0.5
+    hard_share: float = 0.25
+    warmup_epochs: int = 10
+
+    def __post_init__(self) -> None:
+        check(min(self.size) >= 1, f"patches.size must be three positive sizes (z, y, x), not {self.size}")
+        check_patch_settings(self.per_scan, self.nodule_share, self.hard_share, self.warmup_epochs)
+
+
 def check_patch_settings(patches_per_scan: int, nodule_share: float, hard_share: float, warmup_epochs: int) -> None:
     """Raises InputError where an argument of ``PatchSampler`` is out of its range."""
     check(0 <= nodule_share <= 1, f"nodule_share must be between 0 and 1, not {nodule_share}")

@@ -240,10 +240,10 @@ class NoduleInferencer:
             checkpoint = load_checkpoint(self.checkpoint_path)
             self.checkpoint_sha256 = checkpoint["sha256"]
             self.preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])
-            patch_size = checkpoint["training"]["patch_size"]
+            patch_size = checkpoint["training"]["patches.size"]
             window = tuple(patch_size) if patch_size else None
             grid_spacing = tuple(checkpoint["grid_spacing"])
-            mirrors = checkpoint["training"]["mirrors"] if mirrors is None else mirrors
+            mirrors = checkpoint["training"]["validation.mirrors"] if mirrors is None else mirrors
             if min_score is None:
                 min_score = self._learnt_score(checkpoint["min_score"])
         self.asked_device = device

@@ -9,6 +9,7 @@ import pickle
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -185,7 +186,12 @@ class SubpixelUNet(SegmentationNetwork):
         return pixelshuffle(self.unet(image), spatial_dims=3, scale_factor=self.stem_stride)
 
 
-NETWORKS: dict[str, type[SegmentationNetwork]] = {"unet": LungNodule3DUNet, "subpixel": SubpixelUNet}
+# What makes the network of a name, from the arguments of SegmentationNetwork.
+NETWORKS: dict[str, Callable[..., SegmentationNetwork]] = {
+    "unet": LungNodule3DUNet,
+    "subpixel": SubpixelUNet,
+    "subpixel_instance": partial(SubpixelUNet, norm="instance"),
+}
 
 
 class DiceBCELoss(nn.Module):
@@ -251,6 +257,9 @@ class DiceBCELoss(nn.Module):
         dice_loss = (dice_loss * shows_nodule).sum() / shows_nodule.sum().clamp(min=1)
         mixed = self.dice_weight * dice_loss + self.bce_weight * bce.mean()
         return torch.where(shows_nodule.any(), mixed, (self.dice_weight + self.bce_weight) * bce.mean())
+
+
+LOSSES: dict[str, Callable[..., nn.Module]] = {"dice_bce": DiceBCELoss}  # take the arguments of DiceBCELoss
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints

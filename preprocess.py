@@ -1046,7 +1046,7 @@ def format_summary(summary: ProcessingSummary, settings: Preprocessing, output_d
     if output_dir != Path(PROCESSED_DIR):
         command += f" --data_dir {shlex.quote(str(output_dir))}"
     if settings.target_size is None:  # scans of different shapes
-        command += " --patch_size '[96,96,96]'"
+        command += " --patches.size '[96,96,96]'"
     enough = len(summary.nodules) >= 2
     return "\n".join([*lines, f"{output_dir}: {f'next, {command}' if enough else 'training needs two scans or more'}"])
 

@@ -19,9 +19,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,14 +34,14 @@ from dataset import (
     Augmentation,
     Cache,
     LUNA16Dataset,
+    Patches,
     PatchSampler,
     ScanSampler,
     augment_batch,
-    check_patch_settings,
     make_loader,
     make_split,
 )
-from model import NETWORKS, DiceBCELoss, SegmentationNetwork, load_checkpoint, place, save_checkpoint
+from model import LOSSES, NETWORKS, SegmentationNetwork, load_checkpoint, place, save_checkpoint
 from utils import (
     InputError,
     Progress,
@@ -83,16 +83,79 @@ WARM_UP = 3  # eager steps before capture: cuDNN tries its kernels, AdamW alloca
 # Files of a run, and TensorBoard's beside them.
 RUN_FILE = re.compile(r"checkpoints/(best_model|checkpoint_epoch_\d+)\.pth|log\.csv")
 LOG_FILE = re.compile(r"logs_\d{8}-\d{6}/events\.out\.tfevents.*")
-GPU_SETTINGS = ("num_workers", "record_steps")
-PATCH_SETTINGS = ("patches_per_scan", "nodule_share", "hard_share", "warmup_epochs")
+GPU_SETTINGS = ("num_workers", "speed.record_steps")
 REPORT_EVERY = 10  # steps between reads of what lies on the device; each read makes the host wait for it
 # Settings that may differ between a run and its continuation: but for num_epochs they do not change the result.
-FREE_SETTINGS = ("num_epochs", "num_workers", "device", "checkpoint_interval", "cache", "record_steps")
+FREE_SETTINGS = ("num_epochs", "num_workers", "device", "checkpoint_interval", "speed.cache", "speed.record_steps")
 OUT_OF_MEMORY = (
     "CUDA is out of memory. Use a smaller batch_size (now {batch_size}), fewer channels, as "
     "channels=(16, 32, 64, 128, 256) (now {channels}), keep the scans elsewhere, as cache='memory' (now {cache!r}), "
     "record_steps=False (now {record_steps}), or preprocess to a smaller target_size, as (48, 192, 192)"
 )
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The loss beside its weights.
+
+    Args:
+        name: 'dice_bce' is DiceBCELoss.
+        per_sample: Take the Dice loss of each sample, so that small nodules count like large ones, not of the batch.
+        hardest_share: Share of each sample's voxels, the worst ones, that the cross-entropy is averaged over.
+    """
+
+    name: str = "dice_bce"
+    per_sample: bool = False
+    hardest_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self.name in LOSSES, f"loss.name must be one of {', '.join(LOSSES)}, not {self.name!r}")
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """Which scans choose the best epoch, when, and how they are looked at.
+
+    Args:
+        fraction: Share of the scans kept for validation.
+        fold: LUNA16's subset (0 to 9) to hold out for `validate.py --fold`; null holds out nothing.
+        interval: Epochs between validations; the last epoch is always validated. In the first tenth of the epochs only
+            every first, second, fourth, eighth, ... of them takes place.
+        mirrors: Mirror images, 0 to 7, whose probabilities validation and later inference average with those of the
+            scan itself, or with patches of what may be a nodule.
+    """
+
+    fraction: float = 0.2
+    fold: int | None = None
+    interval: int = 1
+    mirrors: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.interval >= 1, f"validation.interval must be at least 1, not {self.interval}")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What makes training faster; none of it changes what is learnt, but for rounding.
+
+    Args:
+        cache: Where the training scans are kept: on the 'device', in 'memory' or in their 'files'; null takes the first
+            of these in which they take no more than half of what is free (where nodules are pasted, not the device).
+        deterministic: Make a CUDA run repeatable, at the cost of speed; a CPU run always is.
+        compile_network: Compile the network, which takes half a minute and needs a C compiler. On a GPU it makes steps
+            of 'unet' faster and those of 'subpixel' slower (tests/bench/README.md).
+        record_steps: On a GPU, capture a step as a CUDA graph and replay it. It needs twice the memory of a step. It is
+            left out where that is not free, with compile_network, float16, or several processes.
+    """
+
+    cache: Cache | None = None
+    deterministic: bool = False
+    compile_network: bool = False
+    record_steps: bool = True
+
+
+LOSS, VALIDATION, SPEED = LossSettings(), ValidationSettings(), Speed()
+GROUPS = {"loss": LossSettings, "validation": ValidationSettings, "patches": Patches, "speed": Speed}
 
 
 class Trainer:
@@ -110,38 +173,21 @@ class Trainer:
         device: 'cuda', 'cuda:<n>' or 'cpu'.
         mixed_precision: bf16 where the hardware has it, else fp16 with a gradient scaler on CUDA, else float32.
         checkpoint_interval: Epochs between checkpoint_epoch_<n>.pth.
-        network: 'unet' is LungNodule3DUNet; 'subpixel' is SubpixelUNet, which learns small nodules in fewer steps.
+        network: 'unet' is LungNodule3DUNet; 'subpixel' is SubpixelUNet, which learns small nodules in fewer steps;
+            'subpixel_instance' has instance norm, which does not depend on how processes share a batch.
         channels: Features of each level, e.g. '[16,32,64,128,256]'.
         strides: Downsampling between the levels, e.g. '[2,2,2,2]'.
         num_res_units: Convolutions in each residual unit.
-        dropout: Dropout probability; set it to 0 for 'subpixel' with a hardest_share below 1.
-        norm: 'batch', or, for 'subpixel', 'instance', which does not depend on how processes share a batch.
+        dropout: Dropout probability; set it to 0 for 'subpixel' with a loss.hardest_share below 1.
         dice_weight: Weight of the Dice loss.
         bce_weight: Weight of the binary cross-entropy.
         smooth: Smoothing of the Dice loss.
-        dice_per_sample: Take the Dice loss of each sample, so that small nodules count like large ones, instead of one
-            of the whole batch.
-        hardest_share: Share of each sample's voxels, the worst ones, that the cross-entropy is averaged over.
-        validation_fraction: Share of the scans kept for validation.
-        fold: LUNA16's subset (0 to 9) to hold out for `validate.py --fold`; null holds out nothing.
-        validation_interval: Epochs between validations; the last epoch is always validated. In the first tenth of the
-            epochs only every first, second, fourth, eighth, ... of them takes place.
-        mirrors: Mirror images, 0 to 7, whose probabilities validation and later inference average with those of the
-            scan itself, or with patches of what may be a nodule.
-        patch_size: Train on patches of this shape (z, y, x), e.g. '[96,96,96]'; null trains on whole scans.
-        patches_per_scan: Patches an epoch, for each scan on average.
-        nodule_share: Share of the patches that hold a nodule; each nodule is equally likely.
-        warmup_epochs: Epochs over which the share of patches with a nodule falls from all to nodule_share.
-        hard_share: Share of the other patches that are drawn again where the network erred.
+        loss: Further settings of the loss.
+        validation: Which scans choose the best epoch, and when.
+        patches: Train on patches; null trains on whole scans.
         augmentation: How training scans are changed at random; null leaves them as they are.
-        cache: Where the training scans are kept: on the 'device', in 'memory' or in their 'files'; null takes the first
-            of these in which they take no more than half of what is free (where nodules are pasted, not the device).
+        speed: What makes training faster.
         seed: Of weights, split, order and augmentation.
-        deterministic: Make a CUDA run repeatable, at the cost of speed; a CPU run always is.
-        compile_network: Compile the network, which takes half a minute and needs a C compiler. On a GPU it makes steps
-            of 'unet' faster and those of 'subpixel' slower (tests/bench/README.md).
-        record_steps: On a GPU, capture a step as a CUDA graph and replay it. It needs twice the memory of a step. It is
-            left out where that is not free, with compile_network, float16, or several processes.
         resume: Go on from the newest good checkpoint of output_dir.
         overwrite: Delete the checkpoints and logs of an earlier run in output_dir.
 
@@ -165,44 +211,33 @@ class Trainer:
         device: str = "cuda",
         mixed_precision: bool = True,
         checkpoint_interval: int = 5,
-        network: Literal["unet", "subpixel"] = "unet",
+        network: str = "unet",
         channels: Sequence[int] = (32, 64, 128, 256, 512),
         strides: Sequence[int] = (2, 2, 2, 2),
         num_res_units: int = 2,
         dropout: float = 0.1,
-        norm: Literal["batch", "instance"] = "batch",
         dice_weight: float = 0.5,
         bce_weight: float = 0.5,
         smooth: float = 1e-6,
-        dice_per_sample: bool = False,
-        hardest_share: float = 1.0,
-        validation_fraction: float = 0.2,
-        fold: int | None = None,
-        validation_interval: int = 1,
-        mirrors: int = 0,
-        patch_size: tuple[int, int, int] | None = None,
-        patches_per_scan: int = 8,
-        nodule_share: float = 0.5,
-        hard_share: float = 0.25,
-        warmup_epochs: int = 10,
+        loss: LossSettings = LOSS,
+        validation: ValidationSettings = VALIDATION,
+        patches: Patches | None = None,
         augmentation: Augmentation | None = AUGMENTATION,
-        cache: Cache | None = None,
+        speed: Speed = SPEED,
         seed: int = 0,
-        deterministic: bool = False,
-        compile_network: bool = False,
-        record_steps: bool = True,
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "resume", "overwrite")}
-        self.settings = {name: _built_in(value) for name, value in given.items()}
+        self.settings = _flatten(given)
         check(not (resume and overwrite), "resume and overwrite exclude each other; leave one of them out")
         self._check_settings()
         self.data_dir, self.output_dir = Path(data_dir), Path(output_dir)
         self.checkpoint_dir = self.output_dir / "checkpoints"
         self.num_epochs, self.batch_size = num_epochs, batch_size
-        self.checkpoint_interval, self.validation_interval = checkpoint_interval, validation_interval
-        self.patch_size: Shape | None = tuple(patch_size) if patch_size is not None else None  # type: ignore[assignment]
+        self.checkpoint_interval, self.validation_interval = checkpoint_interval, validation.interval
+        self.patches = patches
+        self.patch_size: Shape | None = None if patches is None else tuple(patches.size)  # type: ignore[assignment]
         self.augmentation = augmentation
         self.resume, self.overwrite = resume, overwrite
         self.epoch = 0  # epochs done
@@ -233,38 +268,36 @@ class Trainer:
             self._build_data()
 
     def _check_settings(self) -> None:
-        given, defaults = self.settings, inspect.signature(type(self)).parameters
-        for name in ("num_epochs", "batch_size", "checkpoint_interval", "validation_interval"):
+        given = self.settings
+        for name in ("num_epochs", "batch_size", "checkpoint_interval"):
             check(given[name] >= 1, f"{name} must be at least 1, not {given[name]}")
         check(0 <= given["seed"] < 2**63, f"seed must be 0 to 2**63 - 1, not {given['seed']}")
-        size = given["patch_size"]
-        check(size is None or min(size) >= 1, f"patch_size must be three positive sizes (z, y, x) or null, not {size}")
         for name in ("weight_decay", "num_workers"):
             check(given[name] >= 0, f"{name} must not be negative, not {given[name]}")
         check(given["learning_rate"] > 0, f"learning_rate must be positive, not {given['learning_rate']}")
         check(given["network"] in NETWORKS, f"network must be one of {', '.join(NETWORKS)}, not {given['network']!r}")
-        check_patch_settings(**{name: given[name] for name in PATCH_SETTINGS})
-        if given["patch_size"] is None:
-            pastes = (given["augmentation"] or {}).get("paste_prob", 0) > 0
-            check(not pastes, "paste_prob must be 0 without a patch_size: nodules are pasted into patches")
-            ignored = [name for name in PATCH_SETTINGS if given[name] != defaults[name].default]
-            check(not ignored, f"{', '.join(ignored)} would be ignored: set patch_size, e.g. [96, 96, 96], too")
+        pastes = (given["augmentation"] or {}).get("paste_prob", 0) > 0
+        check(
+            not pastes or given["patches.size"] is not None,
+            "paste_prob must be 0 without patches: nodules are pasted into patches",
+        )
 
     def _build_network(self) -> None:
         """Network, loss, optimiser, schedule and gradient scaler."""
         given = self.settings
-        architecture = {name: given[name] for name in ("channels", "strides", "num_res_units", "dropout", "norm")}
+        architecture = {name: given[name] for name in ("channels", "strides", "num_res_units", "dropout")}
         network = NETWORKS[given["network"]](**architecture)
         if process_count() > 1 and self.device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        elif process_count() > 1 and given["norm"] == "batch":
-            logger.warning("on CPUs batch norm sees its own process's share of a batch alone; see --norm instance")
-        if given["network"] == "subpixel" and given["dropout"] and given["hardest_share"] < 1:
+        elif process_count() > 1 and network.arguments["norm"] == "batch":
+            logger.warning("on CPUs batch norm sees a process's share of a batch; subpixel_instance has none")
+        if given["network"] == "subpixel" and given["dropout"] and given["loss.hardest_share"] < 1:
             logger.warning("with dropout this network did not learn from its hardest voxels in trials; set it to 0")
         self.network: SegmentationNetwork = place(network, self.device)
-        loss = {name: given[name] for name in ("dice_weight", "bce_weight", "smooth", "hardest_share")}
-        loss["per_sample"] = given["dice_per_sample"]
-        self.loss, self.validation_loss = DiceBCELoss(**loss, gather=gather_samples), DiceBCELoss(**loss)
+        loss = {name: given[name] for name in ("dice_weight", "bce_weight", "smooth")}
+        loss |= {name: given[f"loss.{name}"] for name in ("per_sample", "hardest_share")}
+        make_loss = LOSSES[given["loss.name"]]
+        self.loss, self.validation_loss = make_loss(**loss, gather=gather_samples), make_loss(**loss)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
             lr=given["learning_rate"],
@@ -274,13 +307,13 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
         self.trained: nn.Module = self.network
-        if given["compile_network"]:
+        if given["speed.compile_network"]:
             self.trained = torch.compile(self.network, dynamic=False)  # type: ignore[assignment]
         if process_count() > 1:
             self.trained = DistributedDataParallel(self.trained)
-        compiled_or_scaled = given["compile_network"] or self.scaler.is_enabled()
+        compiled_or_scaled = given["speed.compile_network"] or self.scaler.is_enabled()
         can_record = self.device.type == "cuda" and process_count() == 1 and not compiled_or_scaled
-        self.recorder = RecordedStep(self.device) if given["record_steps"] and can_record else None
+        self.recorder = RecordedStep(self.device) if given["speed.record_steps"] and can_record else None
 
     def _build_data(self) -> None:
         """Sampler and loader of the training scans, and the validator of the others."""
@@ -291,18 +324,25 @@ class Trainer:
             self.augmentation,
             given["seed"],
             self.patch_size,
-            given["cache"],
+            given["speed.cache"],
             self.device,
         )
         self.sampler: ScanSampler | PatchSampler = ScanSampler(len(dataset), given["seed"])
-        if self.patch_size is not None:
-            chosen = {name: given[name] for name in (*PATCH_SETTINGS, "seed")}
-            self.sampler = PatchSampler(dataset.metadata, self.patch_size, **chosen)
+        if self.patches is not None:
+            self.sampler = PatchSampler(
+                dataset.metadata,
+                self.patches.size,
+                self.patches.per_scan,
+                self.patches.nodule_share,
+                self.patches.hard_share,
+                self.patches.warmup_epochs,
+                given["seed"],
+            )
         self.loader = make_loader(dataset, self.sampler, self.batch_size, given["num_workers"], self.device)
         self.validator = Validator(
             self.data_dir,
             device=str(self.device),
-            mirrors=given["mirrors"],
+            mirrors=given["validation.mirrors"],
             mixed_precision=given["mixed_precision"],
             model=self.network,
             window=self.patch_size,
@@ -347,8 +387,8 @@ class Trainer:
     def _split(self, uids: list[str]) -> dict[str, Any]:
         """The split of a run that goes on, or a new one."""
         path = self.checkpoint_dir / "split.json"
-        names = ("validation_fraction", "seed", "fold")
-        split = make_split(self.data_dir, uids, **{name: self.settings[name] for name in names})
+        given = self.settings
+        split = make_split(self.data_dir, uids, given["validation.fraction"], given["seed"], given["validation.fold"])
         if self.resume and path.is_file():
             old = read_split(path)
             check(old == split, f"{path} is not the split of these scans and settings; start anew with overwrite=True")
@@ -379,7 +419,7 @@ class Trainer:
             )
             check(
                 self.patch_size is not None or first["preprocessing"]["target_size"] is not None,
-                f"{self.data_dir} has scans of different shapes; set patch_size, e.g. --patch_size '[96,96,96]'",
+                f"{self.data_dir} has scans of different shapes; set patches, e.g. --patches.size '[96,96,96]'",
             )
         return found
 
@@ -459,8 +499,9 @@ class Trainer:
 
     def _tell_ignored(self) -> None:
         """Names the options that have no effect on a CPU, where a user changed them."""
-        defaults = inspect.signature(type(self)).parameters
-        changed = [name for name in GPU_SETTINGS if self.settings[name] != defaults[name].default]
+        signature = inspect.signature(type(self)).parameters
+        defaults = _flatten({name: parameter.default for name, parameter in signature.items()})
+        changed = [name for name in GPU_SETTINGS if self.settings[name] != defaults[name]]
         if changed and self.device.type == "cpu":
             logger.warning("%s without effect: training is on a CPU", " and ".join(changed))
 
@@ -469,16 +510,17 @@ class Trainer:
         seed_everything(self.settings["seed"])
         if process_count() > 1:
             torch.manual_seed(self.settings["seed"] + process_rank())  # each process drops other features
-        torch.use_deterministic_algorithms(self.settings["deterministic"], warn_only=True)
+        torch.use_deterministic_algorithms(self.settings["speed.deterministic"], warn_only=True)
         # For each shape that it meets cuDNN tries its kernels and keeps the fastest, which may change from run to run.
-        torch.backends.cudnn.benchmark = not self.settings["deterministic"]
+        torch.backends.cudnn.benchmark = not self.settings["speed.deterministic"]
 
     @contextmanager
     def _memory_advice(self) -> Iterator[None]:
         try:
             yield
         except torch.cuda.OutOfMemoryError as error:
-            raise UserError(OUT_OF_MEMORY.format(**self.settings)) from error
+            given = {name.rpartition(".")[2]: value for name, value in self.settings.items()}
+            raise UserError(OUT_OF_MEMORY.format(**given)) from error
 
     def _run_epoch(self) -> None:
         start = time.perf_counter()
@@ -855,6 +897,18 @@ class RecordedStep:
         # Threads that load data may go on with their own calls meanwhile.
         with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             self._output = step(*self._inputs)
+
+
+def _flatten(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by the names of their options, as built-in types: a group as 'speed.cache' and so on."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name in GROUPS:
+            values = {} if value is None else asdict(value)
+            flat |= {f"{name}.{field.name}": _built_in(values.get(field.name)) for field in fields(GROUPS[name])}
+        else:
+            flat[name] = _built_in(value)
+    return flat
 
 
 def _built_in(value: Any) -> Any:

@@ -54,14 +54,12 @@ def main() -> int:
             output_dir=experiment,
             channels=NETWORK,
             strides="[2,2,2]",
-            patch_size="[48,48,48]",
-            patches_per_scan=12,
-            warmup_epochs=0,
+            **{"patches.size": "[48,48,48]", "patches.per_scan": 12, "patches.warmup_epochs": 0},
             batch_size=4,
             num_epochs=24,
             learning_rate=0.02,
             dropout=0,
-            validation_interval=4,
+            **{"validation.interval": 4},
         )
         common = {"data_dir": processed, "checkpoint_path": checkpoint}
         excluded = raw / "annotations_excluded.csv"

@@ -14,7 +14,7 @@ import torch
 
 from data.phantom import write_phantoms
 from preprocess import LUNA16Preprocessor
-from train import Trainer
+from train import Trainer, ValidationSettings
 from utils import read_processed_list
 
 torch.set_num_threads(1)  # two busy threads on a shared core are slower than one
@@ -61,5 +61,7 @@ def fold_run(processed_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     shutil.copytree(processed_dir, data)
     for kind in ("images", "masks"):
         (data / kind / f"{read_processed_list(data)[2]}.npy").unlink()
-    Trainer(data, folder, num_epochs=1, fold=2, device="cpu", mixed_precision=False, **TINY).train()
+    Trainer(
+        data, folder, num_epochs=1, validation=ValidationSettings(fold=2), device="cpu", mixed_precision=False, **TINY
+    ).train()
     return folder

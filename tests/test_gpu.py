@@ -16,10 +16,10 @@ from conftest import TINY
 
 import infer
 import train
-from dataset import Augmentation, AugmentationParameters, augment_batch
+from dataset import Augmentation, AugmentationParameters, Patches, augment_batch
 from infer import NoduleInferencer
 from model import LungNodule3DUNet, load_checkpoint, place
-from train import WARM_UP, RecordedStep, Trainer
+from train import WARM_UP, LossSettings, RecordedStep, Speed, Trainer
 from utils import UserError, read_processed, read_processed_list
 
 pytestmark = pytest.mark.skipif(
@@ -27,16 +27,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+HARDEST = LossSettings(hardest_share=0.01)
 GPU = torch.device("cuda")
-PATCHES = {"patch_size": (16, 16, 16), "patches_per_scan": 4}
+PATCHES = {"patches": Patches((16, 16, 16), per_scan=4)}
 # Trains a process of its own in a group that shares one GPU, which NCCL would refuse; batch norm sees the whole batch.
 SHARED_GPU = """
 import sys
 import torch
-from train import Trainer
+from train import Trainer, ValidationSettings
 torch.distributed.init_process_group("gloo")
 trainer = Trainer(sys.argv[1], sys.argv[2], device="cuda:0", channels=(4, 8), strides=(2,), num_res_units=0, dropout=0,
-                  num_epochs=4, mixed_precision=False, learning_rate=0.01, validation_fraction=0.5, num_workers=0)
+                  num_epochs=4, mixed_precision=False, learning_rate=0.01, num_workers=0,
+                  validation=ValidationSettings(fraction=0.5))
 trainer.train()
 assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in trainer.network.modules())
 torch.distributed.destroy_process_group()
@@ -88,8 +90,8 @@ def test_noise_of_a_seed_is_the_same_again():
 
 @pytest.mark.parametrize("patches", [{}, PATCHES])
 def test_deterministic_training_resumes_bit_identically_with_other_workers(processed_dir, tmp_path, patches):
-    options = {"device": "cuda", "deterministic": True, "checkpoint_interval": 1, "num_epochs": 2, **TINY, **patches}
-    options["cache"] = "memory"  # what is on the GPU needs no workers
+    options = {"device": "cuda", "checkpoint_interval": 1, "num_epochs": 2, **TINY, **patches}
+    options["speed"] = Speed(deterministic=True, cache="memory")  # what is on the GPU needs no workers
     Trainer(processed_dir, tmp_path / "whole", num_workers=2, **options).train()
     checkpoints = tmp_path / "resumed" / "checkpoints"
     checkpoints.mkdir(parents=True)
@@ -103,15 +105,15 @@ def test_deterministic_training_resumes_bit_identically_with_other_workers(proce
 
 @pytest.mark.parametrize("cache", ["memory", "files"])
 def test_training_does_not_depend_on_where_scans_are_kept(processed_dir, tmp_path, cache):
-    options = {"device": "cuda", "deterministic": True, "num_epochs": 2, **TINY, **PATCHES}
+    options = {"device": "cuda", "num_epochs": 2, **TINY, **PATCHES}
     for where in ("device", cache):
-        Trainer(processed_dir, tmp_path / where, cache=where, **options).train()
+        Trainer(processed_dir, tmp_path / where, speed=Speed(cache=where, deterministic=True), **options).train()
     pd.testing.assert_frame_equal(log_of(tmp_path / "device"), log_of(tmp_path / cache), check_exact=True)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"dropout": 0.1}, {"network": "subpixel", "channels": (4, 8, 8), "strides": (2, 2), "hardest_share": 0.01}],
+    [{"dropout": 0.1}, {"network": "subpixel", "channels": (4, 8, 8), "strides": (2, 2), "loss": HARDEST}],
 )
 def test_recorded_steps_do_what_steps_one_by_one_do(processed_dir, tmp_path, monkeypatch, options):
     recordings = []
@@ -119,16 +121,16 @@ def test_recorded_steps_do_what_steps_one_by_one_do(processed_dir, tmp_path, mon
     monkeypatch.setattr(RecordedStep, "_record", lambda self, *batch: recordings.append(record(self, *batch)))
     given = {
         "device": "cuda",
-        "deterministic": True,
         "num_epochs": 3,
         "learning_rate": 0.01,
         **TINY,
         **PATCHES,
         **options,
     }
-    given["patches_per_scan"] = 3  # the last of nine patches is a batch of its own
+    given["patches"] = Patches((16, 16, 16), per_scan=3)  # the last of nine patches is a batch of its own
     for recorded in (False, True):
-        Trainer(processed_dir, tmp_path / str(recorded), record_steps=recorded, **given).train()
+        speed = Speed(deterministic=True, record_steps=recorded)
+        Trainer(processed_dir, tmp_path / str(recorded), speed=speed, **given).train()
     assert len(recordings) == 3  # one an epoch
     pd.testing.assert_frame_equal(log_of(tmp_path / "True"), log_of(tmp_path / "False"), check_exact=True)
     recorded, single = weights(tmp_path / "True", 3), weights(tmp_path / "False", 3)
@@ -145,7 +147,8 @@ def test_steps_are_not_recorded_where_memory_is_short(processed_dir, tmp_path, m
 @pytest.mark.parametrize("cache", ["device", "memory"])
 def test_no_step_waits_for_the_gpu(processed_dir, tmp_path, cache):
     augmentation = Augmentation(affine_prob=1, noise_prob=1, scale_prob=1, shift_prob=1, fade_prob=1)
-    trainer = Trainer(processed_dir, tmp_path, device="cuda", cache=cache, augmentation=augmentation, **TINY)
+    speed = Speed(cache=cache)
+    trainer = Trainer(processed_dir, tmp_path, device="cuda", speed=speed, augmentation=augmentation, **TINY)
     for _ in range(4):
         trainer._train_epoch()  # first uses of kernels may wait
     trainer._step(next(iter(trainer.loader)))  # and so does a recording
@@ -178,7 +181,7 @@ def test_loss_that_is_not_finite_changes_nothing(processed_dir, tmp_path, monkey
 def test_compiled_network_trains_to_the_same_losses(processed_dir, tmp_path, exact):
     options = {"device": "cuda", "mixed_precision": False, "num_epochs": 2, "num_workers": 0, **TINY}
     for compiled in (False, True):
-        Trainer(processed_dir, tmp_path / str(compiled), compile_network=compiled, **options).train()
+        Trainer(processed_dir, tmp_path / str(compiled), speed=Speed(compile_network=compiled), **options).train()
     pd.testing.assert_frame_equal(log_of(tmp_path / "True"), log_of(tmp_path / "False"), rtol=1e-3)
 
 
@@ -217,7 +220,7 @@ def test_batch_norm_sees_the_batch_of_all_processes(processed_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     words = {"data_dir": processed_dir, "output_dir": tmp_path / "one", "channels": "[4,8]", "strides": "[2]"}
     words |= {"num_res_units": 0, "dropout": 0, "num_epochs": 4, "mixed_precision": "false", "learning_rate": 0.01}
-    words |= {"validation_fraction": 0.5, "num_workers": 0}
+    words |= {"validation.fraction": 0.5, "num_workers": 0}
     command = [sys.executable, str(ROOT / "train.py")]
     command += [word for name, value in words.items() for word in (f"--{name}", str(value))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)

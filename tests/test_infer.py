@@ -34,7 +34,7 @@ from infer import (
 )
 from model import LungNodule3DUNet, load_checkpoint, save_checkpoint
 from preprocess import LUNA16Preprocessor
-from train import Trainer
+from train import Trainer, ValidationSettings
 from utils import Geometry, InputError, find_scans, read_metadata, read_processed, read_processed_list, read_split
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -234,7 +234,8 @@ def test_wholly_empty_map_has_no_spots():
 
 
 def test_checkpoint_knows_the_number_of_mirror_images(processed_dir, tmp_path):
-    Trainer(processed_dir, tmp_path, num_epochs=1, mirrors=2, device="cpu", mixed_precision=False, **TINY).train()
+    options = {"validation": ValidationSettings(mirrors=2), "device": "cpu", "mixed_precision": False, **TINY}
+    Trainer(processed_dir, tmp_path, num_epochs=1, **options).train()
     path = tmp_path / "checkpoints" / "best_model.pth"
     assert NoduleInferencer(path, device="cpu").mirrors == 2
     assert NoduleInferencer(path, device="cpu", mirrors=0).mirrors == 0

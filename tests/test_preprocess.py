@@ -1357,7 +1357,7 @@ def test_next_command_is_short_for_the_default_folder():
 
 def test_next_command_has_what_scans_of_different_shapes_need():
     text = preprocess.format_summary(summary_of(a=2, b=0), Preprocessing(target_size=None), Path("my data"))
-    assert text.endswith("my data: next, python train.py --data_dir 'my data' --patch_size '[96,96,96]'")
+    assert text.endswith("my data: next, python train.py --data_dir 'my data' --patches.size '[96,96,96]'")
 
 
 def test_one_scan_is_too_few_to_train_next():

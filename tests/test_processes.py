@@ -23,18 +23,17 @@ ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = {
     "device": "cpu",
     "mixed_precision": "false",
-    "network": "subpixel",
+    "network": "subpixel_instance",
     "channels": "[4,8,8]",
     "strides": "[2,1]",
     "num_res_units": "0",
     "dropout": "0",
-    "norm": "instance",
-    "patch_size": "[16,16,16]",
-    "patches_per_scan": "3",
+    "patches.size": "[16,16,16]",
+    "patches.per_scan": "3",
     "batch_size": "4",
     "learning_rate": "0.01",
-    "dice_per_sample": "true",
-    "validation_fraction": "0.5",
+    "loss.per_sample": "true",
+    "validation.fraction": "0.5",
     "checkpoint_interval": "1",
 }
 

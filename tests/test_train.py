@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -19,16 +20,17 @@ import pytest
 import torch
 from conftest import TINY
 
+import model
 import train
-from dataset import Augmentation
+from dataset import Augmentation, Patches
 from infer import NoduleInferencer
-from model import SubpixelUNet, load_checkpoint, save_checkpoint
-from train import Trainer
-from utils import InputError, UserError, folder_lock, read_processed_list, read_split
+from model import DiceBCELoss, SegmentationNetwork, SubpixelUNet, load_checkpoint, save_checkpoint
+from train import LossSettings, Speed, Trainer, ValidationSettings
+from utils import InputError, UserError, folder_lock, parse_command_line, read_processed_list, read_split
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = {**TINY, "device": "cpu", "mixed_precision": False}
-PATCHES = {"patch_size": (16, 16, 16), "patches_per_scan": 2}
+PATCHES = {"patches": Patches((16, 16, 16), per_scan=2)}
 
 
 class Stopped(Exception):
@@ -78,7 +80,8 @@ def test_training_never_opens_a_scan_of_the_fold(fold_run):
 def test_resume_with_another_fold_is_refused(tmp_path, fold_run):
     shutil.copytree(fold_run, tmp_path / "run")
     with pytest.raises(ValueError, match="is not the split of these scans and settings"):
-        Trainer(fold_run / "data", tmp_path / "run", num_epochs=1, fold=1, resume=True, **CPU)
+        other = ValidationSettings(fold=1)
+        Trainer(fold_run / "data", tmp_path / "run", num_epochs=1, validation=other, resume=True, **CPU)
 
 
 def test_checkpoint_carries_network_and_preprocessing(run_dir):
@@ -119,7 +122,7 @@ def test_unknown_network_is_refused(processed_dir, tmp_path):
 @pytest.mark.parametrize(("dropout", "warns"), [(0.1, True), (0.0, False)])
 def test_dropout_that_kept_a_network_from_learning_is_warned_of(processed_dir, tmp_path, caplog, dropout, warns):
     network = {"network": "subpixel", "channels": (4, 4, 8), "strides": (2, 1), "dropout": dropout}
-    Trainer(processed_dir, tmp_path, hardest_share=0.1, **CPU | network)
+    Trainer(processed_dir, tmp_path, loss=LossSettings(hardest_share=0.1), **CPU | network)
     assert ("in trials; set it to 0" in caplog.text) == warns
 
 
@@ -129,18 +132,18 @@ def test_resume_and_overwrite_exclude_each_other(processed_dir, tmp_path):
 
 
 def test_pasting_without_patches_is_refused(processed_dir, tmp_path):
-    with pytest.raises(ValueError, match="paste_prob must be 0 without a patch_size"):
+    with pytest.raises(ValueError, match="paste_prob must be 0 without patches"):
         Trainer(processed_dir, tmp_path, augmentation=Augmentation(paste_prob=0.5), **CPU)
 
 
 def test_unknown_cache_is_refused(processed_dir, tmp_path):
     with pytest.raises(ValueError, match="cache must be device, memory, files or null, not 'disk'"):
-        Trainer(processed_dir, tmp_path, cache="disk", **CPU)
+        Trainer(processed_dir, tmp_path, speed=Speed(cache="disk"), **CPU)
 
 
 @pytest.mark.parametrize("cache", ["device", "memory", "files"])
 def test_training_does_not_depend_on_where_scans_are_kept(processed_dir, run_dir, tmp_path, cache):
-    Trainer(processed_dir, tmp_path, num_epochs=2, cache=cache, **CPU).train()
+    Trainer(processed_dir, tmp_path, num_epochs=2, speed=Speed(cache=cache), **CPU).train()
     expected = weights(run_dir, "checkpoint_epoch_2.pth")
     found = weights(tmp_path, "checkpoint_epoch_2.pth")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -156,7 +159,7 @@ def test_run_from_before_a_setting_existed_is_resumed(processed_dir, run_dir, tm
     shutil.copytree(run_dir, tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "checkpoint_epoch_2.pth"
     checkpoint = load_checkpoint(path)
-    del checkpoint["training"]["compile_network"]
+    del checkpoint["training"]["speed.compile_network"]
     save_checkpoint(path, checkpoint)
     trainer = Trainer(processed_dir, tmp_path / "run", num_epochs=2, resume=True, **CPU)
     trainer.train()
@@ -193,7 +196,7 @@ def test_half_precision_is_left_out_where_a_cpu_computes_it_wrong(
     processed_dir, tmp_path, monkeypatch, caplog, slices, kept
 ):
     monkeypatch.setattr(train, "autocast_dtype", lambda device, mixed_precision: torch.bfloat16)
-    trainer = Trainer(processed_dir, tmp_path, patch_size=(slices, 16, 16), **CPU)
+    trainer = Trainer(processed_dir, tmp_path, patches=Patches((slices, 16, 16)), **CPU)
     assert trainer.autocast_dtype == kept
     assert ("some level of the network has two" in caplog.text) == (kept is None)
 
@@ -257,8 +260,8 @@ def test_overwrite_replaces_the_earlier_run(processed_dir, tmp_path, run_dir):
 
 def test_validation_does_not_change_the_training(processed_dir, tmp_path):
     options = {**CPU, "num_epochs": 2, "dropout": 0.3}
-    Trainer(processed_dir, tmp_path / "often", validation_interval=1, **options).train()
-    Trainer(processed_dir, tmp_path / "seldom", validation_interval=2, **options).train()
+    Trainer(processed_dir, tmp_path / "often", validation=ValidationSettings(interval=1), **options).train()
+    Trainer(processed_dir, tmp_path / "seldom", validation=ValidationSettings(interval=2), **options).train()
     often, seldom = (weights(tmp_path / name, "checkpoint_epoch_2.pth") for name in ("often", "seldom"))
     assert all(torch.equal(often[name], seldom[name]) for name in often)
 
@@ -391,7 +394,7 @@ def test_building_a_trainer_changes_no_file_and_no_global_state(processed_dir, r
     torch.manual_seed(5)
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     flags = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    Trainer(processed_dir, tmp_path / "run", overwrite=True, deterministic=True, **CPU)
+    Trainer(processed_dir, tmp_path / "run", overwrite=True, speed=Speed(deterministic=True), **CPU)
     assert everything_in(tmp_path) == before
     assert torch.equal(states[0], torch.get_rng_state())
     np.testing.assert_array_equal(states[1], np.random.get_state()[1])  # noqa: NPY002
@@ -447,7 +450,8 @@ def test_overwrite_interrupted_while_its_first_checkpoint_is_written_loses_neith
 ):
     shutil.copytree(run_dir, tmp_path / "run")
     before = everything_in(tmp_path / "run")
-    options = {**CPU, "num_epochs": 3, "validation_interval": interval, "checkpoint_interval": 3, "overwrite": True}
+    options = {**CPU, "num_epochs": 3, "checkpoint_interval": 3, "overwrite": True}
+    options["validation"] = ValidationSettings(interval=interval)
     save = train.save_checkpoint
     monkeypatch.setattr(train, "save_checkpoint", lambda *given: (save(*given), os.kill(os.getpid(), signal.SIGINT)))
     with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 2; epoch 1 is kept"):
@@ -466,7 +470,7 @@ def test_epoch_whose_checkpoint_is_being_written_is_kept(processed_dir, tmp_path
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(train, "save_checkpoint", interrupt)
-    options = {**CPU, "num_epochs": 5, "validation_interval": 5, "checkpoint_interval": 2}
+    options = {**CPU, "num_epochs": 5, "validation": ValidationSettings(interval=5), "checkpoint_interval": 2}
     with pytest.raises(KeyboardInterrupt, match="epoch 2 is kept"):
         Trainer(processed_dir, tmp_path, **options).train()
     assert load_checkpoint(tmp_path / "checkpoints" / "checkpoint_epoch_2.pth")["epoch"] == 2
@@ -489,7 +493,7 @@ def test_second_signal_while_the_last_epoch_is_kept_costs_nothing(processed_dir,
         run_epoch(self)
 
     monkeypatch.setattr(Trainer, "_run_epoch", run)
-    options = {**CPU, "num_epochs": 5, "validation_interval": 5, "checkpoint_interval": 5}
+    options = {**CPU, "num_epochs": 5, "validation": ValidationSettings(interval=5), "checkpoint_interval": 5}
     with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 3; epoch 2 is kept"):
         Trainer(processed_dir, tmp_path, **options).train()
     assert load_checkpoint(tmp_path / "checkpoints" / "checkpoint_epoch_2.pth")["epoch"] == 2
@@ -514,7 +518,7 @@ TRAINING = """
 import sys
 from train import main
 sys.exit(main(["--data_dir", {data!r}, "--output_dir", {run!r}, "--num_epochs", "500", "--checkpoint_interval", "500",
-               "--validation_interval", "500", "--device", "cpu", "--channels", "[4,8]", "--strides", "[2]",
+               "--validation.interval", "500", "--device", "cpu", "--channels", "[4,8]", "--strides", "[2]",
                "--num_res_units", "0", "--dropout", "0", "--mixed_precision", "false"]))
 """
 
@@ -538,14 +542,14 @@ def test_interrupted_training_keeps_its_last_whole_epoch_and_says_how_to_go_on(p
     assert path.name == f"checkpoint_epoch_{epoch}.pth"
     last = lines[-1]
     assert f"epoch {epoch} is kept" in last and "--resume true" in last
-    trainer = Trainer(
-        processed_dir, run, num_epochs=epoch, checkpoint_interval=500, validation_interval=500, resume=True, **CPU
-    )
+    options = {**CPU, "checkpoint_interval": 500, "validation": ValidationSettings(interval=500)}
+    trainer = Trainer(processed_dir, run, num_epochs=epoch, resume=True, **options)
     assert len(trainer.train()) == epoch
 
 
 def test_epoch_that_no_checkpoint_holds_is_kept_as_it_was(processed_dir, tmp_path, monkeypatch):
-    options = {**CPU, "num_epochs": 5, "dropout": 0.3, "learning_rate": 1e-2, "validation_interval": 5}
+    options = {**CPU, "num_epochs": 5, "dropout": 0.3, "learning_rate": 1e-2}
+    options["validation"] = ValidationSettings(interval=5)
     Trainer(processed_dir, tmp_path / "whole", checkpoint_interval=1, **options).train()
     stop_after(monkeypatch, 3)
     with pytest.raises(Stopped):
@@ -593,14 +597,18 @@ def test_missing_permission_makes_no_resume_take_an_older_checkpoint(processed_d
     ],
 )
 def test_first_validations_are_sparse(processed_dir, tmp_path, num_epochs, interval, expected):
-    trainer = Trainer(processed_dir, tmp_path, num_epochs=num_epochs, validation_interval=interval, **CPU)
+    validation = ValidationSettings(interval=interval)
+    trainer = Trainer(processed_dir, tmp_path, num_epochs=num_epochs, validation=validation, **CPU)
     assert [epoch for epoch in range(1, num_epochs + 1) if trainer._validates(epoch)] == expected
 
 
-@pytest.mark.parametrize("name", ["patches_per_scan", "nodule_share", "hard_share", "warmup_epochs"])
-def test_option_of_patches_without_patches_is_refused(processed_dir, tmp_path, name):
-    with pytest.raises(InputError, match=f"{name} would be ignored: set patch_size"):
-        Trainer(processed_dir, tmp_path, **{name: 1}, **CPU)
+def test_any_setting_of_patches_takes_patches():
+    [options], _ = parse_command_line(Trainer, argv=["--patches.per_scan", "3"])
+    assert options["patches"] == Patches(per_scan=3)
+
+
+def test_trainer_takes_at_most_26_arguments():
+    assert len(inspect.signature(Trainer).parameters) <= 26
 
 
 def test_options_without_effect_on_a_cpu_are_told(processed_dir, tmp_path, caplog):
@@ -647,7 +655,7 @@ def test_size_that_the_strides_do_not_divide_is_refused_before_training(processe
 
 def test_patch_size_that_the_strides_do_not_divide_is_refused(processed_dir, tmp_path):
     with pytest.raises(ValueError, match="multiple of 2"):
-        Trainer(processed_dir, tmp_path, patch_size=(15, 16, 16), **CPU)
+        Trainer(processed_dir, tmp_path, patches=Patches((15, 16, 16)), **CPU)
 
 
 @pytest.mark.parametrize(
@@ -656,20 +664,55 @@ def test_patch_size_that_the_strides_do_not_divide_is_refused(processed_dir, tmp
         ("num_epochs", 0),
         ("batch_size", 0),
         ("checkpoint_interval", 0),
-        ("validation_interval", 0),
         ("learning_rate", 0.0),
         ("weight_decay", -1.0),
         ("num_workers", -1),
-        ("validation_fraction", 1.0),
-        ("fold", 10),
-        ("nodule_share", 1.5),  # also without patches
         ("seed", -1),
-        ("patch_size", (0, 16, 16)),
     ],
 )
 def test_value_out_of_range_is_refused_by_name(processed_dir, tmp_path, name, value):
     with pytest.raises(ValueError, match=name):
         Trainer(processed_dir, tmp_path, **{**CPU, name: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: ValidationSettings(interval=0), "validation.interval"),
+        (lambda: Patches((0, 16, 16)), "patches.size"),
+        (lambda: Patches(nodule_share=1.5), "nodule_share"),
+        (lambda: LossSettings(name="focal"), "loss.name must be one of dice_bce, not 'focal'"),
+    ],
+)
+def test_value_of_a_group_out_of_range_is_refused_by_name(make, name):
+    with pytest.raises(InputError, match=name):
+        make()
+
+
+@pytest.mark.parametrize(("name", "value"), [("fraction", 1.0), ("fold", 10), ("mirrors", 8)])
+def test_validation_setting_out_of_range_is_refused_by_name(processed_dir, tmp_path, name, value):
+    with pytest.raises(InputError, match=name):
+        Trainer(processed_dir, tmp_path, validation=ValidationSettings(**{name: value}), **CPU)
+
+
+def test_network_and_loss_of_ones_own_are_trained_and_validated(processed_dir, tmp_path, monkeypatch):
+    class Toy(SegmentationNetwork):
+        def _build(self) -> torch.nn.Module:
+            return torch.nn.Conv3d(1, 1, 3, padding=1)
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return self.unet(image)
+
+    class ToyLoss(DiceBCELoss):
+        def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return 7 + 0 * super().forward(logits, target)
+
+    monkeypatch.setitem(model.NETWORKS, "toy", Toy)
+    monkeypatch.setitem(model.LOSSES, "toy", ToyLoss)
+    log = Trainer(processed_dir, tmp_path, num_epochs=1, network="toy", loss=LossSettings("toy"), **CPU).train()
+    assert log["train_loss"].tolist() == [7]
+    path = tmp_path / "checkpoints" / "best_model.pth"
+    assert isinstance(NoduleInferencer(path, tmp_path / "out", "cpu").model, Toy)
 
 
 def test_missing_data_tells_to_preprocess(tmp_path):

@@ -41,7 +41,7 @@ from dataset import Augmentation, LUNA16Dataset, ScanSampler, augment_batch, mak
 from infer import WINDOW_OVERLAP, NoduleInferencer, extract_nodules
 from model import LungNodule3DUNet, place
 from preprocess import LUNA16Preprocessor
-from train import WARM_UP, Trainer
+from train import WARM_UP, Trainer, ValidationSettings
 from utils import ANNOTATION_COLUMNS, CANDIDATE_COLUMNS, Geometry, autocast_dtype, read_processed_list, select_device
 from validate import froc
 
@@ -238,7 +238,7 @@ def training(bench: Bench) -> Iterator[tuple]:
         bench.processed,
         bench.folder / "run",
         device=str(bench.device),
-        validation_fraction=0.5,
+        validation=ValidationSettings(fraction=0.5),
         overwrite=True,
         **bench.network,
     )
