@@ -167,7 +167,7 @@ class ScanResult:
             "highest_score": max((n["probability"] for n in nodules), default=None),
             "nodule_volume_mm3": sum(n["volume_mm3"] for n in nodules),
             "faint_marks": len(self.found.candidates) - len(nodules),
-            "highest_probability": self.highest_probability,
+            "highest_voxel_probability": self.highest_probability,
         }
 
     def __str__(self) -> str:
@@ -188,7 +188,7 @@ class NoduleInferencer:
 
     Args:
         checkpoint_path: Checkpoint of train.py; it carries the network and the preprocessing.
-        output_dir: Where files and pictures go.
+        output_dir: Where files and pictures go, whichever checkpoint is named.
         device: 'cuda', 'cuda:<n>' or 'cpu'.
         threshold: Probability from which a voxel counts as nodule.
         min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the one that the training chose on
@@ -854,6 +854,9 @@ def choose_scans(data_dir: str | Path, checkpoint_path: Path, subset: Subset) ->
     part_of = {uid: part for part in ("train", "validation", "test") for uid in split.get(part, [])}
     parts = {uid: part_of.get(uid, "new" if known else "unknown") for uid in read_processed_list(data_dir)}
     chosen = {uid: part for uid, part in parts.items() if subset in ("all", part)}
+    check(
+        bool(chosen) or subset != "new", f"all scans of {data_dir} stand in {path}: none is new; name another data_dir"
+    )
     check(bool(chosen), f"{data_dir} has none of the {subset} scans of {path}; name another data_dir or subset")
     return chosen
 

@@ -785,6 +785,14 @@ class LUNA16Preprocessor:
         if scheduler is not None and self.num_processes is not None:
             _warn_ignored("num_processes", self.num_processes, "without a scheduler")
         todo = [task for task in tasks if not task.is_done()]
+        replaced = [task for task in todo if metadata_path(task.output_dir, task.seriesuid).is_file()]
+        if replaced:
+            logger.warning(
+                "%d scans in %s were made with other settings, files or version, and are replaced; another output_dir "
+                "would keep them",
+                len(replaced),
+                self.output_dir,
+            )
         skipped = sorted({task.seriesuid for task in tasks} - {task.seriesuid for task in todo})
         needs = [estimate_needs(task.scan_path, self.settings) for task in todo]
         client = None if scheduler is None else _join_cluster(scheduler)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from infer import (
+    REMEDY,
     THRESHOLD,
     NoduleInferencer,
     Segmentation,
@@ -57,6 +58,7 @@ from utils import (
     parse_command_line,
     process_count,
     process_rank,
+    read_json,
     read_metadata,
     read_processed,
     read_split,
@@ -215,7 +217,7 @@ class Validator:
     Args:
         data_dir: Folder that preprocess.py wrote.
         checkpoint_path: Checkpoint of train.py.
-        output_dir: Where the tables and pictures go.
+        output_dir: Where the tables and pictures go; with predictions experiments/predictions, unless it is named.
         device: 'cuda', 'cuda:<n>' or 'cpu'.
         threshold: Probability from which a voxel counts as nodule.
         min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the one that the training chose at a
@@ -967,6 +969,7 @@ def score_predictions(
     excluded_path: str | Path = "data/LUNA16/annotations_excluded.csv",
     seriesuids_path: str | Path | None = None,
     output_dir: str | Path = PREDICTIONS_DIR,
+    overwrite: bool = False,
 ) -> FROC:
     """Scores marks by LUNA16's rules and writes ``froc.csv``, ``froc.png`` and ``froc.json``; needs no network.
 
@@ -978,17 +981,18 @@ def score_predictions(
         seriesuids_path: File of the scans that were searched, one a line. null takes those of the
             validation_results.csv beside each predictions file.
         output_dir: Where the three files go.
+        overwrite: Replace the score of other marks in output_dir.
 
     Raises:
         FileNotFoundError: There is no such file.
-        FileExistsError: output_dir holds the scores of a network, and the marks are not its own.
+        FileExistsError: output_dir holds the scores of a network or of other marks.
         InputError: A table is unusable, or two files have marks in the same scan.
     """
     given = Path(str(predictions))
     paths = [given] if given.is_file() else [Path(name) for name in sorted(glob.glob(str(predictions)))]  # noqa: PTH207 - a pattern may be absolute
     if not paths:
         raise FileNotFoundError(f"no file matches {predictions}")
-    _refuse_scores_of_others(Path(output_dir), paths)
+    _refuse_scores_of_others(Path(output_dir), paths, overwrite)
     tables = [read_table(path, CANDIDATE_COLUMNS) for path in paths]
     scans = _read_scans(seriesuids_path, paths)
     marked = [uid for table in tables for uid in table["seriesuid"].unique()]
@@ -1034,8 +1038,12 @@ def _annotations_of(path: str | Path, scans: Sequence[str]) -> pd.DataFrame:
     return annotations
 
 
-def _refuse_scores_of_others(output_dir: Path, predictions: Sequence[Path]) -> None:
-    """The FROC of a network is replaced by that of its own marks alone."""
+def _refuse_scores_of_others(output_dir: Path, predictions: Sequence[Path], overwrite: bool) -> None:
+    """The FROC of a network is replaced by that of its own marks alone, and that of other marks when told to."""
+    origin = output_dir / "froc.json"
+    theirs = read_json(origin)["predictions"] if origin.is_file() else None
+    if theirs not in (None, [str(path.resolve()) for path in predictions]) and not overwrite:
+        raise FileExistsError(f"{output_dir} holds the score of {', '.join(theirs)}{REMEDY}")
     own = [path.parent.resolve() for path in predictions] == [output_dir.resolve()]
     if (output_dir / "validation_results.csv").is_file() and not own:
         raise FileExistsError(

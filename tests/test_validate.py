@@ -808,6 +808,16 @@ def test_score_of_marks_says_whose_they_are(challenge):
     assert origin["cpm"]["value"] == curve.cpm
 
 
+def test_score_of_other_marks_is_not_replaced(challenge):
+    for name in ("marks.csv", "others.csv"):
+        write_marks(challenge / name, *HITS_AND_MISTAKE)
+    score("marks.csv", seriesuids_path="seriesuids.csv")
+    score("marks.csv", seriesuids_path="seriesuids.csv")  # the same again is no other
+    with pytest.raises(FileExistsError, match=r"out holds the score of .*marks\.csv; name another output_dir"):
+        score("others.csv", seriesuids_path="seriesuids.csv")
+    score("others.csv", seriesuids_path="seriesuids.csv", overwrite=True)
+
+
 def test_annotations_of_other_scans_are_named_as_the_culprit(challenge):
     write_fold(challenge / "fold0", [("x", 0, 0.9)], {"x": "test", "y": "test"})
     with pytest.raises(InputError, match=r"annotations\.csv has no annotation in any of the 2 scans.*annotations_path"):
