@@ -565,6 +565,7 @@ def folder_lock(folder: str | Path, refusal: str = "") -> Iterator[None]:
             raise FileExistsError(refusal) from error
         yield
     finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough where a forked worker has the descriptor, too
         os.close(descriptor)
 
 

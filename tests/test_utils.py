@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -13,6 +14,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -1395,6 +1397,20 @@ for _ in range(20):
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(2)]
     assert [process.wait(timeout=60) for process in processes] == [0, 0]
     assert (tmp_path / "count").read_text() == "40"
+
+
+def test_lock_goes_although_a_forked_worker_lives(tmp_path):
+    with utils.folder_lock(tmp_path):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        worker.start()
+    try:
+        with utils.folder_lock(tmp_path, "busy"):
+            pass
+        busy = utils.folder_lock(tmp_path, "busy")
+        with utils.folder_lock(tmp_path), pytest.raises(FileExistsError, match="busy"), busy:  # and it does lock
+            pass
+    finally:
+        worker.kill()
 
 
 def test_damaged_json_is_named(tmp_path):
