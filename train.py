@@ -975,6 +975,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
     """Raises Terminated when SIGTERM comes, so that what is done can be kept; only the main thread can."""
 
     def stop(*_: Any) -> None:
+        """Handles the signal."""
         raise Terminated
 
     if threading.current_thread() is not threading.main_thread():

@@ -276,6 +276,8 @@ def scan_suffix(path: str | Path) -> str:
     for suffix in SCAN_SUFFIXES:
         if name.endswith(suffix):
             return suffix
+    if name.endswith((".raw", ".zraw")):
+        raise InputError(f"{Path(path).name} holds the voxels alone; name the .mhd file beside it")
     raise InputError(  # DICOM files often have no suffix
         f"a scan must be one of {', '.join(SCAN_SUFFIXES)}, not {Path(path).name!r}; write a DICOM series as one file "
         "first, e.g. by dcm2niix -z y FOLDER"
@@ -1301,6 +1303,7 @@ def _nearest(name: str, known: Sequence[str]) -> str | None:
     """The name that a misspelt one probably stands for; also one that it abbreviates or forgets to qualify."""
 
     def likeness(other: str) -> tuple[float, float]:
+        """Of the best part of both names, then of the whole names."""
         whole = SequenceMatcher(None, name, other).ratio()
         leaf = SequenceMatcher(None, name.rpartition(".")[2], other.rpartition(".")[2]).ratio()
         return max(whole, leaf, 0.9 * other.startswith(name)), whole

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -301,47 +302,33 @@ def test_out_of_memory_names_the_remedies(processed_dir, tmp_path, monkeypatch):
         Trainer(processed_dir, tmp_path, **CPU).train()
 
 
+def let_validations_find(monkeypatch: pytest.MonkeyPatch, *results: tuple, with_nodules: bool = True) -> None:
+    """Lets each validation in turn return a (Dice, loss, number of false-positive nodules)."""
+    left = iter(results)
+
+    def run_validation(self: object) -> SimpleNamespace:
+        dice, loss, false = next(left)
+        summary = {"sensitivity": {"mean": dice}, "precision": {"mean": dice}, "false_positive_nodules": false}
+        summary["dice_of_scans_with_nodules"] = dice if with_nodules else math.nan
+        return SimpleNamespace(dice=dice, loss=loss, min_score=0.25, summary=summary)
+
+    monkeypatch.setattr(train.Validator, "run_validation", run_validation)
+
+
 def test_best_model_is_the_epoch_of_highest_dice_and_then_of_lowest_loss(processed_dir, tmp_path, monkeypatch):
-    scores = iter([(0.2, 0.9), (0.4, 0.9), (0.4, 0.8), (float("nan"), 0.1)])
-
-    class Result:
-        def __init__(self) -> None:
-            (self.dice, self.loss), self.min_score = next(scores), 0.25
-            one = {"mean": self.dice}
-            self.summary = {"sensitivity": one, "precision": one}
-            self.summary |= {"dice_of_scans_with_nodules": self.dice, "false_positive_nodules": 0}
-
-    monkeypatch.setattr(train.Validator, "run_validation", lambda self: Result())
+    let_validations_find(monkeypatch, (0.2, 0.9, 0), (0.4, 0.9, 0), (0.4, 0.8, 0), (math.nan, 0.1, 0))
     Trainer(processed_dir, tmp_path, num_epochs=4, **CPU).train()
     assert load_checkpoint(tmp_path / "checkpoints" / "best_model.pth")["epoch"] == 3
 
 
 def test_undefined_dice_leaves_the_choice_to_the_loss(processed_dir, tmp_path, monkeypatch):
-    losses = iter([0.9, 0.7, 0.8])
-
-    class Result:
-        def __init__(self) -> None:
-            self.dice, self.loss, self.min_score = float("nan"), next(losses), 0.0
-            one = {"mean": self.dice}
-            self.summary = {"sensitivity": one, "precision": one}
-            self.summary |= {"dice_of_scans_with_nodules": self.dice, "false_positive_nodules": 0}
-
-    monkeypatch.setattr(train.Validator, "run_validation", lambda self: Result())
+    let_validations_find(monkeypatch, (math.nan, 0.9, 0), (math.nan, 0.7, 0), (math.nan, 0.8, 0))
     Trainer(processed_dir, tmp_path, num_epochs=3, **CPU).train()
     assert load_checkpoint(tmp_path / "checkpoints" / "best_model.pth")["epoch"] == 2
 
 
 def test_loss_that_is_not_a_number_makes_no_worse_epoch_the_best(processed_dir, tmp_path, monkeypatch):
-    scores = iter([(0.8, float("nan")), (0.5, 0.3), (0.8, 0.4)])
-
-    class Result:
-        def __init__(self) -> None:
-            (self.dice, self.loss), self.min_score = next(scores), 0.25
-            one = {"mean": self.dice}
-            self.summary = {"sensitivity": one, "precision": one}
-            self.summary |= {"dice_of_scans_with_nodules": self.dice, "false_positive_nodules": 0}
-
-    monkeypatch.setattr(train.Validator, "run_validation", lambda self: Result())
+    let_validations_find(monkeypatch, (0.8, math.nan, 0), (0.5, 0.3, 0), (0.8, 0.4, 0))
     trainer = Trainer(processed_dir, tmp_path, num_epochs=3, **CPU)
     trainer.train()
     assert (trainer.best["epoch"], trainer.best["dice"]) == (3, 0.8)  # 2 is worse, 3 has a loss
@@ -350,16 +337,7 @@ def test_loss_that_is_not_a_number_makes_no_worse_epoch_the_best(processed_dir, 
 def test_without_a_nodule_to_find_an_epoch_with_false_marks_is_not_better_than_one_without(
     processed_dir, tmp_path, monkeypatch
 ):
-    found = iter([(math.nan, 0.5, 0), (0.0, 0.9, 19), (0.0, 0.5, 3)])  # Dice, loss, false-positive nodules
-
-    class Result:
-        def __init__(self) -> None:
-            self.dice, self.loss, false = next(found)
-            self.min_score, one = 0.0, {"mean": self.dice}
-            self.summary = {"sensitivity": one, "precision": one}
-            self.summary |= {"dice_of_scans_with_nodules": math.nan, "false_positive_nodules": false}
-
-    monkeypatch.setattr(train.Validator, "run_validation", lambda self: Result())
+    let_validations_find(monkeypatch, (math.nan, 0.5, 0), (0.0, 0.9, 19), (0.0, 0.5, 3), with_nodules=False)
     trainer = Trainer(processed_dir, tmp_path, num_epochs=3, **CPU)
     trainer.train()
     assert trainer.best["epoch"] == 1

@@ -1413,6 +1413,12 @@ def test_lock_goes_although_a_forked_worker_lives(tmp_path):
         worker.kill()
 
 
+@pytest.mark.parametrize("name", ["1.2.raw", "1.2.ZRAW"])
+def test_data_file_of_a_scan_is_answered_by_the_name_of_its_header(name):
+    with pytest.raises(InputError, match=rf"{name} holds the voxels alone; name the \.mhd file beside it"):
+        scan_name(name)
+
+
 def test_damaged_json_is_named(tmp_path):
     (tmp_path / "a.json").write_text('{"a": ')
     with pytest.raises(InputError, match=r"a\.json is damaged or no JSON"):
