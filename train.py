@@ -17,16 +17,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
@@ -41,21 +41,30 @@ from dataset import (
     make_loader,
     make_split,
 )
-from model import LOSSES, NETWORKS, SegmentationNetwork, load_checkpoint, place, save_checkpoint
+from model import (
+    LOSSES,
+    NETWORKS,
+    Checkpoint,
+    InferenceSettings,
+    SegmentationNetwork,
+    load_checkpoint,
+    place,
+    save_checkpoint,
+)
 from utils import (
     InputError,
     Progress,
+    ScanMetadata,
     Shape,
+    Split,
     UserError,
     atomic_path,
     autocast_dtype,
     check,
-    copy_from_first,
     do_once,
     folder_lock,
     free_memory,
     gather_objects,
-    gather_samples,
     is_distributed,
     join_processes,
     own_gpu,
@@ -66,11 +75,10 @@ from utils import (
     read_processed_list,
     read_split,
     run_main,
-    seed_everything,
     select_device,
     tell,
     write_csv,
-    write_json,
+    write_split,
 )
 from validate import ValidationResult, Validator, delete_results_of_run
 
@@ -242,18 +250,21 @@ class Trainer:
         self.resume, self.overwrite = resume, overwrite
         self.epoch = 0  # epochs done
         self.best: dict[str, Any] | None = None  # epoch, Dice, loss and false-positive nodules of the best model
-        self.min_score = 0.0  # that the last validation chose
         self.log: list[dict[str, float]] = []
-        self._unsaved: dict[str, Any] | None = None  # state after the last epoch, where no checkpoint holds it
+        self._unsaved: Checkpoint | None = None  # state after the last epoch, where no checkpoint holds it
         self._kept_epoch = 0  # of that state, or of the newest checkpoint
         uids = read_processed_list(self.data_dir)
         self._check_output()
         self.split = self._split(uids)
         self.metadata = self._read_metadata()
-        self.preprocessing = next(iter(self.metadata.values()))["preprocessing"]
+        self.preprocessing = next(iter(self.metadata.values())).preprocessing
         self.device = own_gpu(select_device(device, warn=False))
         self.autocast_dtype = autocast_dtype(self.device, mixed_precision)
-        self.grid_spacing = np.median([self.metadata[uid]["spacing"] for uid in self.split["train"]], axis=0).tolist()
+        spacing = np.median([self.metadata[uid].grid.spacing for uid in self.split.train], axis=0)
+        # The last validation chooses its min_score.
+        self.inference = InferenceSettings(
+            mirrors=validation.mirrors, window=self.patch_size, grid_spacing=tuple(spacing.tolist())
+        )
         if not is_distributed():  # else the processes must have found each other
             self._build()
 
@@ -320,7 +331,7 @@ class Trainer:
         given = self.settings
         dataset = LUNA16Dataset(
             self.data_dir,
-            self.split["train"],
+            self.split.train,
             self.augmentation,
             given["seed"],
             self.patch_size,
@@ -329,26 +340,16 @@ class Trainer:
         )
         self.sampler: ScanSampler | PatchSampler = ScanSampler(len(dataset), given["seed"])
         if self.patches is not None:
-            self.sampler = PatchSampler(
-                dataset.metadata,
-                self.patches.size,
-                self.patches.per_scan,
-                self.patches.nodule_share,
-                self.patches.hard_share,
-                self.patches.warmup_epochs,
-                given["seed"],
-            )
+            self.sampler = PatchSampler(dataset.metadata, dataset.lung_points(), self.patches, given["seed"])
         self.loader = make_loader(dataset, self.sampler, self.batch_size, given["num_workers"], self.device)
         self.validator = Validator(
             self.data_dir,
             device=str(self.device),
-            mirrors=given["validation.mirrors"],
             mixed_precision=given["mixed_precision"],
             model=self.network,
-            window=self.patch_size,
-            seriesuids=self.split["validation"],
+            settings=self.inference,
+            seriesuids=self.split.validation,
             loss=self.validation_loss,
-            grid_spacing=self.grid_spacing,
         )
 
     def _old_files(self, kind: re.Pattern) -> list[Path]:
@@ -372,7 +373,7 @@ class Trainer:
         Args:
             kept: Files of this run that are there already.
         """
-        write_json(self.checkpoint_dir / "split.json", self.split)
+        write_split(self.checkpoint_dir / "split.json", self.split)
         if not self.overwrite:
             return
         ours = [Path(self.writer.log_dir)] if self.writer else []
@@ -384,7 +385,7 @@ class Trainer:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def _split(self, uids: list[str]) -> dict[str, Any]:
+    def _split(self, uids: list[str]) -> Split:
         """The split of a run that goes on, or a new one."""
         path = self.checkpoint_dir / "split.json"
         given = self.settings
@@ -399,33 +400,33 @@ class Trainer:
         """Says how many scans and nodules each part has."""
         parts = []
         for part in ("train", "validation", "test"):
-            uids = self.split[part]
-            nodules = sum(len(self.metadata[uid]["nodules"]) for uid in uids if uid in self.metadata)
+            uids = getattr(self.split, part)
+            nodules = sum(len(self.metadata[uid].nodules) for uid in uids if uid in self.metadata)
             parts.append(f"{len(uids)} {part}" + (f" ({nodules} nodules)" if part != "test" else ""))
             if part != "test" and not nodules:
                 consequence = "the network can only learn to mark nothing" if part == "train" else "there is no Dice"
                 logger.warning("no %s scan has a nodule: %s", part, consequence)
         tell(f"scans: {', '.join(parts)}")
 
-    def _read_metadata(self) -> dict[str, dict[str, Any]]:
+    def _read_metadata(self) -> dict[str, ScanMetadata]:
         """{series UID: metadata} of the scans, which must be there and prepared alike."""
         found = {}
-        for uid in self.split["train"] + self.split["validation"]:
+        for uid in self.split.train + self.split.validation:
             found[uid] = read_processed(self.data_dir, uid).metadata  # opens the arrays, too, and reads no voxel
             first = next(iter(found.values()))
             check(
-                found[uid]["preprocessing"] == first["preprocessing"],
-                f"{uid} and {first['seriesuid']} were preprocessed with different settings; run preprocess.py again",
+                found[uid].preprocessing == first.preprocessing,
+                f"{uid} and {first.seriesuid} were preprocessed with different settings; run preprocess.py again",
             )
             check(
-                self.patch_size is not None or first["preprocessing"]["target_size"] is not None,
+                self.patch_size is not None or first.preprocessing["target_size"] is not None,
                 f"{self.data_dir} has scans of different shapes; set patches, e.g. --patches.size '[96,96,96]'",
             )
         return found
 
     def _check_shapes(self) -> None:
         """Checks that the network takes what it will be given, and in which precision."""
-        shapes = {tuple(fields["shape_zyx"]) for fields in self.metadata.values()}
+        shapes = {metadata.grid.shape_zyx for metadata in self.metadata.values()}
         for shape in [self.patch_size] if self.patch_size is not None else shapes:
             self.network.check_size(shape)
             self._check_precision(shape[0])
@@ -535,7 +536,7 @@ class Trainer:
         self.log.append(self._row(train_loss, result, rate, times))
         names = []
         if result is not None:
-            self.min_score = result.min_score
+            self.inference = replace(self.inference, min_score=result.min_score)
             if self._is_best(result):
                 names.append("best_model.pth")
         is_due = self.epoch == self.num_epochs or self.epoch % self.checkpoint_interval == 0
@@ -740,43 +741,44 @@ class Trainer:
 
     def _save(self, names: Sequence[str]) -> None:
         """Writes the state after this epoch under these names; without any it is kept in memory for an interruption."""
-        state = self._state() | {"random": gather_objects(self._random_state())}  # of each process
+        state = self._state()
         self._unsaved, self._kept_epoch = state, self.epoch  # whoever interrupts the writing finds all of it
         for name in names:
             self._write(self.checkpoint_dir / name, state)
-        self._unsaved = None if names or process_rank() else _copy_to_memory(state)
+        self._unsaved = None if names or process_rank() else Checkpoint(**_copy_to_memory(vars(state)))
 
-    def _write(self, path: Path, state: dict[str, Any]) -> None:
+    def _write(self, path: Path, state: Checkpoint) -> None:
         if process_rank():
             return
         with atomic_path(path) as temporary:
             save_checkpoint(temporary, state)
 
-    def _state(self) -> dict[str, Any]:
-        """All that a resume, an inference or a validation needs."""
-        return {
-            "network": self.network.arguments,
-            "weights": self.network.state_dict(),
-            "preprocessing": self.preprocessing,
-            "grid_spacing": self.grid_spacing,
-            "training": self.settings,
-            "epoch": self.epoch,
-            "best": self.best,
-            "min_score": self.min_score,
-            "log": self.log,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "sampler": self.sampler.state_dict(),
-        }
+    def _state(self) -> Checkpoint:
+        """All that a resume, an inference or a validation needs; all processes must call it."""
+        return Checkpoint(
+            network=self.settings["network"],
+            arguments=self.network.arguments,
+            weights=self.network.state_dict(),
+            preprocessing=self.preprocessing,
+            inference=self.inference,
+            training=self.settings,
+            epoch=self.epoch,
+            progress={
+                "best": self.best,
+                "log": self.log,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "sampler": self.sampler.state_dict(),
+                "random": gather_objects(self._random_state()),  # of each process
+            },
+        )
 
     def _load_newest(self) -> None:
         """Restores the newest checkpoint that is whole; a folder without any starts from the beginning."""
         numbered = sorted(self.checkpoint_dir.glob("checkpoint_epoch_*.pth"), key=_epoch_of, reverse=True)
         best = self.checkpoint_dir / "best_model.pth"
         newest = _first_good(numbered)
-        if (other := _first_good([best] if best.is_file() else [])) and (
-            not newest or other["epoch"] > newest["epoch"]
-        ):
+        if (other := _first_good([best] if best.is_file() else [])) and (not newest or other.epoch > newest.epoch):
             newest = other
         if newest is None:
             check(not numbered, f"no checkpoint in {self.checkpoint_dir} is whole; start anew with overwrite=True")
@@ -789,9 +791,8 @@ class Trainer:
         else:
             tell(f"going on after epoch {self.epoch}")
 
-    def _restore(self, checkpoint: dict[str, Any]) -> None:
-        theirs, mine = checkpoint["training"], self.settings
-        done = checkpoint["epoch"]
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        theirs, mine, done = checkpoint.training, self.settings, checkpoint.epoch
         check(done <= self.num_epochs, f"the run has done {done} epochs, more than num_epochs={self.num_epochs}")
         differing = [
             n for n in mine if n not in FREE_SETTINGS + ("data_dir", "output_dir") and mine[n] != theirs.get(n, mine[n])
@@ -802,8 +803,8 @@ class Trainer:
             + ", ".join(f"{name} was {theirs.get(name)}, not {mine[name]}" for name in differing)
             + "; train anew with others, by overwrite=True or in another output_dir",
         )
-        check(checkpoint["preprocessing"] == self.preprocessing, "the data was preprocessed anew with other settings")
-        if theirs["num_epochs"] != self.num_epochs and checkpoint["epoch"] < self.num_epochs:
+        check(checkpoint.preprocessing == self.preprocessing, "the data was preprocessed anew with other settings")
+        if theirs["num_epochs"] != self.num_epochs and done < self.num_epochs:
             logger.warning(
                 "the run had %d epochs and now has %d: the learning rate goes on along the cosine of the new length, "
                 "so this is not the run that would have had %d from the start",
@@ -811,16 +812,17 @@ class Trainer:
                 self.num_epochs,
                 self.num_epochs,
             )
-        self.network.load_state_dict(checkpoint["weights"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        progress = checkpoint.progress
+        self.network.load_state_dict(checkpoint.weights)
+        self.optimizer.load_state_dict(progress["optimizer"])
         for group in self.optimizer.param_groups:
             group["capturable"] = self.device.type == "cuda"  # whatever the checkpoint was trained on
-        self.scaler.load_state_dict(checkpoint["scaler"])
-        self.sampler.load_state_dict(checkpoint["sampler"])
-        self.epoch, self.best, self.log = checkpoint["epoch"], checkpoint["best"], checkpoint["log"]
-        self.min_score = checkpoint["min_score"]
-        if len(checkpoint["random"]) == process_count():  # else each keeps what its own seed gave
-            self._set_random_state(checkpoint["random"][process_rank()])
+        self.scaler.load_state_dict(progress["scaler"])
+        self.sampler.load_state_dict(progress["sampler"])
+        self.epoch, self.best, self.log = done, progress["best"], progress["log"]
+        self.inference = checkpoint.inference
+        if len(progress["random"]) == process_count():  # else each keeps what its own seed gave
+            self._set_random_state(progress["random"][process_rank()])
 
     def _set_random_state(self, states: dict[str, Any]) -> None:
         random.setstate(states["python"])
@@ -897,6 +899,33 @@ class RecordedStep:
         # Threads that load data may go on with their own calls meanwhile.
         with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             self._output = step(*self._inputs)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Gives tensors the values that they have in the first process."""
+    for tensor in tensors if process_count() > 1 else ():
+        distributed.broadcast(tensor, 0)
+
+
+def gather_samples(figures: Tensor) -> Tensor:
+    """Figures (n, samples) of the samples of all processes, (n, all samples); each must have as many.
+
+    Gradients flow to this process's own samples alone. So the sum, not the mean, of the processes' gradients is the
+    gradient of what is computed from all.
+    """
+    if process_count() == 1:
+        return figures
+    parts = [torch.empty_like(figures) for _ in range(process_count())]
+    distributed.all_gather(parts, figures.detach().contiguous())
+    parts[process_rank()] = figures
+    return torch.cat(parts, dim=1)
 
 
 def _flatten(settings: dict[str, Any]) -> dict[str, Any]:
@@ -993,7 +1022,7 @@ def _epoch_of(path: Path) -> int:
     return int(digits) if digits.isdigit() else -1
 
 
-def _first_good(paths: Sequence[Path]) -> dict[str, Any] | None:
+def _first_good(paths: Sequence[Path]) -> Checkpoint | None:
     for path in paths:
         try:
             return load_checkpoint(path)

@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import platform
-import random
 import re
 import secrets
 import shutil
@@ -45,12 +44,12 @@ logger = logging.getLogger(__name__)
 
 Vector = tuple[float, float, float]
 Shape = tuple[int, int, int]
-Box = tuple[Shape, Shape]  # half-open: (lower_zyx, upper_zyx)
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
-SCAN_SUFFIXES = (".mhd", ".mha", ".nii", ".nii.gz", ".nrrd")
-ANNOTATION_COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm")
-CANDIDATE_COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "probability")
+# Columns of LUNA16's tables; positions are world positions in mm.
+POSITION_COLUMNS = ("coordX", "coordY", "coordZ")
+ANNOTATION_COLUMNS = ("seriesuid", *POSITION_COLUMNS, "diameter_mm")
+CANDIDATE_COLUMNS = ("seriesuid", *POSITION_COLUMNS, "probability")
 # Deflate cannot shrink data further than this, so a header that claims more voxels is wrong.
 MAX_DEFLATE_RATIO = 1100
 NIFTI_HEADER_BYTES = 352
@@ -110,6 +109,46 @@ def check(condition: bool, message: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- geometry
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box of voxels.
+
+    Args:
+        lower: First voxel (z, y, x).
+        upper: One past the last voxel (z, y, x).
+    """
+
+    lower: Shape
+    upper: Shape
+
+    @classmethod
+    def of_size(cls, lower: npt.ArrayLike, shape_zyx: npt.ArrayLike) -> Box:
+        """The box of a shape whose first voxel is ``lower``."""
+        start = np.asarray(lower).astype(int)
+        return cls(tuple(start.tolist()), tuple((start + shape_zyx).tolist()))
+
+    @classmethod
+    def around(cls, mask: np.ndarray) -> Box | None:
+        """The smallest box around all that is not 0 in an array (z, y, x); None where there is nothing."""
+        spans = [np.flatnonzero(mask.any(axis=other)) for other in ((1, 2), (0, 2), (0, 1))]
+        if not len(spans[0]):
+            return None
+        z, y, x = ((int(span[0]), int(span[-1]) + 1) for span in spans)
+        return cls((z[0], y[0], x[0]), (z[1], y[1], x[1]))
+
+    @property
+    def shape_zyx(self) -> Shape:
+        """Number of voxels (z, y, x)."""
+        z, y, x = (upper - lower for lower, upper in zip(self.lower, self.upper, strict=True))
+        return z, y, x
+
+    @property
+    def slices(self) -> tuple[slice, slice, slice]:
+        """Index that cuts the box out of an array (z, y, x)."""
+        z, y, x = (slice(lower, upper) for lower, upper in zip(self.lower, self.upper, strict=True))
+        return z, y, x
 
 
 @dataclass(frozen=True)
@@ -200,10 +239,9 @@ class Geometry:
         return world.min(axis=0), world.max(axis=0)
 
     def cropped(self, box: Box) -> Geometry:
-        """Geometry of the sub-array ``array[lower:upper]``."""
-        lower, upper = np.asarray(box[0]), np.asarray(box[1])
-        shape = tuple(int(n) for n in upper - lower)
-        return Geometry(shape, tuple(self.world(lower).tolist()), self.spacing, self.direction)  # type: ignore[arg-type]
+        """Geometry of the sub-array ``array[box.slices]``."""
+        x, y, z = self.world(box.lower).tolist()
+        return Geometry(box.shape_zyx, (x, y, z), self.spacing, self.direction)
 
     def spacing_along_axes(self) -> np.ndarray:
         """Finest sampling distance (x, y, z) in mm met when walking along each world axis."""
@@ -266,65 +304,257 @@ def signed_distance(mask: sitk.Image) -> sitk.Image:
 # --------------------------------------------------------------------------------------------------------- raw scans
 
 
-def scan_suffix(path: str | Path) -> str:
-    """Suffix of a scan file, '.nii.gz' in one piece.
+@dataclass(frozen=True)
+class ScanHeader:
+    """What is known of a scan before its voxels are read.
+
+    Args:
+        geometry: Where its voxels lie.
+        voxel_bytes: Bytes that one voxel takes.
+    """
+
+    geometry: Geometry
+    voxel_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that all voxels take."""
+        return math.prod(self.geometry.shape_zyx) * self.voxel_bytes
+
+
+class ScanReader:
+    """Reads one format of scans; all that the project knows of a scan's files it knows through their reader.
+
+    As it stands, it reads one file by ITK. A subclass names its suffixes and adds what ITK would let pass. One for
+    scans of another kind, such as folders, says itself which paths it accepts, which files these are, and how their
+    header and voxels are read; an instance of it in ``SCAN_READERS`` is all that ``read_scan`` needs.
+    """
+
+    suffixes: tuple[str, ...] = ()
+
+    def accepts(self, path: Path) -> bool:
+        """Whether a path is for this reader, by its name or by what is there; a missing file has a reader, too."""
+        return path.name.lower().endswith(self.suffixes)
+
+    def advice(self, path: Path) -> str:
+        """What to do with a path that no reader accepts, where this reader knows it; else empty."""
+        return ""
+
+    def name(self, path: Path) -> str:
+        """Name of the scan: that of the file without its suffix."""
+        suffix = next((suffix for suffix in self.suffixes if path.name.lower().endswith(suffix)), "")
+        return path.name[: len(path.name) - len(suffix)]
+
+    def files(self, path: Path) -> tuple[Path, ...]:
+        """The files that a scan consists of: the one with the header first, those with the voxels alone after it.
+
+        Raises:
+            FileNotFoundError: One of them is missing.
+            InputError: The header does not say which they are.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"scan {path} does not exist")
+        return (path,)
+
+    def fingerprint(self, path: Path) -> tuple[str, list[int]]:
+        """What differs between scans and is read in no time: the first 64 KB, and the sizes of the files.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+            InputError: The header cannot be read.
+        """
+        files = self.files(path)
+        return _first_bytes(files[0]).decode("latin-1"), [file.stat().st_size for file in files]
+
+    def header(self, path: Path) -> ScanHeader:
+        """Reads and checks the header.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+            InputError: The header cannot be read, or is not that of a 3-D scalar volume.
+        """
+        self.files(path)
+        header = self.read_header(path)
+        _check_geometry(path, header.geometry)
+        return header
+
+    def read_header(self, path: Path) -> ScanHeader:
+        """Reads the header without checking where the voxels lie."""
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(path))
+        try:
+            reader.ReadImageInformation()
+        except RuntimeError as error:
+            raise InputError(
+                f"{path} has no readable header; copy or download it again ({_last_line(error)})"
+            ) from error
+        size_xyz, components, pixel = reader.GetSize(), reader.GetNumberOfComponents(), reader.GetPixelID()
+        check(
+            reader.GetDimension() == 3 and components == 1 and min(size_xyz) >= 2,
+            f"{path} must be a 3-D scan with one value a voxel, not size {size_xyz} with {components} component(s)",
+        )
+        check(pixel in VOXEL_BYTES, f"{path} must hold real numbers, not {sitk.GetPixelIDValueAsString(pixel)}")
+        geometry = Geometry(size_xyz[::-1], reader.GetOrigin(), reader.GetSpacing(), reader.GetDirection())
+        return ScanHeader(geometry, VOXEL_BYTES[pixel])
+
+    def check_voxels(self, path: Path, expected: int) -> None:
+        """Compares the voxels that the header claims with what the files hold, before memory is asked for.
+
+        Args:
+            path: The scan.
+            expected: Bytes that its voxels take by the header.
+
+        Raises:
+            InputError: The files cannot hold them.
+        """
+        files = self.files(path)
+        size = sum(file.stat().st_size for file in files[1:] or files)
+        check(
+            expected <= size * MAX_DEFLATE_RATIO,
+            f"{path} claims {expected:,} bytes of voxels but its file has only {size:,} bytes",
+        )
+
+    def read_image(self, path: Path) -> sitk.Image:
+        """Reads the voxels of a scan whose header and files have been checked."""
+        try:
+            return sitk.ReadImage(str(path))
+        except RuntimeError as error:
+            raise InputError(f"{path} cannot be read; copy or download it again ({_last_line(error)})") from error
+
+
+class MetaImageReader(ScanReader):
+    """MetaImage: LUNA16's .mhd with the voxels in a .raw or .zraw file beside it, or .mha with both in one file.
+
+    ITK takes 0 or 1 for fields that are absent, ignores checksums and fills up cut-off files: a damaged scan would pass
+    silently.
+    """
+
+    suffixes = (".mhd", ".mha")
+
+    def advice(self, path: Path) -> str:
+        """Of the file with the voxels."""
+        is_data = path.name.lower().endswith((".raw", ".zraw"))
+        return f"{path.name} holds the voxels alone; name the .mhd file beside it" if is_data else ""
+
+    def files(self, path: Path) -> tuple[Path, ...]:
+        """The .mha, or the .mhd and its ElementDataFile, which must lie beside it."""
+        files = super().files(path)
+        data = self._fields(path)[0]["ElementDataFile"]
+        if path.suffix.lower() == ".mha":
+            check(data == "LOCAL", f"{path}: ElementDataFile of an .mha must be LOCAL, not {data!r}")
+            return files
+        is_beside = not Path(data).is_absolute() and ".." not in Path(data).parts and len(data.split()) == 1
+        check(is_beside, f"{path}: ElementDataFile must be one file beside the header, not {data!r}")
+        if not (path.parent / data).is_file():
+            raise FileNotFoundError(f"{path} needs {path.parent / data}, which does not exist; download both files")
+        return (*files, path.parent / data)
+
+    def read_header(self, path: Path) -> ScanHeader:
+        """Checks the fields that ITK replaces silently, too."""
+        fields, _ = self._fields(path)
+        origins, spacings = ("Offset", "Position", "Origin"), ("ElementSpacing", "ElementSize")
+        for names, what in ((origins, "positions"), (spacings, "sizes")):
+            check(
+                any(name in fields for name in names),
+                f"{path} has no {names[0]}: {what} in mm would be wrong; download the file again",
+            )
+        dimensions = fields.get("NDims", "")
+        for name in (*origins, *spacings):
+            values = fields.get(name, "").split()
+            check(
+                name not in fields or (str(len(values)) == dimensions and all(map(_is_finite, values))),
+                f"{path}: {name} must be {dimensions} finite numbers, not {fields.get(name)!r}",
+            )
+        return super().read_header(path)
+
+    def check_voxels(self, path: Path, expected: int) -> None:
+        """The size must be right to the byte, and so must the checksum of compressed voxels."""
+        super().check_voxels(path, expected)
+        fields, length = self._fields(path)
+        *headers, file = self.files(path)
+        start = 0 if headers else length
+        is_compressed = fields.get("CompressedData", "False").lower() == "true"
+        held = _inflated_size(file, start, expected) if is_compressed else file.stat().st_size - start
+        check(held == expected, _wrong_size(path, expected, file, held))
+
+    def _fields(self, path: Path) -> tuple[dict[str, str], int]:
+        """Fields of the header (an .mhd, or the text at the start of an .mha), and its length in bytes."""
+        fields, length = {}, 0
+        for line in _first_bytes(path).split(b"\n"):
+            length += len(line) + 1
+            name, equals, value = line.decode("latin-1").partition("=")
+            if not equals:  # MetaIO would take a colon, too, and read on
+                break
+            fields[name.strip()] = value.strip()
+            if name.strip() == "ElementDataFile":
+                return fields, length
+        raise InputError(
+            f"{path} is no MetaImage header: its lines must be 'name = value' and end with ElementDataFile"
+        )
+
+
+class NiftiReader(ScanReader):
+    """NIfTI in one file, compressed or not."""
+
+    suffixes = (".nii", ".nii.gz")
+
+    def check_voxels(self, path: Path, expected: int) -> None:
+        """The file may hold more than the voxels, such as extensions of the header."""
+        super().check_voxels(path, expected)
+        size = path.stat().st_size
+        is_compressed = path.suffix.lower() == ".gz"
+        held = (_inflated_size(path, 0, expected + size) if is_compressed else size) - NIFTI_HEADER_BYTES
+        check(held >= expected, _wrong_size(path, expected, path, held))
+
+
+class NrrdReader(ScanReader):
+    """NRRD in one file; ITK checks its size itself."""
+
+    suffixes = (".nrrd",)
+
+    def read_header(self, path: Path) -> ScanHeader:
+        """Refuses a header whose voxels lie in another file."""
+        header = _first_bytes(path).split(b"\n\n")[0].split(b"\r\n\r\n")[0].lower()
+        check(
+            b"\ndata file:" not in header and b"\ndatafile:" not in header,
+            f"{path} keeps its voxels in another file; convert it to one self-contained .nrrd",
+        )
+        return super().read_header(path)
+
+
+SCAN_READERS: list[ScanReader] = [MetaImageReader(), NiftiReader(), NrrdReader()]
+
+
+def scan_reader(path: str | Path) -> ScanReader:
+    """The reader for a scan: the first in ``SCAN_READERS`` that accepts the path.
 
     Raises:
-        ValueError: It is none that can be read.
+        InputError: No reader accepts the path.
     """
-    name = Path(path).name.lower()
-    for suffix in SCAN_SUFFIXES:
-        if name.endswith(suffix):
-            return suffix
-    if name.endswith((".raw", ".zraw")):
-        raise InputError(f"{Path(path).name} holds the voxels alone; name the .mhd file beside it")
+    path = Path(path)
+    for reader in SCAN_READERS:
+        if reader.accepts(path):
+            return reader
+    for reader in SCAN_READERS:
+        if advice := reader.advice(path):
+            raise InputError(advice)
+    suffixes = ", ".join(suffix for reader in SCAN_READERS for suffix in reader.suffixes)
     raise InputError(  # DICOM files often have no suffix
-        f"a scan must be one of {', '.join(SCAN_SUFFIXES)}, not {Path(path).name!r}; write a DICOM series as one file "
+        f"a scan must be one of {suffixes}, not {path.name!r}; write a DICOM series as one file "
         "first, e.g. by dcm2niix -z y FOLDER"
     )
 
 
 def scan_name(path: str | Path) -> str:
-    """File name without its suffix; for LUNA16 the series UID."""
-    return Path(path).name[: -len(scan_suffix(path))]
-
-
-def find_scans(folder: str | Path) -> dict[str, Path]:
-    """Finds ``folder/*.mhd`` and ``folder/subset*/*.mhd``; returns {series UID: path}, sorted by UID.
-
-    Raises:
-        FileNotFoundError: The folder is missing or holds no scan.
-        ValueError: A scan lies in two places.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; put LUNA16's .mhd/.raw files there (see data/README.md)")
-    found: dict[str, Path] = {}
-    for path in sorted([*folder.glob("*.mhd"), *folder.glob("subset*/*.mhd")]):
-        if path.stem in found:
-            first, second = (place.parent.name + "/" for place in (found[path.stem], path))
-            raise InputError(
-                f"scan {path.stem} lies in two places, {first} and {second} of {folder}; remove one of them"
-            )
-        found[path.stem] = path
-    if not found:
-        raise FileNotFoundError(
-            f"no scan in {folder}; it must hold *.mhd or subset*/*.mhd (see data/README.md). A DICOM series must first "
-            "be written as one file, e.g. by SimpleITK's ImageSeriesReader"
-        )
-    return dict(sorted(found.items()))
-
-
-def data_file(path: Path) -> Path:
-    """File that holds the voxels of a scan: the ``ElementDataFile`` of an .mhd, else the file itself."""
-    return path.parent / _meta_header(path)[0]["ElementDataFile"] if path.suffix.lower() == ".mhd" else path
+    """Name of a scan: that of its file without suffix; for LUNA16 the series UID."""
+    return scan_reader(path).name(Path(path))
 
 
 def read_scan(path: str | Path, *, constant: bool = False) -> sitk.Image:
     """Reads a 3-D scan after checking what SimpleITK would let pass.
 
     Args:
-        path: .mhd, .mha, .nii, .nii.gz or .nrrd file.
+        path: .mhd, .mha, .nii, .nii.gz or .nrrd file, or whatever else a reader in ``SCAN_READERS`` accepts.
         constant: Whether one value everywhere is allowed, as in an empty mask.
 
     Returns:
@@ -335,127 +565,46 @@ def read_scan(path: str | Path, *, constant: bool = False) -> sitk.Image:
         ValueError: Header and data contradict each other, or the image is no 3-D scalar volume.
     """
     path = Path(path)
-    scan_name(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"scan {path} does not exist")
-    _check_voxel_bytes(path, _check_header(path))
-    try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise InputError(f"{path} cannot be read; copy or download it again ({_last_line(error)})") from error
+    reader = scan_reader(path)
+    reader.check_voxels(path, reader.header(path).num_bytes)
+    image = reader.read_image(path)
     _check_values(path, image, constant)
     return image
+
+
+def _first_bytes(path: Path) -> bytes:
+    """The first 64 KB of a file, in which its header lies."""
+    with open(path, "rb") as file:
+        return file.read(65536)
 
 
 def _last_line(error: Exception) -> str:
     return str(error).strip().split("\n")[-1].strip()
 
 
-def _meta_header(path: Path) -> tuple[dict[str, str], int]:
-    """Fields of a MetaImage header (.mhd, or the text at the start of an .mha), and its length in bytes."""
-    fields, length = {}, 0
-    with open(path, "rb") as file:
-        for line in file.read(65536).split(b"\n"):
-            length += len(line) + 1
-            name, equals, value = line.decode("latin-1").partition("=")
-            if not equals:  # MetaIO would take a colon, too, and read on
-                break
-            fields[name.strip()] = value.strip()
-            if name.strip() == "ElementDataFile":
-                return fields, length
-    raise InputError(f"{path} is no MetaImage header: its lines must be 'name = value' and end with ElementDataFile")
-
-
-def _check_header(path: Path) -> int:
-    """Checks the header without loading voxels; returns the number of bytes that the voxels take."""
-    suffix = path.suffix.lower()
-    if suffix in (".mhd", ".mha"):
-        _check_meta_fields(path, _meta_header(path)[0])
-    if suffix == ".nrrd":
-        with open(path, "rb") as file:
-            header = file.read(65536).split(b"\n\n")[0].split(b"\r\n\r\n")[0].lower()
-        if b"\ndata file:" in header or b"\ndatafile:" in header:
-            raise InputError(f"{path} keeps its voxels in another file; convert it to one self-contained .nrrd")
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
+def _is_finite(text: str) -> bool:
+    """Whether a text is a finite number."""
     try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise InputError(f"{path} has no readable header; copy or download it again ({_last_line(error)})") from error
-    if reader.GetDimension() != 3 or reader.GetNumberOfComponents() != 1 or min(reader.GetSize()) < 2:
-        raise InputError(
-            f"{path} must be a 3-D scan with one value a voxel, not size {reader.GetSize()} with "
-            f"{reader.GetNumberOfComponents()} component(s)"
-        )
-    if reader.GetPixelID() not in VOXEL_BYTES:
-        raise InputError(f"{path} must hold real numbers, not {sitk.GetPixelIDValueAsString(reader.GetPixelID())}")
-    _check_geometry(path, reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
-    return math.prod(reader.GetSize()) * VOXEL_BYTES[reader.GetPixelID()]
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
-def _check_meta_fields(path: Path, header: dict[str, str]) -> None:
-    """MetaImage fields that ITK replaces silently by 0 or 1 when absent, and data files outside the folder."""
-    if not any(name in header for name in ("Offset", "Position", "Origin")):
-        raise InputError(f"{path} has no Offset: positions in mm would be wrong; download the file again")
-    if not any(name in header for name in ("ElementSpacing", "ElementSize")):
-        raise InputError(f"{path} has no ElementSpacing: sizes in mm would be wrong; download the file again")
-    dimensions = header.get("NDims", "")
-    for name in ("Offset", "Position", "Origin", "ElementSpacing", "ElementSize"):
-        if name not in header:
-            continue
-        values = header[name].split()
-        try:
-            finite = all(math.isfinite(float(value)) for value in values)
-        except ValueError:
-            finite = False
-        if not finite or str(len(values)) != dimensions:
-            raise InputError(f"{path}: {name} must be {dimensions} finite numbers, not {header[name]!r}")
-    data = header["ElementDataFile"]
-    if path.suffix.lower() == ".mha":
-        if data != "LOCAL":
-            raise InputError(f"{path}: ElementDataFile of an .mha must be LOCAL, not {data!r}")
-        return
-    if Path(data).is_absolute() or ".." in Path(data).parts or len(data.split()) != 1:
-        raise InputError(f"{path}: ElementDataFile must be one file beside the header, not {data!r}")
-    if not (path.parent / data).is_file():
-        raise FileNotFoundError(f"{path} needs {path.parent / data}, which does not exist; download both files")
+def _wrong_size(path: Path, expected: int, file: Path, held: int) -> str:
+    return f"{path}: the header needs {expected:,} bytes of voxels but {file.name} holds {held:,}; download it again"
 
 
-def _check_geometry(path: Path, spacing: Iterable[float], origin: Iterable[float], direction: Iterable[float]) -> None:
-    spacing, origin = np.asarray(tuple(spacing)), np.asarray(tuple(origin))
-    matrix = np.asarray(tuple(direction)).reshape(3, 3)
-    if not (np.isfinite(spacing).all() and (spacing > 0).all() and np.isfinite(origin).all()):
-        raise InputError(
-            f"{path}: spacing must be positive and origin finite, not {spacing.tolist()}, {origin.tolist()}"
-        )
-    if not np.allclose(matrix @ matrix.T, np.eye(3), atol=1e-3):
-        raise InputError(f"{path}: direction must be a rotation or flip, not {np.round(matrix, 4).tolist()}")
-
-
-def _check_voxel_bytes(path: Path, expected: int) -> None:
-    """Compares the voxels that the header claims with what the file holds, before memory is asked for.
-
-    ITK ignores checksums of compressed MetaImages and fills up cut-off files: a damaged scan would pass silently.
-    """
-    suffix, file = scan_suffix(path), data_file(path)
-    size = file.stat().st_size
-    if expected > size * MAX_DEFLATE_RATIO:
-        raise InputError(f"{path} claims {expected:,} bytes of voxels but its file has only {size:,} bytes")
-    if suffix in (".mhd", ".mha"):
-        header, length = _meta_header(path)
-        start = length if suffix == ".mha" else 0
-        compressed = header.get("CompressedData", "False").lower() == "true"
-        held = _inflated_size(file, start, expected) if compressed else size - start
-        right = held == expected
-    elif suffix in (".nii", ".nii.gz"):
-        held = (_inflated_size(file, 0, expected + size) if suffix == ".nii.gz" else size) - NIFTI_HEADER_BYTES
-        right = held >= expected
-    else:
-        return
-    if not right:
-        raise InputError(
-            f"{path}: the header needs {expected:,} bytes of voxels but {file.name} holds {held:,}; download it again"
-        )
+def _check_geometry(path: Path, geometry: Geometry) -> None:
+    spacing, origin = np.asarray(geometry.spacing), np.asarray(geometry.origin)
+    matrix = np.asarray(geometry.direction).reshape(3, 3)
+    check(
+        bool(np.isfinite(spacing).all() and (spacing > 0).all() and np.isfinite(origin).all()),
+        f"{path}: spacing must be positive and origin finite, not {spacing.tolist()}, {origin.tolist()}",
+    )
+    check(
+        np.allclose(matrix @ matrix.T, np.eye(3), atol=1e-3),
+        f"{path}: direction must be a rotation or flip, not {np.round(matrix, 4).tolist()}",
+    )
 
 
 def _inflated_size(path: Path, start: int, limit: int) -> int:
@@ -657,23 +806,6 @@ def write_objects(path: str | Path, values: Any) -> None:
     write_json(path.with_suffix(".json"), values)  # last, since it is what counts
 
 
-def write_image(path: str | Path, image: sitk.Image) -> None:
-    """Writes an image and reads it back: on a full disk the NIfTI writer raises nothing.
-
-    Raises:
-        OSError: What was written is not what was to be written.
-    """
-    with atomic_path(path) as temporary:
-        try:
-            sitk.WriteImage(image, str(temporary), useCompression=True)
-            written = sitk.ReadImage(str(temporary))
-            same = np.array_equal(sitk.GetArrayViewFromImage(written), sitk.GetArrayViewFromImage(image))
-        except RuntimeError:
-            same = False
-        if not same:
-            raise OSError(f"{path} could not be written; is the disk full?")
-
-
 def read_table(path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
     """Reads a CSV file (also .csv.gz) of LUNA16's kind; ``seriesuid`` is text, other asked-for columns are numbers.
 
@@ -706,6 +838,116 @@ def read_table(path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
+class Nodule:
+    """A nodule, annotated or found.
+
+    Args:
+        center_xyz: World position of its centre, in LPS mm.
+        index_zyx: The same position as a float index of the array.
+        diameter_mm: Diameter; of a found nodule that of the sphere of equal volume.
+    """
+
+    center_xyz: Vector
+    index_zyx: Vector
+    diameter_mm: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that the brief names, as built-in types; coordinates are (x, y, z)."""
+        return {
+            "center_world": list(self.center_xyz),
+            "center_voxel": list(self.index_zyx[::-1]),
+            "diameter_mm": self.diameter_mm,
+        }
+
+
+@dataclass(frozen=True)
+class AnnotatedNodule(Nodule):
+    """A nodule that LUNA16, or another data set, lists.
+
+    Args:
+        voxels: Number of its voxels in the mask.
+        mask_source: 'sphere' or 'lidc'.
+        inside_scan: Whether its centre lies in the scan.
+        cut_by_lungs: Whether a part of it lies outside the lung mask, where the image is air.
+    """
+
+    voxels: int
+    mask_source: str = "sphere"
+    inside_scan: bool = True
+    cut_by_lungs: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Built-in types, for the metadata."""
+        own = ("voxels", "mask_source", "inside_scan", "cut_by_lungs")
+        return super().to_dict() | {name: getattr(self, name) for name in own}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AnnotatedNodule:
+        """Takes back what ``to_dict`` gave."""
+        rest = dict(values)
+        center, index = tuple(rest.pop("center_world")), tuple(rest.pop("center_voxel")[::-1])
+        return cls(center, index, **rest)
+
+
+@dataclass(frozen=True)
+class ScanMetadata:
+    """What preprocess.py notes of a scan.
+
+    Args:
+        seriesuid: The scan's name.
+        grid: Where the voxels of the processed arrays lie; identity direction.
+        nodules: Its annotated nodules.
+        fold: Fold of the data set's own cross-validation, from 0; None where it has none.
+        patient: Whose scan it is; None where that is unknown.
+        lung_source: Where the lungs came from: 'seg-lungs', 'threshold' or 'none'.
+        scan_geometry: Where the voxels of the raw scan lie.
+        preprocessing: ``Preprocessing.to_dict()``.
+        fingerprint: Hash of all that decided the result.
+    """
+
+    seriesuid: str
+    grid: Geometry
+    nodules: tuple[AnnotatedNodule, ...]
+    fold: int | None
+    patient: str | None
+    lung_source: str
+    scan_geometry: Geometry
+    preprocessing: dict[str, Any]
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Built-in types, for JSON; origin and spacing are those of the processed grid (x, y, z)."""
+        return {
+            "seriesuid": self.seriesuid,
+            "origin": list(self.grid.origin),
+            "spacing": list(self.grid.spacing),
+            "shape_zyx": list(self.grid.shape_zyx),
+            "nodules": [nodule.to_dict() for nodule in self.nodules],
+            "subset": self.fold,
+            "patient": self.patient,
+            "lung_source": self.lung_source,
+            "scan_geometry": self.scan_geometry.to_dict(),
+            "preprocessing": self.preprocessing,
+            "fingerprint": self.fingerprint,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ScanMetadata:
+        """Takes back what ``to_dict`` gave; raises KeyError or TypeError where it is something else."""
+        return cls(
+            values["seriesuid"],
+            Geometry(tuple(values["shape_zyx"]), tuple(values["origin"]), tuple(values["spacing"])),
+            tuple(AnnotatedNodule.from_dict(nodule) for nodule in values["nodules"]),
+            values["subset"],
+            values["patient"],
+            values["lung_source"],
+            Geometry.from_dict(values["scan_geometry"]),
+            values["preprocessing"],
+            values["fingerprint"],
+        )
+
+
+@dataclass(frozen=True)
 class ProcessedScan:
     """One scan as ``preprocess.py`` left it.
 
@@ -713,24 +955,18 @@ class ProcessedScan:
         seriesuid: The scan's name.
         image: float16 (z, y, x) in [0, 1].
         mask: uint8 (z, y, x), 1 = nodule.
-        metadata: The fields of ``<seriesuid>_metadata.json``.
+        metadata: What preprocess.py noted of it.
     """
 
     seriesuid: str
     image: np.ndarray
     mask: np.ndarray
-    metadata: dict[str, Any]
+    metadata: ScanMetadata
 
     @property
     def geometry(self) -> Geometry:
         """Where the voxels lie; identity direction."""
-        return processed_geometry(self.metadata, self.image.shape)
-
-
-def processed_geometry(metadata: dict[str, Any], shape_zyx: Sequence[int]) -> Geometry:
-    """Where the voxels of a processed scan of this shape (z, y, x) lie, by its metadata; identity direction."""
-    z, y, x = shape_zyx
-    return Geometry((z, y, x), tuple(metadata["origin"]), tuple(metadata["spacing"]))
+        return self.metadata.grid
 
 
 def metadata_path(data_dir: str | Path, seriesuid: str) -> Path:
@@ -738,12 +974,25 @@ def metadata_path(data_dir: str | Path, seriesuid: str) -> Path:
     return Path(data_dir) / f"{seriesuid}_metadata.json"
 
 
-def read_metadata(data_dir: str | Path, seriesuid: str) -> dict[str, Any]:
-    """Reads what preprocess.py noted of a scan; FileNotFoundError where it has not run."""
+def write_metadata(data_dir: str | Path, metadata: ScanMetadata) -> None:
+    """Writes ``<seriesuid>_metadata.npy``, as the brief reads it, and its .json twin."""
+    write_objects(metadata_path(data_dir, metadata.seriesuid).with_suffix(".npy"), metadata.to_dict())
+
+
+def read_metadata(data_dir: str | Path, seriesuid: str) -> ScanMetadata:
+    """Reads what preprocess.py noted of a scan.
+
+    Raises:
+        FileNotFoundError: preprocess.py has not run.
+        InputError: The file is damaged, or of another version of preprocess.py.
+    """
     path = metadata_path(data_dir, seriesuid)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run python preprocess.py first")
-    return read_json(path)
+    try:
+        return ScanMetadata.from_dict(read_json(path))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged or of another version; run python preprocess.py again") from error
 
 
 def read_lung_points(data_dir: str | Path, seriesuid: str) -> np.ndarray:
@@ -764,7 +1013,7 @@ def read_lung_points(data_dir: str | Path, seriesuid: str) -> np.ndarray:
 
 
 def read_processed(
-    data_dir: str | Path, seriesuid: str, in_memory: bool = False, metadata: dict[str, Any] | None = None
+    data_dir: str | Path, seriesuid: str, in_memory: bool = False, metadata: ScanMetadata | None = None
 ) -> ProcessedScan:
     """Opens a processed scan.
 
@@ -788,9 +1037,16 @@ def read_processed(
             arrays.append(np.load(path, mmap_mode=None if in_memory else "c", allow_pickle=False))
         except (ValueError, EOFError) as error:
             raise InputError(f"{path} is damaged ({error}); run python preprocess.py again") from error
-    if arrays[0].shape != arrays[1].shape or arrays[0].ndim != 3:
-        raise InputError(f"image {arrays[0].shape} and mask {arrays[1].shape} of {seriesuid} differ; run preprocess.py")
-    return ProcessedScan(seriesuid, arrays[0], arrays[1], metadata or read_metadata(data_dir, seriesuid))
+    image, mask = arrays
+    metadata = metadata or read_metadata(data_dir, seriesuid)
+    if image.shape != mask.shape:
+        raise InputError(f"image {image.shape} and mask {mask.shape} of {seriesuid} differ; run preprocess.py again")
+    if image.shape != metadata.grid.shape_zyx:
+        raise InputError(
+            f"the arrays of {seriesuid} have the shape {image.shape}, not that of its metadata, "
+            f"{metadata.grid.shape_zyx}; run preprocess.py again"
+        )
+    return ProcessedScan(seriesuid, image, mask, metadata)
 
 
 def read_processed_list(data_dir: str | Path) -> list[str]:
@@ -809,23 +1065,75 @@ def read_processed_list(data_dir: str | Path) -> list[str]:
     return uids
 
 
-def read_split(path: str | Path) -> dict[str, Any]:
-    """Reads the split file that training left beside its checkpoints.
+Part = Literal["train", "validation", "test"]
+Subset = Literal["validation", "test", "train", "all", "new"]
 
-    Returns:
-        {'train': [...], 'validation': [...], 'test': [...], 'fold': held-out fold or None}.
+
+@dataclass(frozen=True)
+class Split:
+    """Which scans a training learns from, chooses its best epoch by, and never sees.
+
+    Args:
+        train: Series UIDs of the training scans.
+        validation: Those of the scans that choose the best epoch.
+        test: Those of the fold that is held out.
+        fold: Number of that fold; None where none is held out.
+    """
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...] = ()
+    fold: int | None = None
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """{series UID: its part}."""
+        return {uid: part for part in get_args(Part) for uid in getattr(self, part)}
+
+
+def write_split(path: str | Path, split: Split) -> None:
+    """Writes split.json."""
+    write_json(path, asdict(split))
+
+
+def read_split(path: str | Path) -> Split:
+    """Reads the split.json that training left beside its checkpoints.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It does not hold the lists.
+        InputError: It does not hold the lists.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; keep split.json of the training beside its checkpoints")
-    split = read_json(path)
-    if not isinstance(split, dict) or not all(isinstance(split.get(part), list) for part in ("train", "validation")):
+    found = read_json(path)
+    if not isinstance(found, dict) or not all(isinstance(found.get(part), list) for part in ("train", "validation")):
         raise InputError(f"{path} must hold the lists 'train' and 'validation'")
-    return split
+    train, validation, test = (tuple(found.get(part, ())) for part in get_args(Part))
+    return Split(train, validation, test, found.get("fold"))
+
+
+def choose_scans(data_dir: str | Path, checkpoint_path: Path, subset: Subset) -> dict[str, str]:
+    """{series UID: part of the split} of the processed scans of a subset.
+
+    'new' are scans of no part; without a split file 'all' of them are 'unknown'.
+
+    Raises:
+        FileNotFoundError: The split file is not beside the checkpoint.
+        InputError: There is no such scan.
+    """
+    check(subset in get_args(Subset), f"subset must be one of {', '.join(get_args(Subset))}, not {subset!r}")
+    path = checkpoint_path.parent / "split.json"
+    known = path.is_file() or subset != "all"
+    part_of = read_split(path).parts if known else {}
+    other = "new" if known else "unknown"
+    parts: dict[str, str] = {uid: part_of.get(uid, other) for uid in read_processed_list(data_dir)}
+    chosen = {uid: part for uid, part in parts.items() if subset in ("all", part)}
+    check(
+        bool(chosen) or subset != "new", f"all scans of {data_dir} stand in {path}: none is new; name another data_dir"
+    )
+    check(bool(chosen), f"{data_dir} has none of the {subset} scans of {path}; name another data_dir or subset")
+    return chosen
 
 
 def query_lidc(query: str, values: Sequence[Any] = ()) -> list[tuple] | None:
@@ -853,15 +1161,6 @@ def generator_of(stream: str, seed: int, *numbers: int) -> np.random.Generator:
         numbers: What else they depend on.
     """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(zlib.crc32(stream.encode()), *numbers)))
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds Python, numpy and torch."""
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 _warned_devices: set[str] = set()
@@ -998,31 +1297,6 @@ def do_once(work: Callable[[], Any]) -> None:
             error = raised
     if first := gather_objects(error)[0]:
         raise first
-
-
-def copy_from_first(tensors: Iterable[torch.Tensor]) -> None:
-    """Gives tensors the values that they have in the first process."""
-    from torch import distributed
-
-    for tensor in tensors if process_count() > 1 else ():
-        distributed.broadcast(tensor, 0)
-
-
-def gather_samples(figures: torch.Tensor) -> torch.Tensor:
-    """Figures (n, samples) of the samples of all processes, (n, all samples); each must have as many.
-
-    Gradients flow to this process's own samples alone. So the sum, not the mean, of the processes' gradients is the
-    gradient of what is computed from all.
-    """
-    import torch
-    from torch import distributed
-
-    if process_count() == 1:
-        return figures
-    parts = [torch.empty_like(figures) for _ in range(process_count())]
-    distributed.all_gather(parts, figures.detach().contiguous())
-    parts[process_rank()] = figures
-    return torch.cat(parts, dim=1)
 
 
 def autocast_dtype(device: torch.device, mixed_precision: bool) -> torch.dtype | None:

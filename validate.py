@@ -25,31 +25,34 @@ from torch import Tensor, nn
 
 from infer import (
     REMEDY,
-    THRESHOLD,
     NoduleInferencer,
     Segmentation,
-    Subset,
-    choose_scans,
     claim,
     content_box,
     delete_results,
     draw_overlay,
     hits_of,
+    is_hit,
     map_scans,
     report_failures,
     tell_noise,
     write_failures,
 )
+from model import InferenceSettings
 from utils import (
     ANNOTATION_COLUMNS,
     CANDIDATE_COLUMNS,
+    POSITION_COLUMNS,
+    AnnotatedNodule,
+    Box,
     Geometry,
     InputError,
+    Nodule,
     ProcessedScan,
-    Shape,
-    Vector,
+    Subset,
     atomic_path,
     check,
+    choose_scans,
     count_cores,
     delete_files,
     do_once,
@@ -99,7 +102,6 @@ COUNTS = (
 )
 NODULE_COLUMNS = (*ANNOTATION_COLUMNS, "dice")
 SIZES_MM = {"< 6 mm": (0.0, 6.0), "6-10 mm": (6.0, 10.0 + 1e-9), "> 10 mm": (10.0 + 1e-9, math.inf)}
-UNKNOWN_DIAMETER_MM = 10.0  # of a finding with a diameter of -1, as in the official script
 CROP_MARGIN_MM = 5.0  # around an annotated nodule, for its own Dice
 NEARLY_AS_GOOD = 0.005  # of mean Dice, when a score is chosen
 MUCH_WORSE = 0.1  # of mean Dice, likewise
@@ -109,7 +111,7 @@ FROC_FILES = ("froc.csv", "froc.png")
 FP_PER_SCAN = 2.0 ** np.arange(-3, 4)  # 1/8 ... 8, where LUNA16 reads the curve
 _GRID = 2.0 ** (np.arange(-48, 49) / 16)  # the same range in finer steps, for the picture
 _POINTS = np.append(np.arange(0, 97, 16), 97)  # in what _read_curve returns: FP_PER_SCAN, then the CPM
-_XYZ = ["coordX", "coordY", "coordZ"]
+_XYZ = list(POSITION_COLUMNS)
 
 
 # ----------------------------------------------------------------------------------------------------- voxel metrics
@@ -173,11 +175,8 @@ def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else math.nan
 
 
-def match_nodules(found: Sequence[dict[str, Any]], annotated: Sequence[dict[str, Any]]) -> tuple[int, int]:
-    """Counts (annotated nodules that are found, found ones that are no annotated nodule).
-
-    LUNA16's rule: a nodule is found by a centre that lies nearer to its own than its radius.
-    """
+def match_nodules(found: Sequence[Nodule], annotated: Sequence[Nodule]) -> tuple[int, int]:
+    """Counts (annotated nodules that are found, found ones that are no annotated nodule), by ``is_hit``."""
     hits = hits_of(found, annotated)
     return int(hits.any(axis=0).sum()), int((~hits.any(axis=1)).sum())
 
@@ -228,11 +227,9 @@ class Validator:
         mixed_precision: Compute in half precision where the hardware gains by it.
         overwrite: Replace the results of another checkpoint, data set or setting in output_dir.
         model: A live network instead of a checkpoint; then no files are written.
-        window: Shape (z, y, x) of the sliding window of a live network; None takes each scan whole.
+        settings: How a live network looks at a scan, where the arguments above say nothing; a checkpoint knows its own.
         seriesuids: Scans to score with a live network.
         loss: Function of logits and target (B, 1, Z, Y, X) to average over the scans.
-        grid_spacing: Voxel size (x, y, z) in mm by which a live network's nodules are judged; None takes that of each
-            scan.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
@@ -245,16 +242,15 @@ class Validator:
         checkpoint_path: str | Path = "experiments/luna16_unet/checkpoints/best_model.pth",
         output_dir: str | Path = "experiments/luna16_unet/validation",
         device: str = "cuda",
-        threshold: float = THRESHOLD,
+        threshold: float = InferenceSettings.threshold,
         min_score: float | None = None,
         mirrors: int | None = None,
         mixed_precision: bool = True,
         overwrite: bool = False,
         model: nn.Module | None = None,
-        window: Shape | None = None,
+        settings: InferenceSettings | None = None,
         seriesuids: Sequence[str] | None = None,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-        grid_spacing: Vector | None = None,
     ) -> None:
         check(model is None or seriesuids is not None, "a live model needs the seriesuids to score")
         self.data_dir = Path(data_dir)
@@ -273,9 +269,10 @@ class Validator:
             mixed_precision,
             overwrite,
             model=model,
-            window=window,
-            grid_spacing=grid_spacing,
+            settings=settings,
         )
+        self.overwrite = overwrite
+        self.min_score = self.inferencer.settings.min_score
         self.failed: dict[str, str] = {}  # {series UID: reason} of the last run
         self._example: tuple[ProcessedScan, Segmentation] | None = None
 
@@ -332,7 +329,7 @@ class Validator:
         check(bool(scans), f"no scan could be scored ({reason}); {self.output_dir / 'failed_scans.csv'} lists all")
         tell_noise([scan.found for scan in scans])
         if self.chooses_min_score:
-            self.inferencer.min_score = choose_min_score(scans)
+            self.min_score = choose_min_score(scans)
         parts = {uid: part for uid, part in parts.items() if uid not in self.failed}
         result = self._result(scans, parts, origin)
         if self.writes_files:
@@ -341,14 +338,14 @@ class Validator:
 
     def _result(self, scans: list[ExaminedScan], parts: dict[str, str], origin: dict[str, Any]) -> ValidationResult:
         """Tables and summary of the examined scans."""
-        min_score = self.inferencer.min_score
+        min_score = self.min_score
         rows = {scan.seriesuid: scan.row(min_score) for scan in scans}
         table = pd.DataFrame([{"seriesuid": uid, "part": part} | rows.get(uid, {}) for uid, part in parts.items()])
         nodules = [row for scan in scans for row in scan.nodule_rows(min_score)]
         settings = {
-            "threshold": self.inferencer.threshold,
+            "threshold": self.inferencer.settings.threshold,
             "min_score": min_score,
-            "mirrors": self.inferencer.mirrors,
+            "mirrors": self.inferencer.settings.mirrors,
             "chosen_on_these_scans": bool(origin) and "validation" in parts.values(),
             "training_scans_left_out": list(parts.values()).count("train"),
             "failed_scans": len(self.failed),
@@ -367,7 +364,7 @@ class Validator:
         path = self.output_dir / "validation.json"
         with folder_lock(self.output_dir):
             lasting = {name: value for name, value in origin.items() if name != "date"}
-            if claim(path, lasting, self.inferencer.overwrite):
+            if claim(path, lasting, self.overwrite):
                 delete_files(self.output_dir, VALIDATION_FILES)
             write_json(path, origin)
 
@@ -378,7 +375,7 @@ class Validator:
         checkpoint_path = self.inferencer.checkpoint_path
         split = read_split(checkpoint_path.parent / "split.json")  # without it, training scans might be scored
         if fold is not None:
-            held_out = split.get("fold")
+            held_out = split.fold
             theirs = "no fold" if held_out is None else f"fold {held_out}"
             check(held_out == fold, f"{checkpoint_path} was trained with {theirs} held out, not fold {fold}")
         parts = choose_scans(self.data_dir, checkpoint_path, subset)
@@ -391,11 +388,11 @@ class Validator:
 
     def _predict(self, scan: ProcessedScan) -> tuple[Tensor, Tensor | float]:
         """Probability (z, y, x), and loss, which the device may still be at."""
-        image = self.inferencer.to_tensor(scan.image)
+        image = self.inferencer.predictor.to_tensor(scan.image)
         truth = torch.from_numpy(scan.mask)[None, None]
         if self.loss is not None:
             truth = truth.to(image.device)  # sent later, it would wait for the network
-        logits = self.inferencer.logits(image, content_box(scan.image))
+        logits = self.inferencer.predictor.logits(image, content_box(scan.image))
         with torch.inference_mode():
             loss = math.nan if self.loss is None else self.loss(logits, truth.to(logits.device))
         return torch.sigmoid(logits)[0, 0], loss
@@ -415,17 +412,17 @@ class Validator:
         """Of the scans that the first process looks at, the one with the most nodule voxels."""
         assert self.seriesuids is not None
         ours = self.seriesuids[:: process_count()]
-        return max(ours, key=lambda uid: sum(n["voxels"] for n in read_metadata(self.data_dir, uid)["nodules"]))
+        return max(ours, key=lambda uid: sum(n.voxels for n in read_metadata(self.data_dir, uid).nodules))
 
     def draw_example(self) -> Figure:
         """Overlay of the scan with the most nodule voxels, to follow a training by eye."""
         if self._example is None:
             scan = read_processed(self.data_dir, self._example_uid)
-            probability = self.inferencer.predict_probability(scan.image, content_box(scan.image))
+            probability = self.inferencer.predictor.predict_probability(scan.image, content_box(scan.image))
             self._example = scan, self.inferencer.find_candidates(probability, scan.geometry)
-        scan, found = self._example[0], self._example[1].keep(self.inferencer.min_score)
+        scan, found = self._example[0], self._example[1].keep(self.min_score)
         image, truth = np.asarray(scan.image, np.float32), np.asarray(scan.mask)
-        annotated, title = scan.metadata["nodules"], scan.seriesuid
+        annotated, title = scan.metadata.nodules, scan.seriesuid
         return draw_overlay(image, scan.geometry, found.mask, found.nodules, truth, title, most=1, annotated=annotated)
 
     def _write(self, result: ValidationResult, excluded: pd.DataFrame | None) -> None:
@@ -470,7 +467,7 @@ class ExaminedScan:
     """
 
     seriesuid: str
-    annotated: list[dict[str, Any]]
+    annotated: Sequence[AnnotatedNodule]
     found: Segmentation
     whole: Overlap
     crops: list[Overlap]
@@ -482,19 +479,15 @@ class ExaminedScan:
         cls, scan: ProcessedScan, found: Segmentation, loss: float = math.nan, excluded: pd.DataFrame | None = None
     ) -> ExaminedScan:
         """Counts what ``find_candidates`` found in a scan against its mask, and against excluded findings."""
-        annotated, truth, count = scan.metadata["nodules"], np.asarray(scan.mask), len(found.scores) - 1
-        boxes = [nodule_crop(scan.geometry, nodule) for nodule in annotated]
+        annotated, truth, count = scan.metadata.nodules, np.asarray(scan.mask), len(found.scores) - 1
+        boxes = [nodule_crop(scan.geometry, nodule).slices for nodule in annotated]
         crops = [Overlap.of(found.labels[box], truth[box], count) for box in boxes]
         unlabelled = replace(found, labels=found.labels[:0].copy())  # counted; a scan's array is too large to be kept
         on_excluded = np.zeros(count + 1, bool)
         if excluded is not None:
             ours = excluded[excluded["seriesuid"] == scan.seriesuid]
-            diameters = ours["diameter_mm"].where(ours["diameter_mm"] >= 0, UNKNOWN_DIAMETER_MM)
-            findings = [
-                {"center_world": center, "diameter_mm": diameter}
-                for center, diameter in zip(ours[_XYZ].to_numpy(), diameters, strict=True)
-            ]
-            on_finding = hits_of(found.candidates, findings).any(axis=1)
+            centers = np.reshape([mark.center_xyz for mark in found.candidates], (-1, 1, 3))
+            on_finding = is_hit(centers, ours[_XYZ].to_numpy()[None], ours["diameter_mm"].to_numpy()).any(axis=1)
             on_nodule = hits_of(found.candidates, annotated).any(axis=1)
             on_excluded[found.numbers] = on_finding & ~on_nodule
             on_excluded[0] = False
@@ -522,7 +515,7 @@ class ExaminedScan:
         """One row of NODULE_COLUMNS an annotated nodule, with the Dice in its crop."""
         kept = self.found.scores >= min_score
         values = [
-            (self.seriesuid, *nodule["center_world"], nodule["diameter_mm"], crop.metrics(kept)["dice"])
+            (self.seriesuid, *nodule.center_xyz, nodule.diameter_mm, crop.metrics(kept)["dice"])
             for nodule, crop in zip(self.annotated, self.crops, strict=True)
         ]
         return [dict(zip(NODULE_COLUMNS, row, strict=True)) for row in values]
@@ -554,13 +547,12 @@ def _middle_of_best(values: np.ndarray) -> int:
     return (first + last) // 2
 
 
-def nodule_crop(geometry: Geometry, nodule: dict[str, Any]) -> tuple[slice, slice, slice]:
-    """Crop (z, y, x) around one annotated nodule: its diameter and CROP_MARGIN_MM on every side."""
-    reach = (nodule["diameter_mm"] / 2 + CROP_MARGIN_MM) / np.asarray(geometry.spacing_zyx)
-    index = np.asarray(nodule["center_voxel"][::-1])
-    lower = np.maximum(np.floor(index - reach), 0).astype(int)
-    upper = np.maximum(np.ceil(index + reach) + 1, 0).astype(int)
-    return tuple(slice(a, b) for a, b in zip(lower, upper, strict=True))  # type: ignore[return-value]
+def nodule_crop(geometry: Geometry, nodule: Nodule) -> Box:
+    """The box around one annotated nodule: its diameter and CROP_MARGIN_MM on every side."""
+    reach = (nodule.diameter_mm / 2 + CROP_MARGIN_MM) / np.asarray(geometry.spacing_zyx)
+    lower = np.maximum(np.floor(nodule.index_zyx - reach), 0).astype(int)
+    upper = np.maximum(np.ceil(nodule.index_zyx + reach) + 1, lower).astype(int)
+    return Box.of_size(lower, upper - lower)
 
 
 def table_by_size(nodules: pd.DataFrame, curve: FROC) -> pd.DataFrame:
@@ -882,9 +874,8 @@ def _pair_hits(findings: pd.DataFrame, marks: pd.DataFrame) -> tuple[np.ndarray,
     start, stop = (np.searchsorted(marks["scan"], findings["scan"], side=side) for side in ("left", "right"))
     finding = np.repeat(np.arange(len(findings)), stop - start)
     mark = np.arange(len(finding)) + np.repeat(stop - np.cumsum(stop - start), stop - start)
-    diameter_mm = findings["diameter_mm"].where(findings["diameter_mm"] >= 0, UNKNOWN_DIAMETER_MM).to_numpy()
-    squared_mm2 = sum((findings[x].to_numpy()[finding] - marks[x].to_numpy()[mark]) ** 2 for x in _XYZ)
-    hit = squared_mm2 < (diameter_mm / 2)[finding] ** 2
+    marked, centers = marks[_XYZ].to_numpy()[mark], findings[_XYZ].to_numpy()[finding]
+    hit = is_hit(marked, centers, findings["diameter_mm"].to_numpy()[finding])
     return finding[hit], mark[hit]
 
 
@@ -1085,7 +1076,7 @@ def format_froc(curve: FROC) -> str:
 
 
 def _command(argv: list[str] | None) -> int:
-    skipped = ["model", "window", "seriesuids", "loss", "grid_spacing"]
+    skipped = ["model", "settings", "seriesuids", "loss"]
     (options, run_options, score_options), given = parse_command_line(
         Validator, "run_validation", score_predictions, argv=argv, skip=skipped
     )

@@ -1,7 +1,8 @@
-"""Small phantom data sets that the tests share; made once a session."""
+"""Small phantom data sets that the tests share, made once a session, and a scan format from outside."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,17 +10,31 @@ from pathlib import Path
 if os.environ.get("TEST_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same path on every machine
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 
+import utils
 from data.phantom import write_phantoms
 from preprocess import LUNA16Preprocessor
 from train import Trainer, ValidationSettings
-from utils import read_processed_list
+from utils import AnnotatedNodule, Geometry, ScanHeader, ScanMetadata, ScanReader, read_processed_list
 
 torch.set_num_threads(1)  # two busy threads on a shared core are slower than one
 
 TINY = {"channels": (4, 8), "strides": (2,), "num_res_units": 0, "dropout": 0.0}  # a network for one second
+
+
+def nodule_at(*index_zyx, diameter_mm=5.0, voxels=5):
+    """An annotated nodule on a grid of 1 mm from the origin."""
+    return AnnotatedNodule(index_zyx[::-1], index_zyx, diameter_mm, voxels)
+
+
+def metadata_of(*nodules, seriesuid="a", shape_zyx=(40, 40, 40), fold=None, patient=None):
+    """Metadata of a scan on a grid of 1 mm from the origin."""
+    grid = Geometry(shape_zyx, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return ScanMetadata(seriesuid, grid, nodules, fold, patient, "none", grid, {}, "")
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +80,41 @@ def fold_run(processed_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         data, folder, num_epochs=1, validation=ValidationSettings(fold=2), device="cpu", mixed_precision=False, **TINY
     ).train()
     return folder
+
+
+class StackReader(ScanReader):
+    """A format that the project has never heard of: a folder with stack.json, and the voxels in voxels.npy."""
+
+    def accepts(self, path: Path) -> bool:
+        return path.name.endswith("-stack")
+
+    def name(self, path: Path) -> str:
+        return path.name.removesuffix("-stack")
+
+    def files(self, path: Path) -> tuple[Path, ...]:
+        if not path.is_dir():
+            raise FileNotFoundError(f"scan {path} does not exist")
+        return path / "stack.json", path / "voxels.npy"
+
+    def read_header(self, path: Path) -> ScanHeader:
+        values = json.loads((path / "stack.json").read_text())
+        return ScanHeader(Geometry.from_dict(values["geometry"]), values["voxel_bytes"])
+
+    def read_image(self, path: Path) -> sitk.Image:
+        return self.read_header(path).geometry.image(np.load(path / "voxels.npy"))
+
+
+def write_stack(folder: Path, image: sitk.Image, **changes: list[float]) -> Path:
+    """The folder that StackReader reads; changes are of the geometry in its header."""
+    array = sitk.GetArrayFromImage(image)
+    folder.mkdir(parents=True)
+    header = {"geometry": Geometry.from_image(image).to_dict() | changes, "voxel_bytes": array.itemsize}
+    (folder / "stack.json").write_text(json.dumps(header))
+    np.save(folder / "voxels.npy", array)
+    return folder
+
+
+@pytest.fixture
+def stack_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registers that format from outside, for one test."""
+    monkeypatch.setattr(utils, "SCAN_READERS", [*utils.SCAN_READERS, StackReader()])

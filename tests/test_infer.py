@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -27,15 +28,25 @@ from infer import (
     MAX_CANDIDATES,
     WINDOW_BATCH,
     NoduleInferencer,
-    choose_scans,
     extract_nodules,
     find_candidates,
     map_scans,
+    write_image,
 )
-from model import LungNodule3DUNet, load_checkpoint, save_checkpoint
-from preprocess import LUNA16Preprocessor
+from model import InferenceSettings, LungNodule3DUNet, load_checkpoint, save_checkpoint
+from preprocess import LUNA16Preprocessor, find_scans
 from train import Trainer, ValidationSettings
-from utils import Geometry, InputError, find_scans, read_metadata, read_processed, read_processed_list, read_split
+from utils import (
+    AnnotatedNodule,
+    Box,
+    Geometry,
+    InputError,
+    choose_scans,
+    read_metadata,
+    read_processed,
+    read_processed_list,
+    read_split,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"channels": (4, 8), "strides": (2,), "num_res_units": 0, "dropout": 0.1}
@@ -73,9 +84,15 @@ class Nothing(nn.Module):
 def live(tmp_path):
     """An inferencer of a live model."""
 
-    def make(model, **arguments):
+    def make(model, window=None, **arguments):
+        settings = InferenceSettings(window=window)
         return NoduleInferencer(
-            output_dir=tmp_path / "out", device="cpu", mixed_precision=False, model=model, **arguments
+            output_dir=tmp_path / "out",
+            device="cpu",
+            mixed_precision=False,
+            model=model,
+            settings=settings,
+            **arguments,
         )
 
     return make
@@ -89,7 +106,7 @@ def trained(run_dir, tmp_path):
         path = run_dir / "checkpoints" / "best_model.pth"
         arguments = {"min_score": 0.0} | arguments
         inferencer = NoduleInferencer(path, output_dir, "cpu", mixed_precision=False, **arguments)
-        inferencer.model = model or inferencer.model
+        inferencer.predictor.model = model or inferencer.predictor.model
         return inferencer
 
     return make
@@ -119,19 +136,43 @@ class Leaning(nn.Module):
         return image + z[:, None, None] + 2 * y[:, None] + 4 * x
 
 
+# Axes (z, y, x) of the image itself and of each mirror image.
+MIRRORS = ((), (2,), (1,), (0,), (1, 2), (0, 1), (0, 2), (0, 1, 2))
+
+
 @pytest.mark.parametrize(("mirrors", "leaning"), [(1, (1, 2, 0)), (3, None), (7, (0, 0, 0))])
 def test_probabilities_of_mirror_images_are_averaged(live, mirrors, leaning):
     image = np.random.default_rng(0).random((4, 5, 6), dtype=np.float32)
-    turned = [np.flip(image, axes) for axes in infer.MIRRORS[: 1 + mirrors]]
+    turned = [np.flip(image, axes) for axes in MIRRORS[: 1 + mirrors]]
     alone = [
-        np.flip(live(Leaning()).predict_probability(array), axes)
-        for array, axes in zip(turned, infer.MIRRORS, strict=False)
+        np.flip(live(Leaning()).predict_probability(array), axes) for array, axes in zip(turned, MIRRORS, strict=False)
     ]
     found = live(Leaning(), mirrors=mirrors).predict_probability(image)
     np.testing.assert_allclose(found, np.mean(alone, axis=0), atol=2e-6)
     if leaning is not None:  # what leans one way and the other stands upright, up to the image
         ends = [found.take(-1, axis).mean() - found.take(0, axis).mean() for axis in range(3)]
         assert [abs(end) > 0.15 for end in ends] == [bool(lean) for lean in leaning]
+
+
+class QuarterTurn:
+    """A test-time transform of one's own, in the (y, x) plane."""
+
+    def apply(self, image):
+        return image.rot90(1, (3, 4))
+
+    def undo(self, logits):
+        return logits.rot90(-1, (3, 4))
+
+
+def test_transform_of_ones_own_is_averaged_too(live, monkeypatch):
+    monkeypatch.setattr(infer, "TRANSFORMS", [QuarterTurn()])
+    image = np.random.default_rng(0).random((4, 6, 6), dtype=np.float32)
+    straight = live(Leaning()).predict_probability(image)
+    turned = live(Leaning()).predict_probability(np.rot90(image, 1, (1, 2)))
+    found = live(Leaning(), mirrors=1).predict_probability(image)
+    np.testing.assert_allclose(found, (straight + np.rot90(turned, -1, (1, 2))) / 2, atol=2e-6)
+    with pytest.raises(InputError, match="mirrors must be 0 to 1 or null, not 2"):
+        live(Leaning(), mirrors=2)
 
 
 class Counting(nn.Module):
@@ -184,7 +225,7 @@ def test_all_looks_at_a_spot_count_alike_and_what_is_no_spot_stays(live):
 def test_no_look_goes_beyond_the_box(live):
     network = Counting()
     inferencer = live(network, window=(8, 8, 8), mirrors=1)
-    probability = inferencer.predict_probability(spotted((2, 3, 4)), ((0, 0, 0), (12, 4, 20)))
+    probability = inferencer.predictor.predict_probability(spotted((2, 3, 4)), Box((0, 0, 0), (12, 4, 20)))
     assert (probability[12:] < 1e-8).all() and (probability[:, 4:] < 1e-8).all()
     assert {tuple(window.shape) for window in network.seen[-2:]} == {(8, 4, 8)}
 
@@ -237,8 +278,8 @@ def test_checkpoint_knows_the_number_of_mirror_images(processed_dir, tmp_path):
     options = {"validation": ValidationSettings(mirrors=2), "device": "cpu", "mixed_precision": False, **TINY}
     Trainer(processed_dir, tmp_path, num_epochs=1, **options).train()
     path = tmp_path / "checkpoints" / "best_model.pth"
-    assert NoduleInferencer(path, device="cpu").mirrors == 2
-    assert NoduleInferencer(path, device="cpu", mirrors=0).mirrors == 0
+    assert NoduleInferencer(path, device="cpu").settings.mirrors == 2
+    assert NoduleInferencer(path, device="cpu", mirrors=0).settings.mirrors == 0
 
 
 @pytest.mark.parametrize("mirrors", [-1, 8])
@@ -376,14 +417,15 @@ def test_network_sees_one_window_at_a_time(live):
 
 def test_window_slides_over_the_box_alone(live):
     image = np.ones((6, 8, 10), np.float32)
-    probability = live(Bright(), window=(2, 2, 2)).predict_probability(image, ((1, 2, 3), (4, 6, 8)))
+    probability = live(Bright(), window=(2, 2, 2)).predictor.predict_probability(image, Box((1, 2, 3), (4, 6, 8)))
     expected = np.zeros(image.shape)
     expected[1:4, 2:6, 3:8] = 1
     np.testing.assert_allclose(probability, expected, atol=1e-4)
 
 
 def test_probability_outside_the_box_is_zero_to_eight_digits(live):
-    probability = live(Bright(), window=(2, 2, 2)).predict_probability(np.ones((4, 4, 4)), ((1, 1, 1), (3, 3, 3)))
+    box = Box((1, 1, 1), (3, 3, 3))
+    probability = live(Bright(), window=(2, 2, 2)).predictor.predict_probability(np.ones((4, 4, 4)), box)
     probability[1:3, 1:3, 1:3] = 0
     assert probability.max() < 1e-8
 
@@ -391,7 +433,7 @@ def test_probability_outside_the_box_is_zero_to_eight_digits(live):
 def test_window_without_a_box_slides_over_the_whole_image(live):
     image = np.random.default_rng(0).random((5, 6, 7), dtype=np.float32)
     inferencer = live(Bright(), window=(4, 4, 4))
-    whole = inferencer.predict_probability(image, ((0, 0, 0), (5, 6, 7)))
+    whole = inferencer.predictor.predict_probability(image, Box((0, 0, 0), (5, 6, 7)))
     np.testing.assert_array_equal(inferencer.predict_probability(image), whole)
 
 
@@ -409,7 +451,7 @@ def test_network_never_sees_more_windows_at_a_time_than_fit(live):
 
 
 def test_checkpoint_of_whole_scans_takes_each_scan_whole(trained):
-    assert trained().window is None
+    assert trained().settings.window is None
 
 
 # ----------------------------------------------------------------------------------------------------------- nodules
@@ -505,7 +547,7 @@ def test_score_of_a_ball_does_not_hang_on_where_it_lies_between_the_slices(slice
             probability = np.where(ball, np.float32(0.9), np.float32(0))
             geometry = Geometry(shape, (0.0, 0.0, 0.0), spacing)
             found = find_candidates(probability, geometry, 0.5, smallest_mm3=0)
-            scores += [nodule["probability"] for nodule in found.nodules]
+            scores += [nodule.score for nodule in found.nodules]
         assert len(scores) > 8
         assert max(scores) - min(scores) <= 0.05
         assert max(scores) == pytest.approx(0.9, abs=0.02)
@@ -532,9 +574,7 @@ def test_spot_that_fades_out_has_a_lower_probability_than_a_sharp_one(extract):
     assert fading["probability"] < 0.3
 
 
-@pytest.mark.parametrize("dense", [False, True])
-def test_components_are_those_of_the_whole_array(monkeypatch, dense):
-    monkeypatch.setattr(infer, "MOST_SPARSE_VOXELS", 0 if dense else 10**9)
+def test_components_are_those_of_the_whole_array():
     rng = np.random.default_rng(0)
     for share in (0.0, 0.03, 0.1, 0.3, 1.0):
         mask = rng.random((9, 5, 13)) < share
@@ -680,14 +720,14 @@ def spots(shape_zyx, **values):
 
 def marks_of(found):
     """(x of the centre, whether it is in the mask) of each candidate."""
-    return [(c["center_voxel"][0], number > 0) for c, number in zip(found.candidates, found.numbers, strict=True)]
+    return [(c.index_zyx[2], number > 0) for c, number in zip(found.candidates, found.numbers, strict=True)]
 
 
 def test_faint_spot_is_a_candidate_and_no_nodule():
     probability, geometry = spots((9, 9, 40), sure=(3, 3, 3, 0.9), faint=(3, 3, 33, 0.3))
     assert marks_of(find_candidates(probability, geometry, 0.5)) == [(4.0, True), (34.0, False)]
     nodules = extract_nodules(probability >= 0.5, geometry, probability)
-    assert [nodule["center_voxel"][0] for nodule in nodules] == [4.0]
+    assert [nodule.index_zyx[2] for nodule in nodules] == [4.0]
 
 
 def test_faint_border_of_a_nodule_is_no_candidate_of_its_own():
@@ -699,7 +739,7 @@ def test_hole_in_a_nodule_belongs_to_it():
     probability, geometry = spots((15, 15, 40), shell=(3, 3, 3, 0.9), other=(3, 3, 30, 0.9))
     probability[4, 4, 4] = 0.05
     found = find_candidates(probability, geometry, 0.5)
-    assert [nodule["volume_voxels"] for nodule in found.nodules] == [27, 27]
+    assert [nodule.volume_voxels for nodule in found.nodules] == [27, 27]
     assert found.mask[4, 4, 4]
 
 
@@ -718,8 +758,8 @@ def test_shell_larger_than_any_nodule_stays_hollow():
     outer, inner, nodule = (ball_mask(spacing, [middle], size, shape) for size in (72.0, 64.0, 10.0))
     probability = np.where(nodule, 0.95, np.where(outer & ~inner, 0.6, 0.0)).astype(np.float32)
     found = find_candidates(probability, Geometry(shape, (0.0, 0.0, 0.0), spacing), 0.5)
-    assert found.nodules[0]["center_world"] == pytest.approx(middle)
-    assert found.nodules[0]["volume_voxels"] == np.count_nonzero(nodule)
+    assert found.nodules[0].center_xyz == pytest.approx(middle)
+    assert found.nodules[0].volume_voxels == np.count_nonzero(nodule)
 
 
 def test_notch_that_opens_to_one_side_stays_open():
@@ -751,10 +791,10 @@ def test_at_most_100_candidates_are_kept_those_of_the_mask_first():
     candidates = found.candidates
     assert len(candidates) == MAX_CANDIDATES == 100
     assert [number > 0 for number in found.numbers] == [True] * 2 + [False] * 98
-    scores = [c["probability"] for c in candidates[2:]]
+    scores = [c.score for c in candidates[2:]]
     assert scores == sorted(scores, reverse=True)
     # The faintest go: 90 - 2 spots of 0.2 to 0.4, and only 10 of those of 0.15.
-    assert sum(c["center_voxel"][1] == 76 for c in candidates) == 10
+    assert sum(c.index_zyx[1] == 76 for c in candidates) == 10
 
 
 def test_scan_has_at_most_100_marks_the_likeliest_of_a_mask_of_more_nodules():
@@ -763,7 +803,7 @@ def test_scan_has_at_most_100_marks_the_likeliest_of_a_mask_of_more_nodules():
     found = find_candidates(probability, Geometry(probability.shape, (0.0, 0.0, 0.0), (4.0, 4.0, 4.0)), 0.5)
     marks = found.marks("1.2.3")
     assert (len(found.nodules), len(marks)) == (169, 100)
-    assert marks["probability"].tolist() == sorted((n["probability"] for n in found.nodules), reverse=True)[:100]
+    assert marks["probability"].tolist() == sorted((n.score for n in found.nodules), reverse=True)[:100]
     assert list(marks) == ["seriesuid", "coordX", "coordY", "coordZ", "probability"]
 
 
@@ -792,7 +832,7 @@ def test_nodule_below_the_smallest_score_leaves_the_mask_and_stays_a_candidate()
 def test_nodule_that_just_reaches_the_smallest_score_stays():
     probability, geometry = spots((9, 9, 9), spot=(3, 3, 3, 0.75))  # a cube is as round as a ball
     found = find_candidates(probability, geometry, 0.5)
-    score = found.candidates[0]["probability"]
+    score = found.candidates[0].score
     assert score == pytest.approx(0.75)
     assert found.keep(score).mask.sum() == 27
     assert not found.keep(np.nextafter(score, 1)).mask.any()
@@ -805,7 +845,7 @@ def test_one_of_two_touching_nodules_can_leave_the_mask():
     geometry = Geometry(shape, (0.0, 0.0, 0.0), UNIT)
     found = find_candidates(probability, geometry, 0.5)
     assert len(found.nodules) == 2
-    kept = found.keep(found.nodules[0]["probability"])
+    kept = found.keep(found.nodules[0].score)
     assert len(kept.nodules) == 1
     assert kept.mask[12, 12, 8] and not kept.mask[12, 12, 18]
 
@@ -892,7 +932,7 @@ def dataset_run(run_dir, processed_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("inference")
     path = run_dir / "checkpoints" / "best_model.pth"
     inferencer = NoduleInferencer(path, folder, "cpu", mixed_precision=False)
-    inferencer.model = Block()
+    inferencer.predictor.model = Block()
     return folder, inferencer.infer_dataset(processed_dir, "all")
 
 
@@ -926,7 +966,7 @@ def test_picture_opens_and_is_not_empty(dataset_run, processed_dir):
 
 def test_nodules_file_opens_as_the_brief_opens_one(dataset_run, run_dir, processed_dir):
     folder, _ = dataset_run
-    grid_spacing = tuple(load_checkpoint(run_dir / "checkpoints" / "best_model.pth")["grid_spacing"])
+    grid_spacing = tuple(load_checkpoint(run_dir / "checkpoints" / "best_model.pth").inference.grid_spacing)
     uid = read_processed_list(processed_dir)[0]
     (nodule,) = np.load(folder / f"{uid}_nodules.npy", allow_pickle=True).item()
     metadata = np.load(processed_dir / f"{uid}_metadata.npy", allow_pickle=True).item()
@@ -937,7 +977,7 @@ def test_nodules_file_opens_as_the_brief_opens_one(dataset_run, run_dir, process
     probability = torch.sigmoid(Block()(torch.zeros(1, 1, 32, 48, 48)))[0, 0].numpy()
     geometry = read_processed(processed_dir, uid).geometry
     (expected,) = find_candidates(probability, geometry, 0.5, grid_spacing).nodules
-    assert nodule["probability"] == pytest.approx(expected["probability"])
+    assert nodule["probability"] == pytest.approx(expected.score)
     assert 0 < nodule["probability"] <= 1
 
 
@@ -1017,7 +1057,7 @@ def test_results_of_another_checkpoint_are_not_mixed(trained, run_dir, processed
     trained(Nothing()).infer_dataset(processed_dir)
     shutil.copytree(run_dir / "checkpoints", tmp_path / "copy")
     path = tmp_path / "copy" / "best_model.pth"
-    save_checkpoint(path, load_checkpoint(path) | {"epoch": 7})  # other bytes
+    save_checkpoint(path, replace(load_checkpoint(path), epoch=7))  # other bytes
     other = NoduleInferencer(path, trained().output_dir, "cpu", min_score=0.0, mixed_precision=False)
     with pytest.raises(FileExistsError, match="holds results of"):
         other.infer_dataset(processed_dir)
@@ -1130,7 +1170,7 @@ def test_array_alone_gives_the_very_mask_that_the_data_set_gives(uneven_data, tm
     Trainer(uneven_data, run, num_epochs=1, device="cpu", mixed_precision=False, **TINY).train()
     path = run / "checkpoints" / "best_model.pth"
     inferencer = NoduleInferencer(path, tmp_path / "out", "cpu", min_score=min_score, mixed_precision=False)
-    inferencer.model = Marker()
+    inferencer.predictor.model = Marker()
     inferencer.infer_dataset(uneven_data, "all")
     spacings, kept, marked = set(), 0, 0
     for uid in read_processed_list(uneven_data):
@@ -1139,13 +1179,13 @@ def test_array_alone_gives_the_very_mask_that_the_data_set_gives(uneven_data, tm
         np.testing.assert_array_equal(mask, np.load(tmp_path / "out" / "predicted_masks" / f"{uid}.npy"))
         kept += mask.sum()
         marked += (inferencer.predict_probability(image) >= 0.5).sum()
-        spacings.add(tuple(read_metadata(uneven_data, uid)["spacing"]))
+        spacings.add(tuple(read_metadata(uneven_data, uid).grid.spacing))
     assert 0 < kept < marked and len(spacings) > 1
 
 
 def test_array_alone_gives_the_very_mask_with_a_sliding_window(trained, processed_dir):
     inferencer = trained(Marker(), min_score=0.15)
-    inferencer.window = (16, 24, 24)
+    inferencer.predictor.settings = replace(inferencer.settings, window=(16, 24, 24))
     (uid,) = inferencer.infer_dataset(processed_dir)["seriesuid"]
     mask = inferencer.predict(np.load(processed_dir / "images" / f"{uid}.npy"))
     assert mask.any()
@@ -1158,10 +1198,10 @@ def test_specks_are_no_nodules_but_one_coarse_voxel_is():
     probability[4:6, 4:6, 14] = 0.9  # 4 mm3, below a ball of 2 mm
     probability[4:6, 4:6, 24:26] = 0.9  # 8 mm3
     fine = find_candidates(probability, Geometry(probability.shape, (0.0, 0.0, 0.0), UNIT), 0.5)
-    assert [nodule["volume_voxels"] for nodule in fine.nodules] == [8]
+    assert [nodule.volume_voxels for nodule in fine.nodules] == [8]
     assert (fine.mask.sum(), len(fine.candidates)) == (8, 3)  # specks are marks still
     coarse = find_candidates(probability, Geometry(probability.shape, (0.0, 0.0, 0.0), (1.4, 1.4, 5.0)), 0.5)
-    assert sorted(nodule["volume_voxels"] for nodule in coarse.nodules) == [1, 4, 8]
+    assert sorted(nodule.volume_voxels for nodule in coarse.nodules) == [1, 4, 8]
 
 
 def test_map_of_many_specks_is_noise_and_takes_no_longer(monkeypatch):
@@ -1169,8 +1209,8 @@ def test_map_of_many_specks_is_noise_and_takes_no_longer(monkeypatch):
     probability = np.where(rng.random((60, 80, 80)) < 0.02, 0.9, 0.0).astype(np.float32)
     probability[20:24, 20:24, 20:24] = 0.95
     described = []
-    score = infer._score
-    monkeypatch.setattr(infer, "_score", lambda *given: described.append(1) or score(*given))
+    score = infer.score_candidate
+    monkeypatch.setattr(infer, "score_candidate", lambda *given: described.append(1) or score(*given))
     found = find_candidates(probability, Geometry(probability.shape, (0.0, 0.0, 0.0), UNIT), 0.5, smallest_mm3=0)
     assert len(infer._components(probability >= 0.5)) > 3000
     assert found.is_noise
@@ -1211,13 +1251,11 @@ def test_noise_is_told(trained, processed_dir, caplog):
 def test_picture_counts_the_annotated_nodules_that_the_tables_count(trained, processed_dir, monkeypatch):
     (uid,) = choose_scans(processed_dir, trained().checkpoint_path, "validation")
     figures = []
-    monkeypatch.setattr(NoduleInferencer, "_write_scan", lambda self, result, figure: figures.append(figure))
+    monkeypatch.setattr(infer.ResultFolder, "write_scan", lambda self, result, figure: figures.append(figure))
     inferencer, scan = trained(Nothing()), read_processed(processed_dir, uid)
-    nodule = {"center_world": scan.geometry.world([16, 24, 24]).tolist(), "diameter_mm": 5.0, "voxels": 8}
-    nodule["center_voxel"] = [24.0, 24.0, 16.0]
-    touching = nodule | {"center_world": scan.geometry.world([16, 24, 26]).tolist()}
-    unseen = nodule | {"center_world": scan.geometry.world([2, 4, 4]).tolist(), "voxels": 0}
-    scan.metadata["nodules"] = [nodule, touching, unseen]
+    voxels = {(16.0, 24.0, 24.0): 8, (16.0, 24.0, 26.0): 8, (2.0, 4.0, 4.0): 0}  # two touch, one is unseen
+    nodules = [AnnotatedNodule(tuple(scan.geometry.world(index)), index, 5.0, n) for index, n in voxels.items()]
+    scan = replace(scan, metadata=replace(scan.metadata, nodules=tuple(nodules)))
     inferencer._finish({uid: "validation"}, "here", scan, np.zeros(scan.mask.shape, np.float32))
     assert "0 predicted, 3 annotated, 3 missed" in figures[0].get_suptitle()
 
@@ -1330,7 +1368,7 @@ def chest_runs(run_dir, tmp_path_factory):
         folder = tmp_path_factory.mktemp("chest")
         path = write_chest(folder / "chest.mhd", flipped=flipped)
         inferencer = NoduleInferencer(run_dir / "checkpoints" / "best_model.pth", folder, "cpu", mixed_precision=False)
-        inferencer.model = Bright(HALF)
+        inferencer.predictor.model = Bright(HALF)
         (nodule,) = inferencer.infer_scan(path)
         mask = sitk.ReadImage(str(folder / "predicted_masks" / "chest.nii.gz"))
         runs[flipped] = sitk.ReadImage(str(path)), mask, nodule, folder
@@ -1469,7 +1507,7 @@ def test_clean_scan_is_told_from_a_network_that_marks_nothing(trained, tmp_path,
 
 def test_raw_training_scan_is_warned_of(trained, run_dir, phantom_dir, monkeypatch, caplog):
     monkeypatch.setattr(infer, "MAX_PICTURED", 1)
-    uid = read_split(run_dir / "checkpoints" / "split.json")["train"][0]
+    uid = read_split(run_dir / "checkpoints" / "split.json").train[0]
     inferencer = trained(Nothing())
     inferencer.infer_scan(find_scans(phantom_dir / "raw")[uid])
     assert f"{uid} is a training scan of this network" in caplog.text
@@ -1623,7 +1661,7 @@ def test_snippet_of_the_brief_works_word_for_word(run_dir, processed_dir, tmp_pa
     shutil.copy(processed_dir / "images" / f"{uid}.npy", tmp_path / "data/LUNA16/processed/images/sample.npy")
     shutil.copy(processed_dir / f"{uid}_metadata.npy", tmp_path / "data/LUNA16/processed/sample_metadata.npy")
     checkpoint = load_checkpoint(run_dir / "checkpoints" / "best_model.pth")
-    *_, bias = (tensor for name, tensor in checkpoint["weights"].items() if name.endswith("bias"))
+    *_, bias = (tensor for name, tensor in checkpoint.weights.items() if name.endswith("bias"))
     bias += 1000  # every voxel is nodule
     (tmp_path / "experiments/luna16_unet/checkpoints").mkdir(parents=True)
     save_checkpoint(tmp_path / "experiments/luna16_unet/checkpoints/best_model.pth", checkpoint)
@@ -1642,8 +1680,8 @@ def test_snippet_of_the_brief_works_word_for_word(run_dir, processed_dir, tmp_pa
 def test_network_of_the_checkpoint_predicts(run_dir, processed_dir, trained):
     scan = read_processed(processed_dir, read_processed_list(processed_dir)[0])
     checkpoint = load_checkpoint(run_dir / "checkpoints" / "best_model.pth")
-    network = LungNodule3DUNet(**checkpoint["network"])
-    network.load_state_dict(checkpoint["weights"])
+    network = LungNodule3DUNet(**checkpoint.arguments)
+    network.load_state_dict(checkpoint.weights)
     with torch.no_grad():
         expected = torch.sigmoid(network.eval()(torch.from_numpy(np.array(scan.image, np.float32))[None, None]))
     np.testing.assert_allclose(trained().predict_probability(scan.image), expected[0, 0].numpy(), rtol=1e-5)
@@ -1681,11 +1719,19 @@ def test_choice_of_a_data_set_with_a_raw_scan_is_refused(trained, tmp_path, give
         trained().run(tmp_path / "chest.mhd", **given)
 
 
+def found_of(nodule):
+    """The nodule of a dict of the brief."""
+    center, index, edges = nodule["center_world"], nodule["center_voxel"][::-1], nodule["bbox"]
+    box = Box(edges[::2], edges[1::2])
+    volume = nodule["volume_voxels"], nodule["volume_mm3"]
+    return infer.FoundNodule(center, index, nodule["diameter_mm"], *volume, box, nodule["probability"])
+
+
 def test_console_tables_fit_a_terminal(dataset_run, chest_runs):
     _, summary = dataset_run
     long = summary.assign(seriesuid=["1.3.6.1.4.1.14519.5.2.1.6279.6001." + str(n) * 30 for n in range(4)])
     long.loc[0, ["nodules", "largest_diameter_mm", "highest_score"]] = [0, math.nan, math.nan]
-    nodules = infer.nodule_table("1.3.6.1.4.1.14519.5.2.1.6279.6001." + "1" * 30, [chest_runs[False][2]])
+    nodules = infer.nodule_table("1.3.6.1.4.1.14519.5.2.1.6279.6001." + "1" * 30, [found_of(chest_runs[False][2])])
     for text in (infer.format_scans(long), infer.format_nodules(nodules)):
         assert "nan" not in text.lower() and "/" not in text
         assert max(map(len, text.splitlines())) <= 80
@@ -1781,3 +1827,36 @@ def test_error_of_any_stage_is_raised(processed_dir):
             map_scans(processed_dir, uids, compute, finish, "test")
     with pytest.raises(FileNotFoundError):
         map_scans(processed_dir, [*uids, "1.2.3"], lambda scan: None, lambda scan, computed: None, "test")
+
+
+def flipped_scan():
+    image = sitk.GetImageFromArray(np.random.default_rng(0).integers(200, size=(8, 9, 10), dtype=np.uint8))
+    image.SetDirection((-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0))
+    return image
+
+
+def test_written_image_reads_back(tmp_path):
+    write_image(tmp_path / "mask.nii.gz", flipped_scan())
+    image = sitk.ReadImage(str(tmp_path / "mask.nii.gz"))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(flipped_scan()))
+
+
+@pytest.mark.parametrize("kept_bytes", [400, 0])
+def test_image_that_the_disk_cuts_off_is_an_error(tmp_path, monkeypatch, kept_bytes):
+    write = sitk.WriteImage
+
+    def write_half(image, name, **options):
+        write(image, name, **options)
+        Path(name).write_bytes(Path(name).read_bytes()[:kept_bytes])
+
+    monkeypatch.setattr(sitk, "WriteImage", write_half)
+    with pytest.raises(OSError, match="disk full"):
+        write_image(tmp_path / "mask.nii.gz", flipped_scan())
+
+
+def test_image_that_could_not_be_written_is_not_there(tmp_path, monkeypatch):
+    write = sitk.WriteImage
+    monkeypatch.setattr(sitk, "WriteImage", lambda image, name, **options: write(image * 0, name, **options))
+    with pytest.raises(OSError, match="could not be written"):
+        write_image(tmp_path / "mask.nii.gz", flipped_scan())
+    assert list(tmp_path.iterdir()) == []

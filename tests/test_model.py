@@ -14,10 +14,11 @@ from torch.nn import functional
 
 from model import (
     NETWORKS,
+    Checkpoint,
     DiceBCELoss,
+    InferenceSettings,
     LungNodule3DUNet,
     SubpixelUNet,
-    build_network,
     load_checkpoint,
     place,
     save_checkpoint,
@@ -342,38 +343,42 @@ def test_loss_refuses_shapes_that_differ():
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
+def checkpoint_of(network=None, weights=None, **values):
+    given = {"preprocessing": {}, "inference": InferenceSettings(), "training": {}, "epoch": 3, "progress": {}} | values
+    arguments, weights = (network.arguments, network.state_dict()) if network else ({}, weights)
+    return Checkpoint(network="unet", arguments=arguments, weights=weights, **given)
+
+
 @pytest.fixture
 def checkpoint_path(tmp_path):
     path = tmp_path / "checkpoint.pth"
-    save_checkpoint(path, {"weights": {"w": torch.arange(1000.0)}, "epoch": 3, "name": "x", "sizes": [1, 2]})
+    save_checkpoint(path, checkpoint_of(weights={"w": torch.arange(1000.0)}, training={"name": "x", "sizes": [1, 2]}))
     return path
 
 
 def test_checkpoint_comes_back_as_it_was_saved(checkpoint_path):
     checkpoint = load_checkpoint(checkpoint_path)
-    assert torch.equal(checkpoint["weights"]["w"], torch.arange(1000.0))
-    assert (checkpoint["epoch"], checkpoint["name"], checkpoint["sizes"]) == (3, "x", [1, 2])
+    assert torch.equal(checkpoint.weights["w"], torch.arange(1000.0))
+    assert (checkpoint.epoch, checkpoint.training) == (3, {"name": "x", "sizes": [1, 2]})
 
 
 def test_network_comes_back_from_its_checkpoint(tmp_path):
     network = small_network()
-    training = {"network": "unet"}
-    checkpoint = {"training": training, "network": network.arguments, "weights": network.state_dict()}
-    save_checkpoint(tmp_path / "n.pth", checkpoint)
-    restored = build_network(load_checkpoint(tmp_path / "n.pth"))
+    save_checkpoint(tmp_path / "n.pth", checkpoint_of(network))
+    restored = load_checkpoint(tmp_path / "n.pth").build_network()
     image = torch.rand(1, 1, 4, 4, 4)
     assert torch.equal(restored(image), network(image))
 
 
 def test_network_of_a_checkpoint_is_in_evaluation_mode():
     network = small_network().train()
-    checkpoint = {"network": network.arguments, "weights": network.state_dict()}
-    assert not build_network(checkpoint | {"training": {"network": "unet"}}).training
+    assert not checkpoint_of(network).build_network().training
 
 
 def test_checkpoint_of_training_opens(run_dir):
     checkpoint = load_checkpoint(run_dir / "checkpoints" / "best_model.pth")
-    assert {"network", "weights", "preprocessing", "training", "epoch"} <= set(checkpoint)
+    assert checkpoint.network == "unet" and checkpoint.weights and checkpoint.preprocessing and checkpoint.training
+    assert checkpoint.epoch >= 1
 
 
 def test_missing_checkpoint_is_an_error_that_says_what_to_do(tmp_path):
@@ -402,7 +407,9 @@ def test_flipped_bit_in_the_weights_is_refused(checkpoint_path, position, bit):
 
 
 def test_flipped_bit_anywhere_is_harmless_or_a_value_error_that_names_the_file(checkpoint_path):
-    save_checkpoint(checkpoint_path, {"weights": torch.arange(100.0)})  # a small file: every seventh byte is tried
+    save_checkpoint(
+        checkpoint_path, checkpoint_of(weights=torch.arange(100.0))
+    )  # a small file: every seventh byte is tried
     whole = checkpoint_path.read_bytes()
     wrong = []
     for position, bit in itertools.product(range(0, len(whole), 7), (3, 7)):
@@ -410,7 +417,7 @@ def test_flipped_bit_anywhere_is_harmless_or_a_value_error_that_names_the_file(c
         data[position] ^= 1 << bit
         checkpoint_path.write_bytes(data)
         try:
-            if not torch.equal(load_checkpoint(checkpoint_path)["weights"], torch.arange(100.0)):
+            if not torch.equal(load_checkpoint(checkpoint_path).weights, torch.arange(100.0)):
                 wrong.append("other weights")
         except Exception as error:  # noqa: BLE001 - whatever is raised is the subject
             if not isinstance(error, ValueError) or str(checkpoint_path) not in str(error):
@@ -447,7 +454,7 @@ def test_lack_of_memory_is_not_called_damage(checkpoint_path, monkeypatch, error
 
 def test_checkpoint_says_the_hash_of_its_file(checkpoint_path):
     expected = hashlib.sha256(checkpoint_path.read_bytes()).hexdigest()
-    assert load_checkpoint(checkpoint_path)["sha256"] == expected
+    assert load_checkpoint(checkpoint_path).sha256 == expected
 
 
 def test_file_of_another_kind_is_refused(tmp_path):
@@ -478,7 +485,7 @@ class Harmful:
 
 def test_checkpoint_that_would_run_code_is_refused_without_running_it(tmp_path):
     victim = tmp_path / "victim"
-    save_checkpoint(tmp_path / "harmful.pth", {"weights": Harmful(str(victim))})
+    save_checkpoint(tmp_path / "harmful.pth", checkpoint_of(weights=Harmful(str(victim))))
     with pytest.raises(ValueError, match=r"harmful\.pth is damaged or no checkpoint"):
         load_checkpoint(tmp_path / "harmful.pth")
     assert not victim.exists()

@@ -12,7 +12,8 @@ import pytest
 import SimpleITK as sitk
 
 from data.phantom import UID_PREFIX, is_nodule_free, main, make_phantom, write_phantoms
-from utils import ANNOTATION_COLUMNS, find_scans
+from preprocess import find_scans
+from utils import ANNOTATION_COLUMNS
 
 UIDS = [f"{UID_PREFIX}.0.{index}" for index in range(4)]
 SMALL = (48, 48, 24)

@@ -14,7 +14,7 @@ import threading
 import time
 import tracemalloc
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,14 +24,19 @@ import pandas as pd
 import psutil
 import pytest
 import SimpleITK as sitk
+from conftest import write_stack
 
 import preprocess
 from preprocess import (
+    LUNG_LABELS,
+    Case,
     Contour,
     LUNA16Preprocessor,
     Preprocessing,
     draw_contours,
     draw_sphere,
+    find_scans,
+    luna16_cases,
     main,
     read_contours,
     resample_mean,
@@ -39,7 +44,7 @@ from preprocess import (
     select_lungs,
     widen,
 )
-from utils import Geometry, query_lidc, read_lung_points, read_metadata, read_scan
+from utils import Geometry, query_lidc, read_json, read_lung_points, read_metadata, read_scan
 
 FLIPPED = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
 TURNED_Z = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # index x runs along world y
@@ -288,7 +293,7 @@ def tissue_with_labels(labels: np.ndarray, **settings: Any) -> np.ndarray:
     """Array of a scan of 400 HU everywhere: 1 where it was kept, 0 where it was masked."""
     scan = image_of(np.full(labels.shape, 400, np.int16))
     settings = {"target_size": labels.shape} | settings
-    return Preprocessing(**settings).prepare(scan, image_of(labels)).array
+    return Preprocessing(**settings).prepare(scan, image_of(labels), LUNG_LABELS).array
 
 
 def test_outside_the_lungs_is_zero_and_inside_untouched():
@@ -339,7 +344,21 @@ def test_labels_on_a_flipped_grid_fall_on_the_same_tissue():
 
 
 def test_labels_without_a_lung_are_none():
-    assert select_lungs(image_of(box_labels(label=5))) is None
+    assert select_lungs(image_of(box_labels(label=5)), LUNG_LABELS) is None
+
+
+def test_lungs_of_a_mask_are_all_that_is_not_zero():
+    labels = box_labels(label=1)
+    labels[40:52, 12:36, 12:36] = 7
+    lungs = sitk.GetArrayFromImage(select_lungs(image_of(labels)))
+    np.testing.assert_array_equal(lungs, labels[1::3, 1::3, 1::3] > 0)  # voxels of 3 mm
+
+
+def test_lung_labels_need_not_follow_each_other():
+    labels = np.where(box_labels() > 0, 1, 2).astype(np.uint8)
+    labels[40:52, 12:36, 12:36] = 7
+    lungs = sitk.GetArrayFromImage(select_lungs(image_of(labels), (1, 7)))
+    np.testing.assert_array_equal(lungs, labels[1::3, 1::3, 1::3] != 2)
 
 
 def test_closing_takes_a_pleural_notch_back_into_the_lungs():
@@ -349,18 +368,6 @@ def test_closing_takes_a_pleural_notch_back_into_the_lungs():
         tissue_with_labels(labels, lung_closing_mm=closing, lung_margin_mm=0.0)[24, 24, 13] for closing in (1.0, 10.0)
     )
     assert (open_, closed) == (0, 1)
-
-
-def test_lung_box_is_half_open_and_tight():
-    lungs = np.zeros((4, 5, 6), bool)
-    lungs[1:3, 2:5, 3] = True
-    prepared = preprocess.PreparedScan(np.zeros((4, 5, 6)), Geometry((4, 5, 6), (0,) * 3, (1,) * 3), lungs, "threshold")
-    assert np.array_equal(prepared.lung_box, [[1, 2, 3], [3, 5, 4]])
-
-
-def test_lung_box_is_the_whole_array_where_no_lungs_were_used():
-    prepared = unmasked(image_of(noise((6, 8, 10))), target_size=(3, 4, 5))
-    assert np.array_equal(prepared.lung_box, [[0, 0, 0], [3, 4, 5]])
 
 
 def test_lung_points_lie_in_the_lungs():
@@ -434,7 +441,7 @@ def test_scan_without_lungs_is_left_unmasked():
 def test_labels_without_lungs_give_way_to_the_threshold(phantom_dir):
     scan = read_scan(next((phantom_dir / "raw").glob("subset0/*.mhd")))
     trachea_only = scan * 0 + 5
-    assert Preprocessing(target_size=(8, 8, 8)).prepare(scan, trachea_only).lung_source == "threshold"
+    assert Preprocessing(target_size=(8, 8, 8)).prepare(scan, trachea_only, LUNG_LABELS).lung_source == "threshold"
 
 
 @pytest.mark.parametrize("index", range(4))
@@ -754,8 +761,8 @@ def test_origin_and_spacing_place_the_array_on_the_scans_box(phantom_dir, fine_d
 def test_nodules_of_the_metadata_are_the_annotations(phantom_dir, fine_dir, index):
     uid = uids_of(phantom_dir)[index]
     rows = annotations_of(phantom_dir).query("seriesuid == @uid")[["coordX", "coordY", "coordZ", "diameter_mm"]]
-    nodules = read_metadata(fine_dir, uid)["nodules"]
-    found = np.array([[*nodule["center_world"], nodule["diameter_mm"]] for nodule in nodules]).reshape(-1, 4)
+    nodules = read_metadata(fine_dir, uid).nodules
+    found = np.array([[*nodule.center_xyz, nodule.diameter_mm] for nodule in nodules]).reshape(-1, 4)
     np.testing.assert_allclose(found, rows, rtol=0, atol=1e-4)
 
 
@@ -763,9 +770,9 @@ def test_nodules_of_the_metadata_are_the_annotations(phantom_dir, fine_dir, inde
 def test_nodule_voxels_of_the_metadata_agree_with_simpleitk(phantom_dir, fine_dir, index):
     uid = uids_of(phantom_dir)[index]
     image = processed_image(fine_dir, uid, "images")
-    for nodule in read_metadata(fine_dir, uid)["nodules"]:
-        expected = image.TransformPhysicalPointToContinuousIndex(nodule["center_world"])
-        np.testing.assert_allclose(nodule["center_voxel"], expected, rtol=0, atol=1e-4)
+    for nodule in read_metadata(fine_dir, uid).nodules:
+        expected = image.TransformPhysicalPointToContinuousIndex(nodule.center_xyz)
+        np.testing.assert_allclose(nodule.index_zyx[::-1], expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("index", [0, 2, 3])
@@ -792,7 +799,7 @@ def test_nodule_masks_have_the_volume_of_their_spheres(phantom_dir, fine_dir, in
 def test_nodule_free_scan_has_an_empty_mask_and_no_nodules(phantom_dir, fine_dir):
     uid = uids_of(phantom_dir)[1]
     assert not np.load(fine_dir / "masks" / f"{uid}.npy").any()
-    assert read_metadata(fine_dir, uid)["nodules"] == []
+    assert read_metadata(fine_dir, uid).nodules == ()
 
 
 @pytest.mark.parametrize("index", [0, 2, 3])
@@ -817,34 +824,27 @@ def test_stored_arrays_have_the_promised_types_and_range(phantom_dir, fine_dir, 
 @pytest.mark.parametrize("folder", ["processed_dir", "fine_dir"])
 def test_no_nodule_of_the_phantoms_is_cut(phantom_dir, request, folder):
     data_dir = request.getfixturevalue(folder)
-    nodules = [nodule for uid in uids_of(phantom_dir) for nodule in read_metadata(data_dir, uid)["nodules"]]
+    nodules = [nodule for uid in uids_of(phantom_dir) for nodule in read_metadata(data_dir, uid).nodules]
     assert len(nodules) == len(annotations_of(phantom_dir))
-    assert [nodule["center_world"] for nodule in nodules if nodule["cut_by_lungs"]] == []
+    assert [nodule.center_xyz for nodule in nodules if nodule.cut_by_lungs] == []
 
 
 def test_metadata_have_what_maps_back_to_the_scan(phantom_dir, fine_dir):
     uid = uids_of(phantom_dir)[2]
     scan = sitk.ReadImage(str(phantom_dir / "raw" / "subset2" / f"{uid}.mhd"))
-    assert Geometry.from_dict(read_metadata(fine_dir, uid)["scan_geometry"]) == Geometry.from_image(scan)
+    assert read_metadata(fine_dir, uid).scan_geometry == Geometry.from_image(scan)
 
 
 def test_metadata_have_what_repeats_the_preparation(phantom_dir, fine_dir):
-    settings = Preprocessing.from_dict(read_metadata(fine_dir, uids_of(phantom_dir)[0])["preprocessing"])
+    settings = Preprocessing.from_dict(read_metadata(fine_dir, uids_of(phantom_dir)[0]).preprocessing)
     assert settings == Preprocessing(target_size=(96, 128, 128))
 
 
 def test_metadata_for_numpy_and_json_are_equal(phantom_dir, fine_dir):
     uid = uids_of(phantom_dir)[0]
-    assert np.load(fine_dir / f"{uid}_metadata.npy", allow_pickle=True).item() == read_metadata(fine_dir, uid)
-
-
-def test_lung_box_of_the_metadata_holds_all_that_was_kept(phantom_dir, fine_dir):
-    uid = uids_of(phantom_dir)[0]
-    image = np.load(fine_dir / "images" / f"{uid}.npy")
-    lower, upper = read_metadata(fine_dir, uid)["lung_box_zyx"]
-    kept = np.argwhere(image > 0)
-    assert (kept.min(axis=0) >= lower).all()
-    assert (kept.max(axis=0) < upper).all()
+    assert np.load(fine_dir / f"{uid}_metadata.npy", allow_pickle=True).item() == read_json(
+        fine_dir / f"{uid}_metadata.json"
+    )
 
 
 def test_scans_with_and_without_nodules_are_listed_in_order(phantom_dir, fine_dir):
@@ -852,7 +852,7 @@ def test_scans_with_and_without_nodules_are_listed_in_order(phantom_dir, fine_di
 
 
 def test_lungs_come_from_luna16s_masks_where_there_are_some(phantom_dir, fine_dir):
-    assert {read_metadata(fine_dir, uid)["lung_source"] for uid in uids_of(phantom_dir)} == {"seg-lungs"}
+    assert {read_metadata(fine_dir, uid).lung_source for uid in uids_of(phantom_dir)} == {"seg-lungs"}
 
 
 def test_lungs_come_from_the_threshold_where_there_is_no_mask(phantom_dir, fine_dir, tmp_path):
@@ -861,7 +861,7 @@ def test_lungs_come_from_the_threshold_where_there_is_no_mask(phantom_dir, fine_
     preprocessor = LUNA16Preprocessor(
         phantom_dir / "raw", phantom_dir / "annotations.csv", output_dir=tmp_path, **options
     )
-    assert preprocessor.process_single_scan(uid)["lung_source"] == "threshold"
+    assert preprocessor.process_single_scan(uid).lung_source == "threshold"
     ours, theirs = (np.load(folder / "images" / f"{uid}.npy") > 0 for folder in (tmp_path, fine_dir))
     assert 2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()) > 0.9
 
@@ -1118,7 +1118,7 @@ def test_nodule_that_the_lung_mask_cuts_is_named(raw_dir):
     write_annotations(raw_dir, "1.1,10,20,20,4", "1.1,32,20,20,4")
     masked(raw_dir).process_all()
     assert problems_of(raw_dir) == [["1.1", 32, 20, 20, 4, "cut by the lung mask"]]
-    cut = [nodule["cut_by_lungs"] for nodule in read_metadata(raw_dir.parent / "processed", "1.1")["nodules"]]
+    cut = [nodule.cut_by_lungs for nodule in read_metadata(raw_dir.parent / "processed", "1.1").nodules]
     assert cut == [False, True]
 
 
@@ -1131,7 +1131,7 @@ def test_nodule_outside_the_cropped_box_is_named(raw_dir):
 
 def test_scan_without_lungs_is_warned_of(raw_dir, caplog):
     small(raw_dir, mask_lungs=True).process_all()
-    assert {read_metadata(raw_dir.parent / "processed", uid)["lung_source"] for uid in UIDS} == {"none"}
+    assert {read_metadata(raw_dir.parent / "processed", uid).lung_source for uid in UIDS} == {"none"}
     assert "3 scan(s) without lungs were left unmasked" in caplog.messages
 
 
@@ -1176,7 +1176,7 @@ def move(raw_dir: Path, folder: str) -> None:
 @pytest.mark.parametrize(("folder", "subset"), [("subset7", 7), (".", None)])
 def test_metadata_name_the_subset_that_the_scan_lies_in(raw_dir, folder, subset):
     move(raw_dir, folder)
-    assert small(raw_dir).process_single_scan("1.1")["subset"] == subset
+    assert small(raw_dir).process_single_scan("1.1").fold == subset
 
 
 def test_scan_that_moved_to_another_subset_is_redone(raw_dir):
@@ -1231,15 +1231,15 @@ def test_mask_is_what_the_contours_enclose(raw_dir, readers, x):
     expected = np.zeros((8, 10, 12), np.uint8)
     expected[4, 4:7, x] = 1
     np.testing.assert_array_equal(np.load(raw_dir.parent / "processed" / "masks" / "1.1.npy"), expected)
-    (nodule,) = metadata["nodules"]
-    assert (nodule["mask_source"], nodule["voxels"]) == ("lidc", expected.sum())
+    (nodule,) = metadata.nodules
+    assert (nodule.mask_source, nodule.voxels) == ("lidc", expected.sum())
 
 
 @pytest.mark.usefixtures("contours_of_first")
 def test_nodule_without_contours_is_a_sphere_and_counted(raw_dir, caplog):
     caplog.set_level(logging.INFO)
     lidc(raw_dir).process_all()
-    sources = [read_metadata(raw_dir.parent / "processed", uid)["nodules"][0]["mask_source"] for uid in UIDS[:2]]
+    sources = [read_metadata(raw_dir.parent / "processed", uid).nodules[0].mask_source for uid in UIDS[:2]]
     assert sources == ["lidc", "sphere"]
     assert np.load(raw_dir.parent / "processed" / "masks" / "1.2.npy").sum() == 19  # a ball of 3 mm
     assert "nodule masks: 1 by contours, 1 by sphere" in caplog.messages
@@ -1247,14 +1247,14 @@ def test_nodule_without_contours_is_a_sphere_and_counted(raw_dir, caplog):
 
 @pytest.mark.usefixtures("contours_of_first")
 def test_nodule_that_too_few_readers_marked_is_a_sphere(raw_dir):
-    (nodule,) = lidc(raw_dir, lidc_readers=3).process_single_scan("1.1")["nodules"]
-    assert (nodule["mask_source"], nodule["voxels"]) == ("sphere", 19)
+    (nodule,) = lidc(raw_dir, lidc_readers=3).process_single_scan("1.1").nodules
+    assert (nodule.mask_source, nodule.voxels) == ("sphere", 19)
 
 
 @pytest.mark.usefixtures("contours_of_first")
 def test_spheres_are_drawn_by_default(raw_dir):
-    (nodule,) = lidc(raw_dir, mask_source="sphere").process_single_scan("1.1")["nodules"]
-    assert (nodule["mask_source"], nodule["voxels"]) == ("sphere", 19)
+    (nodule,) = lidc(raw_dir, mask_source="sphere").process_single_scan("1.1").nodules
+    assert (nodule.mask_source, nodule.voxels) == ("sphere", 19)
 
 
 @pytest.mark.usefixtures("contours_of_first")
@@ -1268,7 +1268,7 @@ def test_other_mask_source_or_number_of_readers_redoes_the_scans(raw_dir):
 def test_single_scan_returns_the_metadata_it_writes(raw_dir):
     metadata = small(raw_dir).process_single_scan("1.1")
     assert metadata == read_metadata(raw_dir.parent / "processed", "1.1")
-    assert (metadata["seriesuid"], metadata["shape_zyx"], len(metadata["nodules"])) == ("1.1", [4, 5, 6], 1)
+    assert (metadata.seriesuid, metadata.grid.shape_zyx, len(metadata.nodules)) == ("1.1", (4, 5, 6), 1)
 
 
 def test_single_scan_counts_as_done_for_the_whole_run(raw_dir):
@@ -1378,6 +1378,137 @@ def test_command_line_has_an_option_for_every_setting(capsys):
     assert [field.name for field in fields(Preprocessing) if f"--{field.name} " not in text] == []
 
 
+# --------------------------------------------------------------------------------------------- cases of data sets
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+
+
+def test_find_scans_in_a_flat_folder(tmp_path):
+    touch(tmp_path, "1.2.mhd", "1.2.raw", "1.1.mhd")
+    assert find_scans(tmp_path) == {"1.1": tmp_path / "1.1.mhd", "1.2": tmp_path / "1.2.mhd"}
+
+
+def test_find_scans_in_subsets(tmp_path):
+    touch(tmp_path, "subset0/1.2.mhd", "subset9/1.1.mhd", "other/1.3.mhd")
+    assert find_scans(tmp_path) == {"1.1": tmp_path / "subset9/1.1.mhd", "1.2": tmp_path / "subset0/1.2.mhd"}
+
+
+def test_find_scans_sorts_flat_and_subset_scans_together(tmp_path):
+    touch(tmp_path, "1.2.mhd", "subset0/1.1.mhd", "subset1/1.3.mhd")
+    assert list(find_scans(tmp_path)) == ["1.1", "1.2", "1.3"]
+
+
+def test_find_scans_refuses_a_scan_in_two_places(tmp_path):
+    touch(tmp_path, "subset0/1.1.mhd", "subset1/1.1.mhd")
+    with pytest.raises(ValueError, match=r"1\.1 lies in two places"):
+        find_scans(tmp_path)
+
+
+def test_find_scans_refuses_a_folder_without_scans(tmp_path):
+    touch(tmp_path, "1.1.raw")
+    with pytest.raises(FileNotFoundError, match="no scan in"):
+        find_scans(tmp_path)
+
+
+def test_find_scans_refuses_a_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        find_scans(tmp_path / "absent")
+
+
+def luna16_of(folder: Path, *rows: str) -> list[Case]:
+    """Cases of a folder with scans in raw/ and masks in lungs/, and of annotations."""
+    (folder / "raw").mkdir(exist_ok=True)
+    write_annotations(folder / "raw", *rows)
+    return luna16_cases(folder / "raw", folder / "raw" / "annotations.csv", folder / "lungs")
+
+
+def test_cases_of_luna16_have_what_its_layout_tells(tmp_path, monkeypatch):
+    touch(tmp_path, "raw/1.2.mhd", "lungs/1.2.mhd")
+    touch(tmp_path / "raw", "subset7/1.1.mhd", "subset10/1.3.mhd")
+    install_contours(tmp_path / "site", monkeypatch, ("1.1", 7, 1, 0.0, "1,1"))  # of a patient of the same name
+    raw, lungs = tmp_path / "raw", tmp_path / "lungs"
+    assert luna16_of(tmp_path, "1.2,1,2,3,4", "1.1,5,6,7,8", "1.2,-1,-2,-3,5") == [
+        Case("1.1", raw / "subset7/1.1.mhd", None, LUNG_LABELS, ((5, 6, 7, 8),), "1.1", 7),
+        Case("1.2", raw / "1.2.mhd", lungs / "1.2.mhd", LUNG_LABELS, ((1, 2, 3, 4), (-1, -2, -3, 5)), None, None),
+        Case("1.3", raw / "subset10/1.3.mhd", None, LUNG_LABELS, (), None, 10),
+    ]
+
+
+def test_patients_of_luna16_are_unknown_without_the_database(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    touch(tmp_path, "raw/1.1.mhd")
+    assert [case.patient for case in luna16_of(tmp_path)] == [None]
+
+
+def toy_cases(raw_data_dir: Path, annotations_path: Path, lung_masks_dir: Path) -> list[Case]:
+    """Two patients' scans in folders of a format and a layout of their own; of one the lungs are known."""
+    room = raw_data_dir / "ward"
+    return [
+        Case("toy-a", room / "a-stack", room / "a-lungs-stack", (9,), ((20.0, 20.0, 20.0, 6.0),), "P1", 1),
+        Case("toy-b", room / "b-stack", patient="P2", fold=0),
+    ]
+
+
+@pytest.fixture
+def toy_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stack_reader: None) -> Path:
+    """Registers a data set and its format from outside; returns the folder that the scans lie in."""
+    monkeypatch.setitem(preprocess.DATA_SETS, "toy", toy_cases)
+    lungs = np.full((40, 40, 40), 8, np.uint8)
+    lungs[4:36, 4:36, 4:36] = 9
+    for name, array in (("a", noise((40, 40, 40))), ("b", noise((40, 40, 40), 1)), ("a-lungs", lungs)):
+        write_stack(tmp_path / "toy" / "ward" / f"{name}-stack", image_of(array))
+    return tmp_path / "toy"
+
+
+def toy(folder: Path, **options: Any) -> LUNA16Preprocessor:
+    options = {"target_size": (20, 20, 20), "num_processes": 1, "data_set": "toy"} | options
+    return LUNA16Preprocessor(folder, folder / "none.csv", folder / "none", folder.parent / "processed", **options)
+
+
+def test_data_set_from_outside_is_prepared(toy_data_set):
+    summary = toy(toy_data_set).process_all()
+    assert (sorted(summary.processed), summary.failed) == (["toy-a", "toy-b"], {})
+    assert summary.nodules == {"toy-a": 1, "toy-b": 0}
+    metadata = [read_metadata(toy_data_set.parent / "processed", uid) for uid in summary.processed]
+    found = [[scan.seriesuid, scan.patient, scan.fold, scan.lung_source] for scan in metadata]
+    assert found == [["toy-a", "P1", 1, "seg-lungs"], ["toy-b", "P2", 0, "none"]]
+    mask = np.load(toy_data_set.parent / "processed" / "masks" / "toy-a.npy")
+    assert mask[10, 10, 10] == 1
+    assert toy(toy_data_set).process_all().skipped == ["toy-a", "toy-b"]
+
+
+def test_memory_of_a_scan_that_is_a_folder_is_estimated(toy_data_set):
+    needs = preprocess.estimate_needs(toy_data_set / "ward" / "a-stack", Preprocessing(target_size=(20, 20, 20)))
+    assert (needs.scan_bytes, needs.disk_bytes) == (2 * 40**3, 3 * 20**3)
+
+
+@pytest.mark.parametrize("change", [{"patient": "P3"}, {"fold": 5}, {"lung_labels": (8,)}])
+def test_case_of_another_patient_fold_or_lung_label_is_redone(toy_data_set, monkeypatch, change):
+    toy(toy_data_set).process_all()
+
+    def changed(*paths: Path) -> list[Case]:
+        first, second = toy_cases(*paths)
+        return [replace(first, **change), second]
+
+    monkeypatch.setitem(preprocess.DATA_SETS, "toy", changed)
+    assert toy(toy_data_set).process_all().processed == ["toy-a"]
+
+
+def test_scan_that_a_data_set_lists_twice_is_refused(toy_data_set, monkeypatch):
+    monkeypatch.setitem(preprocess.DATA_SETS, "toy", lambda *paths: toy_cases(*paths) * 2)
+    with pytest.raises(ValueError, match="data set toy lists a scan twice"):
+        toy(toy_data_set).process_all()
+
+
+def test_unknown_data_set_is_refused():
+    with pytest.raises(ValueError, match="data_set must be one of luna16, not 'lidc'"):
+        LUNA16Preprocessor(data_set="lidc")
+
+
 # --------------------------------------------------------------------------------------------- real scans of LUNA16
 
 LUNA16 = Path(__file__).resolve().parents[2] / "shared" / "luna16"
@@ -1452,7 +1583,7 @@ def test_real_nodules_mask_lies_at_its_annotation(real_dir):
 
 @needs_luna16
 def test_real_nodule_is_not_cut(real_dir):
-    assert [nodule["cut_by_lungs"] for nodule in read_metadata(real_dir, NODULE_UID)["nodules"]] == [False]
+    assert [nodule.cut_by_lungs for nodule in read_metadata(real_dir, NODULE_UID).nodules] == [False]
 
 
 @needs_luna16

@@ -16,7 +16,8 @@ import torch
 
 from dataset import ScanSampler, SharedBatches
 from model import DiceBCELoss, load_checkpoint
-from utils import gather_objects, gather_samples, process_count, process_rank, read_split
+from train import gather_samples
+from utils import gather_objects, process_count, process_rank, read_split
 
 ROOT = Path(__file__).resolve().parents[1]
 # Dropout 0 and a norm within each sample: nothing depends on which process a sample lies in.
@@ -66,7 +67,7 @@ def same_file(one: Path, two: Path) -> bool:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(folder / "checkpoints" / "checkpoint_epoch_2.pth")["weights"]
+    return load_checkpoint(folder / "checkpoints" / "checkpoint_epoch_2.pth").weights
 
 
 @pytest.mark.slow
@@ -77,7 +78,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(runs):
     ]
     pd.testing.assert_frame_equal(*logs, rtol=1e-4)
     one, two = (weights(runs[name]) for name in ("one", "two"))
-    start = load_checkpoint(runs["one"] / "checkpoints" / "checkpoint_epoch_1.pth")["weights"]
+    start = load_checkpoint(runs["one"] / "checkpoints" / "checkpoint_epoch_1.pth").weights
     assert all(torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-5) for name in one)
     assert not any(torch.allclose(one[name], start[name], rtol=1e-5, atol=1e-5) for name in one)
 

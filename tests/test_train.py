@@ -26,7 +26,7 @@ import train
 from dataset import Augmentation, Patches
 from infer import NoduleInferencer
 from model import DiceBCELoss, SegmentationNetwork, SubpixelUNet, load_checkpoint, save_checkpoint
-from train import LossSettings, Speed, Trainer, ValidationSettings
+from train import LossSettings, Speed, Trainer, ValidationSettings, seed_everything
 from utils import InputError, UserError, folder_lock, parse_command_line, read_processed_list, read_split
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +51,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
 
 
 def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_checkpoint(folder / "checkpoints" / name)["weights"]
+    return load_checkpoint(folder / "checkpoints" / name).weights
 
 
 def test_writes_checkpoints_split_log_and_tensorboard(run_dir):
@@ -63,14 +63,14 @@ def test_writes_checkpoints_split_log_and_tensorboard(run_dir):
 
 def test_split_covers_all_scans_once(run_dir, processed_dir):
     split = read_split(run_dir / "checkpoints" / "split.json")
-    assert sorted(split["train"] + split["validation"]) == read_processed_list(processed_dir)
+    assert sorted(list(split.train) + list(split.validation)) == read_processed_list(processed_dir)
 
 
 def test_fold_is_held_out_and_written_to_the_split(fold_run, processed_dir):
     uids = read_processed_list(processed_dir)
     split = read_split(fold_run / "checkpoints" / "split.json")
-    assert (split["fold"], split["test"]) == (2, [uids[2]])
-    assert sorted(split["train"] + split["validation"]) == [uids[0], uids[1], uids[3]]
+    assert (split.fold, list(split.test)) == (2, [uids[2]])
+    assert sorted(list(split.train) + list(split.validation)) == [uids[0], uids[1], uids[3]]
 
 
 def test_training_never_opens_a_scan_of_the_fold(fold_run):
@@ -87,8 +87,8 @@ def test_resume_with_another_fold_is_refused(tmp_path, fold_run):
 
 def test_checkpoint_carries_network_and_preprocessing(run_dir):
     checkpoint = load_checkpoint(run_dir / "checkpoints" / "best_model.pth")
-    assert checkpoint["network"]["channels"] == [4, 8]
-    assert checkpoint["preprocessing"]["target_size"] == [32, 48, 48]
+    assert checkpoint.arguments["channels"] == [4, 8]
+    assert checkpoint.preprocessing["target_size"] == [32, 48, 48]
 
 
 def test_subpixel_network_is_trained_kept_and_used(processed_dir, tmp_path):
@@ -98,15 +98,15 @@ def test_subpixel_network_is_trained_kept_and_used(processed_dir, tmp_path):
     trainer.train()
     path = tmp_path / "checkpoints" / "best_model.pth"
     inferencer = NoduleInferencer(path, tmp_path / "out", "cpu")
-    assert isinstance(inferencer.model, SubpixelUNet)
-    assert inferencer.min_score == trainer.min_score
+    assert isinstance(inferencer.predictor.model, SubpixelUNet)
+    assert inferencer.settings.min_score == trainer.inference.min_score
 
 
 def test_augmentation_comes_from_the_command_line_and_goes_into_the_checkpoint(processed_dir, tmp_path):
     words = ["--data_dir", str(processed_dir), "--output_dir", str(tmp_path), "--num_epochs", "1", "--device", "cpu"]
     words += ["--channels", "[4,8]", "--strides", "[2]", "--num_res_units", "0", "--augmentation.fade_prob", "0.5"]
     assert train.main(words) == 0
-    kept = load_checkpoint(tmp_path / "checkpoints" / "best_model.pth")["training"]["augmentation"]
+    kept = load_checkpoint(tmp_path / "checkpoints" / "best_model.pth").training["augmentation"]
     assert (kept["fade_prob"], kept["flip_prob"]) == (0.5, 0.5)
 
 
@@ -160,7 +160,7 @@ def test_run_from_before_a_setting_existed_is_resumed(processed_dir, run_dir, tm
     shutil.copytree(run_dir, tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "checkpoint_epoch_2.pth"
     checkpoint = load_checkpoint(path)
-    del checkpoint["training"]["speed.compile_network"]
+    del checkpoint.training["speed.compile_network"]
     save_checkpoint(path, checkpoint)
     trainer = Trainer(processed_dir, tmp_path / "run", num_epochs=2, resume=True, **CPU)
     trainer.train()
@@ -169,8 +169,8 @@ def test_run_from_before_a_setting_existed_is_resumed(processed_dir, run_dir, tm
 
 def test_run_of_a_gpu_goes_on_on_a_cpu(processed_dir, run_dir, tmp_path):
     checkpoint = load_checkpoint(run_dir / "checkpoints" / "checkpoint_epoch_2.pth")
-    assert [group["capturable"] for group in checkpoint["optimizer"]["param_groups"]] == [False]
-    checkpoint["optimizer"]["param_groups"][0]["capturable"] = True  # as a GPU's optimiser has it
+    assert [group["capturable"] for group in checkpoint.progress["optimizer"]["param_groups"]] == [False]
+    checkpoint.progress["optimizer"]["param_groups"][0]["capturable"] = True  # as a GPU's optimiser has it
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(run_dir / "checkpoints" / "split.json", tmp_path / "checkpoints")
     save_checkpoint(tmp_path / "checkpoints" / "checkpoint_epoch_2.pth", checkpoint)
@@ -279,7 +279,7 @@ def spoil(processed_dir: Path, folder: Path, uids: list[str]) -> Path:
 
 
 def test_loss_that_is_not_finite_is_reported_by_scan_and_leaves_no_trace(processed_dir, tmp_path, run_dir, caplog):
-    bad = read_split(run_dir / "checkpoints" / "split.json")["train"][0]
+    bad = read_split(run_dir / "checkpoints" / "split.json").train[0]
     data = spoil(processed_dir, tmp_path / "data", [bad])
     Trainer(data, tmp_path / "run", num_epochs=1, batch_size=1, augmentation=None, **CPU).train()
     assert any("not finite" in line and bad in line for line in caplog.messages)
@@ -318,13 +318,13 @@ def let_validations_find(monkeypatch: pytest.MonkeyPatch, *results: tuple, with_
 def test_best_model_is_the_epoch_of_highest_dice_and_then_of_lowest_loss(processed_dir, tmp_path, monkeypatch):
     let_validations_find(monkeypatch, (0.2, 0.9, 0), (0.4, 0.9, 0), (0.4, 0.8, 0), (math.nan, 0.1, 0))
     Trainer(processed_dir, tmp_path, num_epochs=4, **CPU).train()
-    assert load_checkpoint(tmp_path / "checkpoints" / "best_model.pth")["epoch"] == 3
+    assert load_checkpoint(tmp_path / "checkpoints" / "best_model.pth").epoch == 3
 
 
 def test_undefined_dice_leaves_the_choice_to_the_loss(processed_dir, tmp_path, monkeypatch):
     let_validations_find(monkeypatch, (math.nan, 0.9, 0), (math.nan, 0.7, 0), (math.nan, 0.8, 0))
     Trainer(processed_dir, tmp_path, num_epochs=3, **CPU).train()
-    assert load_checkpoint(tmp_path / "checkpoints" / "best_model.pth")["epoch"] == 2
+    assert load_checkpoint(tmp_path / "checkpoints" / "best_model.pth").epoch == 2
 
 
 def test_loss_that_is_not_a_number_makes_no_worse_epoch_the_best(processed_dir, tmp_path, monkeypatch):
@@ -350,11 +350,11 @@ def test_split_is_told_with_its_nodules_and_a_part_without_any_is_warned_of(proc
     data = tmp_path / "data"
     shutil.copytree(processed_dir, data)
     split = Trainer(processed_dir, tmp_path / "first", **CPU).split
-    for uid in split["validation"]:
+    for uid in list(split.validation):
         path = data / f"{uid}_metadata.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"nodules": []}))
     trainer = Trainer(data, tmp_path / "run", num_epochs=1, **CPU)
-    trainer.split, trainer.validator.seriesuids = split, split["validation"]
+    trainer.split, trainer.validator.seriesuids = split, list(split.validation)
     with caplog.at_level("INFO"):
         trainer.train()
     assert "1 validation (0 nodules)" in caplog.text
@@ -435,7 +435,7 @@ def test_overwrite_interrupted_while_its_first_checkpoint_is_written_loses_neith
     with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 2; epoch 1 is kept"):
         Trainer(processed_dir, tmp_path / "run", **options).train()
     assert before.items() <= everything_in(tmp_path / "run").items()
-    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "checkpoint_epoch_1.pth")["epoch"] == 1
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "checkpoint_epoch_1.pth").epoch == 1
 
 
 def test_epoch_whose_checkpoint_is_being_written_is_kept(processed_dir, tmp_path, monkeypatch):
@@ -451,7 +451,7 @@ def test_epoch_whose_checkpoint_is_being_written_is_kept(processed_dir, tmp_path
     options = {**CPU, "num_epochs": 5, "validation": ValidationSettings(interval=5), "checkpoint_interval": 2}
     with pytest.raises(KeyboardInterrupt, match="epoch 2 is kept"):
         Trainer(processed_dir, tmp_path, **options).train()
-    assert load_checkpoint(tmp_path / "checkpoints" / "checkpoint_epoch_2.pth")["epoch"] == 2
+    assert load_checkpoint(tmp_path / "checkpoints" / "checkpoint_epoch_2.pth").epoch == 2
 
 
 def test_second_signal_while_the_last_epoch_is_kept_costs_nothing(processed_dir, tmp_path, monkeypatch):
@@ -474,7 +474,7 @@ def test_second_signal_while_the_last_epoch_is_kept_costs_nothing(processed_dir,
     options = {**CPU, "num_epochs": 5, "validation": ValidationSettings(interval=5), "checkpoint_interval": 5}
     with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 3; epoch 2 is kept"):
         Trainer(processed_dir, tmp_path, **options).train()
-    assert load_checkpoint(tmp_path / "checkpoints" / "checkpoint_epoch_2.pth")["epoch"] == 2
+    assert load_checkpoint(tmp_path / "checkpoints" / "checkpoint_epoch_2.pth").epoch == 2
 
 
 def test_second_training_in_one_folder_is_refused(processed_dir, tmp_path):
@@ -515,7 +515,7 @@ def test_interrupted_training_keeps_its_last_whole_epoch_and_says_how_to_go_on(p
     lines += process.stderr.readlines()
     assert process.wait(timeout=60) == status, "".join(lines)
     (path,) = (run / "checkpoints").glob("checkpoint_epoch_*.pth")
-    epoch = load_checkpoint(path)["epoch"]
+    epoch = load_checkpoint(path).epoch
     assert epoch >= 3
     assert path.name == f"checkpoint_epoch_{epoch}.pth"
     last = lines[-1]
@@ -690,7 +690,7 @@ def test_network_and_loss_of_ones_own_are_trained_and_validated(processed_dir, t
     log = Trainer(processed_dir, tmp_path, num_epochs=1, network="toy", loss=LossSettings("toy"), **CPU).train()
     assert log["train_loss"].tolist() == [7]
     path = tmp_path / "checkpoints" / "best_model.pth"
-    assert isinstance(NoduleInferencer(path, tmp_path / "out", "cpu").model, Toy)
+    assert isinstance(NoduleInferencer(path, tmp_path / "out", "cpu").predictor.model, Toy)
 
 
 def test_missing_data_tells_to_preprocess(tmp_path):
@@ -726,3 +726,21 @@ trainer.train()
 def test_main_returns_1_and_one_line_for_missing_data(tmp_path, caplog):
     assert train.main(["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "run"), "--device", "cpu"]) == 1
     assert "run python preprocess.py first" in caplog.text
+
+
+def draws() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002 - the seeded global states
+
+
+def test_seed_repeats_the_draws_of_python_numpy_and_torch():
+    seed_everything(7)
+    first = draws()
+    seed_everything(7)
+    assert draws() == first
+
+
+def test_other_seed_gives_other_draws():
+    seed_everything(7)
+    first = draws()
+    seed_everything(8)
+    assert all(a != b for a, b in zip(draws(), first, strict=True))

@@ -8,7 +8,6 @@ import logging
 import math
 import multiprocessing
 import os
-import random
 import re
 import shutil
 import sqlite3
@@ -17,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,17 +25,20 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 import torch
+from conftest import metadata_of, nodule_at, write_stack
 
 import utils
 from utils import (
     ANNOTATION_COLUMNS,
+    AnnotatedNodule,
+    Box,
     Geometry,
     InputError,
+    Split,
     UserError,
     atomic_path,
     autocast_dtype,
     check,
-    find_scans,
     parse_command_line,
     query_lidc,
     read_metadata,
@@ -48,13 +50,14 @@ from utils import (
     resample,
     run_main,
     scan_name,
-    seed_everything,
+    scan_reader,
     select_device,
     write_array,
     write_csv,
-    write_image,
     write_json,
+    write_metadata,
     write_objects,
+    write_split,
     write_text,
 )
 
@@ -180,7 +183,7 @@ def test_covering_a_thin_box_keeps_one_voxel():
 
 def test_cropped_starts_at_the_world_position_of_its_first_voxel(pair):
     geometry, image = pair
-    cropped = geometry.cropped(((3, 4, 5), (6, 8, 10)))
+    cropped = geometry.cropped(Box((3, 4, 5), (6, 8, 10)))
     assert cropped.shape_zyx == (3, 4, 5)
     np.testing.assert_allclose(cropped.origin, image.TransformIndexToPhysicalPoint((5, 4, 3)), rtol=0, atol=1e-9)
 
@@ -543,42 +546,87 @@ def test_scan_name_keeps_the_dots_of_the_uid(name):
     assert scan_name(Path("folder") / name) == "1.2.3"
 
 
-def touch(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).touch()
+@pytest.mark.usefixtures("stack_reader")
+def test_reader_from_outside_reads_a_folder(tmp_path):
+    image = read_scan(write_stack(tmp_path / "1.2.3-stack", flipped_scan()))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(flipped_scan()))
+    assert Geometry.from_image(image) == Geometry.from_image(flipped_scan())
 
 
-def test_find_scans_in_a_flat_folder(tmp_path):
-    touch(tmp_path, "1.2.mhd", "1.2.raw", "1.1.mhd")
-    assert find_scans(tmp_path) == {"1.1": tmp_path / "1.1.mhd", "1.2": tmp_path / "1.2.mhd"}
+@pytest.mark.usefixtures("stack_reader")
+def test_reader_from_outside_names_its_scans(tmp_path):
+    assert scan_name(tmp_path / "1.2.3-stack") == "1.2.3"
 
 
-def test_find_scans_in_subsets(tmp_path):
-    touch(tmp_path, "subset0/1.2.mhd", "subset9/1.1.mhd", "other/1.3.mhd")
-    assert find_scans(tmp_path) == {"1.1": tmp_path / "subset9/1.1.mhd", "1.2": tmp_path / "subset0/1.2.mhd"}
+@pytest.mark.usefixtures("stack_reader")
+def test_scan_of_a_reader_from_outside_is_checked_like_any_other(tmp_path):
+    with pytest.raises(ValueError, match="spacing must be positive"):
+        read_scan(write_stack(tmp_path / "a-stack", flipped_scan(), spacing=[0.0, 1.0, 1.0]))
+    with pytest.raises(ValueError, match="holds one value, 7, everywhere"):
+        read_scan(write_stack(tmp_path / "b-stack", sitk.GetImageFromArray(np.full((2, 2, 2), 7, np.int16))))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_scan(tmp_path / "c-stack")
 
 
-def test_find_scans_sorts_flat_and_subset_scans_together(tmp_path):
-    touch(tmp_path, "1.2.mhd", "subset0/1.1.mhd", "subset1/1.3.mhd")
-    assert list(find_scans(tmp_path)) == ["1.1", "1.2", "1.3"]
+def test_folder_that_no_reader_takes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must be one of \.mhd, \.mha, \.nii, \.nii\.gz, \.nrrd, not '1\.2-stack'"):
+        read_scan(write_stack(tmp_path / "1.2-stack", flipped_scan()))
 
 
-def test_find_scans_refuses_a_scan_in_two_places(tmp_path):
-    touch(tmp_path, "subset0/1.1.mhd", "subset1/1.1.mhd")
-    with pytest.raises(ValueError, match=r"1\.1 lies in two places"):
-        find_scans(tmp_path)
+def test_folder_with_the_name_of_a_scan_is_refused(tmp_path):
+    (tmp_path / "scan.mhd").mkdir()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_scan(tmp_path / "scan.mhd")
 
 
-def test_find_scans_refuses_a_folder_without_scans(tmp_path):
-    touch(tmp_path, "1.1.raw")
-    with pytest.raises(FileNotFoundError, match="no scan in"):
-        find_scans(tmp_path)
+@pytest.mark.parametrize(("name", "compress"), GOOD_FILES)
+def test_header_tells_geometry_and_bytes_of_the_voxels(tmp_path, name, compress):
+    path = saved(tmp_path / name, compress)
+    header = scan_reader(path).header(path)
+    assert header.num_bytes == 2 * 10 * 8 * 6
+    assert header.geometry == Geometry.from_image(sitk.ReadImage(str(path)))
 
 
-def test_find_scans_refuses_a_missing_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
-        find_scans(tmp_path / "absent")
+@pytest.mark.parametrize(
+    ("name", "compress", "files"),
+    [
+        ("scan.mhd", False, ["scan.mhd", "scan.raw"]),
+        ("scan.mhd", True, ["scan.mhd", "scan.zraw"]),
+        ("scan.mha", False, ["scan.mha"]),
+        ("scan.nii.gz", True, ["scan.nii.gz"]),
+        ("scan.nrrd", False, ["scan.nrrd"]),
+    ],
+)
+def test_reader_knows_the_files_of_a_scan(tmp_path, name, compress, files):
+    path = saved(tmp_path / name, compress)
+    assert scan_reader(path).files(path) == tuple(tmp_path / file for file in files)
+
+
+def fingerprint_of(path: Path) -> tuple[str, list[int]]:
+    return scan_reader(path).fingerprint(path)
+
+
+@pytest.mark.parametrize(("name", "compress"), GOOD_FILES)
+def test_fingerprint_is_that_of_the_same_scan_only(tmp_path, name, compress):
+    paths = [tmp_path / folder / name for folder in ("a", "b", "c")]
+    for path in paths:
+        path.parent.mkdir()
+    same = [saved(path, compress) for path in paths[:2]]
+    other = saved(paths[2], compress, flipped_scan()[1:])
+    assert fingerprint_of(same[0]) == fingerprint_of(same[1]) != fingerprint_of(other)
+
+
+def test_fingerprint_of_a_large_file_is_short(tmp_path):
+    path = saved(tmp_path / "scan.mha", image=sitk.GetImageFromArray(np.zeros((64, 64, 64), np.int16)))
+    text, sizes = scan_reader(path).fingerprint(path)
+    assert len(text) < 100_000 < sizes[0] == path.stat().st_size
+
+
+def test_fingerprint_changes_with_the_size_of_the_voxel_file(tmp_path):
+    path = write_header(tmp_path)
+    before = fingerprint_of(path)
+    (tmp_path / "scan.raw").write_bytes(b"")
+    assert fingerprint_of(path) != before
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -678,33 +726,6 @@ def test_written_list_loads_as_a_list(tmp_path):
     assert np.load(tmp_path / "nodules.npy", allow_pickle=True).item() == [{"x": 1}, {"x": 2}]
 
 
-def test_written_image_reads_back(tmp_path):
-    write_image(tmp_path / "mask.nii.gz", flipped_scan())
-    image = sitk.ReadImage(str(tmp_path / "mask.nii.gz"))
-    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(flipped_scan()))
-
-
-@pytest.mark.parametrize("kept_bytes", [400, 0])
-def test_image_that_the_disk_cuts_off_is_an_error(tmp_path, monkeypatch, kept_bytes):
-    write = sitk.WriteImage
-
-    def write_half(image: sitk.Image, name: str, **options: bool) -> None:
-        write(image, name, **options)
-        Path(name).write_bytes(Path(name).read_bytes()[:kept_bytes])
-
-    monkeypatch.setattr(sitk, "WriteImage", write_half)
-    with pytest.raises(OSError, match="disk full"):
-        write_image(tmp_path / "mask.nii.gz", flipped_scan())
-
-
-def test_image_that_could_not_be_written_is_not_there(tmp_path, monkeypatch):
-    write = sitk.WriteImage
-    monkeypatch.setattr(sitk, "WriteImage", lambda image, name, **options: write(image * 0, name, **options))
-    with pytest.raises(OSError, match="could not be written"):
-        write_image(tmp_path / "mask.nii.gz", flipped_scan())
-    assert list(tmp_path.iterdir()) == []
-
-
 def annotation_file(folder: Path, *rows: str, columns: str = ",".join(ANNOTATION_COLUMNS)) -> Path:
     path = folder / "annotations.csv"
     path.write_text("\n".join([columns, *rows]) + "\n")
@@ -761,7 +782,8 @@ def data_dir(tmp_path: Path) -> Path:
     """A processed data set of one scan of 2 x 3 x 4 voxels."""
     write_array(tmp_path / "images" / "1.1.npy", np.full((2, 3, 4), 0.5, np.float16))
     write_array(tmp_path / "masks" / "1.1.npy", np.ones((2, 3, 4), np.uint8))
-    write_objects(tmp_path / "1.1_metadata.npy", {"origin": [1.0, 2.0, 3.0], "spacing": [0.5, 1.0, 2.0]})
+    grid = Geometry((2, 3, 4), (1.0, 2.0, 3.0), (0.5, 1.0, 2.0))
+    write_metadata(tmp_path, replace(metadata_of(nodule_at(0.0, 1.0, 2.0), seriesuid="1.1"), grid=grid))
     write_text(tmp_path / "processed_files.txt", "1.1\n")
     return tmp_path
 
@@ -769,7 +791,7 @@ def data_dir(tmp_path: Path) -> Path:
 def test_processed_scan_has_image_mask_and_metadata(data_dir):
     scan = read_processed(data_dir, "1.1")
     assert (scan.image.dtype, scan.mask.dtype, scan.image.mean(), scan.mask.sum()) == (np.float16, np.uint8, 0.5, 24)
-    assert scan.metadata["origin"] == [1.0, 2.0, 3.0]
+    assert scan.metadata.grid.origin == (1.0, 2.0, 3.0)
 
 
 def test_processed_scan_is_not_loaded_into_memory(data_dir):
@@ -784,7 +806,43 @@ def test_processed_scan_has_the_geometry_of_its_metadata(data_dir):
 
 def test_metadata_come_from_the_json_twin(data_dir):
     (data_dir / "1.1_metadata.npy").unlink()
-    assert read_metadata(data_dir, "1.1")["spacing"] == [0.5, 1.0, 2.0]
+    assert read_metadata(data_dir, "1.1").grid.spacing == (0.5, 1.0, 2.0)
+
+
+def test_metadata_have_the_fields_that_the_brief_reads(data_dir):
+    fields = np.load(data_dir / "1.1_metadata.npy", allow_pickle=True).item()
+    assert (fields["origin"], fields["spacing"]) == ([1.0, 2.0, 3.0], [0.5, 1.0, 2.0])
+    assert fields["nodules"][0]["center_voxel"] == [2.0, 1.0, 0.0]  # x, y, z
+
+
+def test_metadata_come_back_as_they_were_written(tmp_path):
+    nodule = AnnotatedNodule((-1.5, 2.0, 3.0), (0.5, 1.0, 2.0), 6.0, 7, "lidc", False, True)
+    metadata = replace(metadata_of(nodule, fold=3, patient="LIDC-IDRI-0332"), preprocessing={"target_size": [1, 2, 3]})
+    write_metadata(tmp_path, metadata)
+    assert read_metadata(tmp_path, "a") == metadata
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"origin": 3}', '{"shape_zyx": 5, "origin": [1], "spacing": [1]}'])
+def test_metadata_of_another_version_say_what_to_run(data_dir, text):
+    (data_dir / "1.1_metadata.json").write_text(text)
+    with pytest.raises(InputError, match=r"of another version; run python preprocess\.py again"):
+        read_metadata(data_dir, "1.1")
+
+
+def test_array_of_another_shape_than_its_metadata_is_refused(data_dir):
+    for kind, dtype in (("images", np.float16), ("masks", np.uint8)):
+        write_array(data_dir / kind / "1.1.npy", np.ones((2, 3, 5), dtype))
+    with pytest.raises(InputError, match=r"the arrays of 1\.1 have the shape \(2, 3, 5\), not that of its metadata"):
+        read_processed(data_dir, "1.1")
+
+
+def test_box_around_a_mask_is_half_open_and_tight():
+    mask = np.zeros((3, 5, 6), np.uint8)
+    mask[1, 2, 3] = mask[2, 4, 3] = 1
+    box = Box.around(mask)
+    assert box == Box((1, 2, 3), (3, 5, 4)) == Box.of_size((1, 2, 3), (2, 3, 1))
+    assert box.shape_zyx == mask[box.slices].shape == (2, 3, 1)
+    assert Box.around(np.zeros((2, 2, 2))) is None
 
 
 @pytest.mark.parametrize("missing", ["images/1.1.npy", "masks/1.1.npy", "1.1_metadata.json"])
@@ -818,7 +876,14 @@ def test_empty_processed_list_is_refused(data_dir):
 
 def test_split_is_read(tmp_path):
     write_json(tmp_path / "split.json", {"train": ["1.1"], "validation": ["1.2"]})
-    assert read_split(tmp_path / "split.json") == {"train": ["1.1"], "validation": ["1.2"]}
+    assert read_split(tmp_path / "split.json") == Split(("1.1",), ("1.2",))
+
+
+def test_split_comes_back_as_it_was_written(tmp_path):
+    split = Split(("1.1", "1.3"), ("1.2",), ("1.4",), fold=2)
+    write_split(tmp_path / "split.json", split)
+    assert read_split(tmp_path / "split.json") == split
+    assert split.parts == {"1.1": "train", "1.3": "train", "1.2": "validation", "1.4": "test"}
 
 
 def test_missing_split_is_refused(tmp_path):
@@ -868,24 +933,6 @@ def test_lidc_query_without_the_package_is_none(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------- seeds and devices
-
-
-def draws() -> tuple[float, float, float]:
-    return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002 - the seeded global states
-
-
-def test_seed_repeats_the_draws_of_python_numpy_and_torch():
-    seed_everything(7)
-    first = draws()
-    seed_everything(7)
-    assert draws() == first
-
-
-def test_other_seed_gives_other_draws():
-    seed_everything(7)
-    first = draws()
-    seed_everything(8)
-    assert all(a != b for a, b in zip(draws(), first, strict=True))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 import matplotlib.image
@@ -12,12 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import metadata_of, nodule_at
 from torch import nn
 
 import validate
-from infer import NoduleInferencer, Segmentation, find_candidates
+from infer import FoundNodule, NoduleInferencer, Segmentation, find_candidates
 from model import DiceBCELoss, LungNodule3DUNet, load_checkpoint, save_checkpoint
-from utils import Geometry, InputError, ProcessedScan, read_processed, read_processed_list
+from utils import Box, Geometry, InputError, Nodule, ProcessedScan, read_processed, read_processed_list
 from validate import (
     ExaminedScan,
     Overlap,
@@ -125,7 +127,7 @@ def test_masks_of_different_shapes_are_refused():
 
 
 def nodule(x, diameter=10.0):
-    return {"center_world": [x, 0.0, 0.0], "diameter_mm": diameter}
+    return Nodule((x, 0.0, 0.0), (0.0, 0.0, x), diameter)
 
 
 def test_nodule_is_found_by_a_centre_nearer_than_its_radius():
@@ -142,7 +144,7 @@ def test_radius_is_that_of_the_annotation():
 
 
 def test_distance_is_measured_in_all_three_directions():
-    found = {"center_world": [3.0, 3.0, 3.0], "diameter_mm": 1.0}  # 5.2 mm away
+    found = Nodule((3.0, 3.0, 3.0), (3.0, 3.0, 3.0), 1.0)  # 5.2 mm away
     assert match_nodules([found], [nodule(0)]) == (0, 1)
 
 
@@ -163,7 +165,7 @@ def test_nodules_of_empty_lists_are_counted(found, annotated, expected):
 
 
 CUBE = Geometry((40, 40, 40), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-MIDDLE = {"center_voxel": [20.0, 20.0, 20.0], "diameter_mm": 4.0}  # its crop reaches 2 + 5 mm: voxels 13 to 27
+MIDDLE = nodule_at(20.0, 20.0, 20.0, diameter_mm=4.0)  # its crop reaches 2 + 5 mm: voxels 13 to 27
 
 
 def lines(**boxes):
@@ -177,7 +179,7 @@ def lines(**boxes):
 
 
 def nodule_dice(mask, truth, geometry, nodule):
-    box = nodule_crop(geometry, nodule)
+    box = nodule_crop(geometry, nodule).slices
     return voxel_metrics(mask[box], truth[box])["dice"]
 
 
@@ -203,13 +205,13 @@ def test_crop_of_a_nodule_is_measured_in_mm(z, expected):
 
 def test_dice_of_a_nodule_at_the_edge_is_that_of_what_lies_on_the_grid():
     mask, truth = lines(mask=np.s_[0, 0, 0:2], truth=np.s_[0, 0, 0:2])
-    assert nodule_dice(mask, truth, CUBE, MIDDLE | {"center_voxel": [0.0, -1.0, 0.5]}) == 1
+    assert nodule_dice(mask, truth, CUBE, replace(MIDDLE, index_zyx=(0.5, -1.0, 0.0))) == 1
 
 
 @pytest.mark.parametrize("place", [-50.0, 90.0])
 def test_dice_of_a_nodule_off_the_grid_is_undefined(place):
     (mask,) = lines(mask=np.s_[:, :, :])
-    assert math.isnan(nodule_dice(mask, mask, CUBE, MIDDLE | {"center_voxel": [place, 20.0, 20.0]}))
+    assert math.isnan(nodule_dice(mask, mask, CUBE, replace(MIDDLE, index_zyx=(20.0, 20.0, place))))
 
 
 def test_missed_nodule_has_a_dice_of_zero():
@@ -232,7 +234,8 @@ def examined(truth_voxels, *spots):
     """A scan of so many nodule voxels, with spots of (score, voxels, of them nodule)."""
     voxels, hits = ([0, *(spot[i] for spot in spots)] for i in (1, 2))
     hits[0] = truth_voxels - sum(hits)
-    candidates = [{"probability": score, "center_world": [0, 0, 0], "diameter_mm": 5.0} for score, _, _ in spots]
+    box = Box((0, 0, 0), (1, 1, 1))
+    candidates = [FoundNodule((0.0,) * 3, (0.0,) * 3, 5.0, 1, 1.0, box, score) for score, _, _ in spots]
     found = Segmentation(np.zeros((0, 1, 1), int), candidates, list(range(1, len(spots) + 1)))
     overlap = Overlap(np.array(voxels), np.array(hits))
     return ExaminedScan("1.2.3", [], found, overlap, [], np.zeros(len(voxels), bool), math.nan)
@@ -294,8 +297,7 @@ def test_predicted_nodule_on_an_excluded_finding_counts_neither_way(x, diameter_
     truth = np.zeros(probability.shape, np.uint8)
     probability[3:6, 3:6, 9:12] = probability[3:6, 3:6, 29:32] = 0.9
     truth[3:6, 3:6, 9:12] = 1
-    nodule = {"center_world": [10.0, 4.0, 4.0], "center_voxel": [10.0, 4.0, 4.0], "diameter_mm": 4.0}
-    metadata = {"origin": [0, 0, 0], "spacing": [1, 1, 1], "nodules": [nodule]}
+    metadata = metadata_of(nodule_at(4.0, 4.0, 10.0, diameter_mm=4.0), shape_zyx=probability.shape)
     scan = ProcessedScan("a", probability, truth, metadata)
     excluded = pd.DataFrame(
         [("a", x, 4.0, 4.0, diameter_mm), ("b", 30.0, 4.0, 4.0, 20.0)],  # another scan's does not matter
@@ -480,7 +482,7 @@ def test_perfect_model_has_a_dice_of_one(live, processed_dir):
 def test_perfect_model_finds_every_nodule_at_its_place_in_mm(live, processed_dir, index):
     scan = scan_of(processed_dir, index)
     summary = live(Oracle(scan.mask), [index]).run_validation().summary
-    assert (summary["nodules_found"], summary["false_positive_nodules"]) == (len(scan.metadata["nodules"]), 0)
+    assert (summary["nodules_found"], summary["false_positive_nodules"]) == (len(scan.metadata.nodules), 0)
 
 
 def test_scan_without_nodules_and_prediction_is_scored_as_undefined(live):
@@ -618,8 +620,9 @@ def test_mask_scored_of_a_sliding_window_is_the_one_that_infer_writes(run_dir, p
     path = run_dir / "checkpoints" / "best_model.pth"
     inferencer = NoduleInferencer(path, tmp_path / "infer", "cpu", mixed_precision=False)
     validator = Validator(processed_dir, path, tmp_path / "validate", "cpu", mixed_precision=False)
-    inferencer.window = validator.inferencer.window = (16, 24, 24)
-    inferencer.model = validator.inferencer.model = Everything()
+    for predictor in (inferencer.predictor, validator.inferencer.predictor):
+        predictor.settings = replace(predictor.settings, window=(16, 24, 24))
+        predictor.model = Everything()
     inferencer.infer_dataset(processed_dir)
     (uid,) = [uid for uid, part in parts.items() if part == "validation"]
     written = np.load(tmp_path / "infer" / "predicted_masks" / f"{uid}.npy")
@@ -631,7 +634,7 @@ def test_mask_scored_of_a_sliding_window_is_the_one_that_infer_writes(run_dir, p
 
 def test_validation_scans_alone_are_listed_by_default(run_dir, processed_dir, tmp_path, parts):
     validator = Validator(processed_dir, run_dir / "checkpoints" / "best_model.pth", tmp_path, "cpu")
-    validator.inferencer.model = Nothing()
+    validator.inferencer.predictor.model = Nothing()
     assert dict.fromkeys(validator.run_validation().table["seriesuid"], "validation").items() <= parts.items()
 
 
@@ -678,12 +681,15 @@ def test_summary_says_where_epoch_and_score_were_chosen_on_the_scans_it_scores(
 def test_score_learnt_at_another_threshold_is_dropped_and_told(run_dir, processed_dir, tmp_path, caplog):
     path = tmp_path / "checkpoints" / "best_model.pth"
     shutil.copytree(run_dir / "checkpoints", path.parent)
-    save_checkpoint(path, load_checkpoint(path) | {"min_score": 0.4})
-    assert Validator(processed_dir, path, tmp_path / "out", "cpu").inferencer.min_score == 0.4
+    checkpoint = load_checkpoint(path)
+    save_checkpoint(path, replace(checkpoint, inference=replace(checkpoint.inference, min_score=0.4)))
+    assert Validator(processed_dir, path, tmp_path / "out", "cpu").inferencer.settings.min_score == 0.4
     assert not caplog.text
-    assert Validator(processed_dir, path, tmp_path / "out", "cpu", threshold=0.3).inferencer.min_score == 0
+    assert Validator(processed_dir, path, tmp_path / "out", "cpu", threshold=0.3).inferencer.settings.min_score == 0
     assert "the min_score of 0.40 was learnt at a threshold of 0.5, not 0.3" in caplog.text
-    assert Validator(processed_dir, path, tmp_path / "out", "cpu", 0.3, min_score=0.2).inferencer.min_score == 0.2
+    assert (
+        Validator(processed_dir, path, tmp_path / "out", "cpu", 0.3, min_score=0.2).inferencer.settings.min_score == 0.2
+    )
 
 
 @pytest.fixture
@@ -730,7 +736,7 @@ def test_bug_in_one_scan_keeps_its_traceback_and_is_called_unexpected(run_dir, p
             return image[9, 9]
 
     validator = Validator(processed_dir, run_dir / "checkpoints" / "best_model.pth", tmp_path, "cpu")
-    validator.inferencer.model = Buggy()
+    validator.inferencer.predictor.model = Buggy()
     with pytest.raises(InputError, match=r"no scan could be scored.*unexpected IndexError"):
         validator.run_validation()
     assert "Traceback" in caplog.text and "in forward" in caplog.text
@@ -860,7 +866,7 @@ def test_undefined_metrics_are_empty_in_the_table(copied_run, processed_dir, tmp
     split = {"train": uids[2:], "validation": [uids[0], uids[1]]}
     (copied_run.parent / "split.json").write_text(json.dumps(split))
     validator = Validator(processed_dir, copied_run, tmp_path / "out", "cpu")
-    validator.inferencer.model = Nothing()
+    validator.inferencer.predictor.model = Nothing()
     validator.run_validation()
     lines = (tmp_path / "out" / "validation_results.csv").read_text().splitlines()
     assert lines[1].split(",")[2:6] == ["0.0", "0.0", "", "0.0"]  # a missed nodule: dice, sensitivity, -, recall
@@ -871,7 +877,7 @@ def test_validation_with_everything_undefined_still_writes_its_picture(copied_ru
     uids = read_processed_list(processed_dir)
     (copied_run.parent / "split.json").write_text(json.dumps({"train": uids[2:], "validation": [uids[1]]}))
     validator = Validator(processed_dir, copied_run, tmp_path / "out", "cpu")
-    validator.inferencer.model = Nothing()
+    validator.inferencer.predictor.model = Nothing()
     assert math.isnan(validator.run_validation().dice)
     assert (tmp_path / "out" / "metrics_distribution.png").is_file()
 
@@ -931,7 +937,7 @@ def test_fold_of_a_training_without_one_is_refused(run_dir, processed_dir, tmp_p
 def test_validation_scans_of_a_fold_are_scored_by_default(fold_run, processed_dir, tmp_path):
     path = fold_run / "checkpoints" / "best_model.pth"
     validator = Validator(processed_dir, path, tmp_path, "cpu")
-    validator.inferencer.model = Nothing()
+    validator.inferencer.predictor.model = Nothing()
     validator.run_validation()
     assert table_of(tmp_path) == dict.fromkeys(
         json.loads((path.parent / "split.json").read_text())["validation"], "validation"
@@ -943,7 +949,7 @@ def test_new_scans_are_scored_without_those_of_the_training(copied_run, processe
     split = {"train": uids[:1], "validation": uids[1:2], "test": [], "fold": None}
     (copied_run.parent / "split.json").write_text(json.dumps(split))
     validator = Validator(processed_dir, copied_run, tmp_path / "out", "cpu")
-    validator.inferencer.model = Nothing()
+    validator.inferencer.predictor.model = Nothing()
     validator.run_validation("new")
     assert table_of(tmp_path / "out") == dict.fromkeys(uids[2:], "new")
 
@@ -976,7 +982,7 @@ def erring_run(run_dir, processed_dir, tmp_path_factory):
         output_dir = folder / f"out{len(list(folder.iterdir()))}"
         path = folder / "checkpoints" / "best_model.pth"
         validator = Validator(processed_dir, path, output_dir, "cpu", mixed_precision=False)
-        validator.inferencer.model = KnowsAndErrs(read_processed(processed_dir, uids[2]).mask)
+        validator.inferencer.predictor.model = KnowsAndErrs(read_processed(processed_dir, uids[2]).mask)
         return output_dir, validator.run_validation(excluded_path=excluded_path)
 
     return run
@@ -1013,9 +1019,9 @@ def test_picture_of_the_froc_opens(erred):
 
 def test_candidates_and_nodules_have_a_row_each(erred, processed_dir):
     folder, result = erred
-    nodules = scan_of(processed_dir, 2).metadata["nodules"]
+    nodules = scan_of(processed_dir, 2).metadata.nodules
     table = read_csv(folder / "nodule_results.csv")
-    assert table["diameter_mm"].tolist() == [nodule["diameter_mm"] for nodule in nodules]
+    assert table["diameter_mm"].tolist() == [nodule.diameter_mm for nodule in nodules]
     assert table["dice"].tolist() == [1.0] * len(nodules)
     assert list(read_csv(folder / "candidates.csv")) == ["seriesuid", "coordX", "coordY", "coordZ", "probability"]
     assert len(result.candidates) == len(nodules) + 1
@@ -1025,7 +1031,7 @@ def test_summary_has_the_cpm_and_the_table_by_size(erred, processed_dir):
     folder, _ = erred
     summary = json.loads((folder / "validation_summary.json").read_text())
     assert summary["cpm"]["value"] == read_csv(folder / "froc.csv")["sensitivity"].iloc[-1]
-    assert sum(size["nodules"] for size in summary["by_size"]) == len(scan_of(processed_dir, 2).metadata["nodules"])
+    assert sum(size["nodules"] for size in summary["by_size"]) == len(scan_of(processed_dir, 2).metadata.nodules)
     assert {size["found"] for size in summary["by_size"]} == {1.0}
 
 
@@ -1059,7 +1065,7 @@ def test_scans_without_nodules_have_no_froc(copied_run, processed_dir, tmp_path)
     uids = read_processed_list(processed_dir)
     (copied_run.parent / "split.json").write_text(json.dumps({"train": uids[2:], "validation": [uids[1]]}))
     validator = Validator(processed_dir, copied_run, tmp_path / "out", "cpu")
-    validator.inferencer.model = Everything()
+    validator.inferencer.predictor.model = Everything()
     result = validator.run_validation()
     assert not (tmp_path / "out" / "froc.csv").exists()
     assert result.summary["by_size"] == []

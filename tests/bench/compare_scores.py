@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -16,15 +15,14 @@ import pandas as pd
 from jsonargparse import auto_cli
 from tqdm import tqdm
 
-import infer
-from infer import NoduleInferencer, find_candidates, nodule_table
+from infer import NoduleInferencer, find_candidates, nodule_table, score_candidate
 from utils import read_processed, read_processed_list
 from validate import NODULE_COLUMNS, froc, read_excluded
 
 SCORES = {
     "highest probability": lambda voxels, geometry, probability: float(probability[tuple(voxels.T)].max()),
     "mean probability": lambda voxels, geometry, probability: float(probability[tuple(voxels.T)].mean()),
-    "the score used": infer._score,
+    "the score used": score_candidate,
 }
 
 
@@ -50,11 +48,10 @@ def compare(
     nodules = []
     for uid in tqdm(uids, unit="scan", disable=None):
         scan = read_processed(data_dir, uid)
-        nodules += [(uid, *n["center_world"], n["diameter_mm"]) for n in scan.metadata["nodules"]]
+        nodules += [(uid, *n.center_xyz, n.diameter_mm) for n in scan.metadata.nodules]
         probability = inferencer.predict_probability(scan.image)
         for name, score in SCORES.items():
-            with mock.patch.object(infer, "_score", score):
-                found = find_candidates(probability, scan.geometry, inferencer.threshold)
+            found = find_candidates(probability, scan.geometry, inferencer.settings.threshold, score=score)
             marks[name].append(nodule_table(uid, found.candidates))
     annotations = pd.DataFrame(nodules, columns=NODULE_COLUMNS[:-1])
     excluded = read_excluded(excluded_path)

@@ -22,9 +22,10 @@ import psutil
 from jsonargparse import auto_cli
 
 from data.phantom import write_phantoms
-from preprocess import LUNA16Preprocessor
+from infer import write_image
+from preprocess import LUNA16Preprocessor, find_scans
 from tests.bench.benchmark import SMALL_NETWORK, WINDOW, enlarge, make_marks
-from utils import find_scans, read_scan, write_image
+from utils import read_scan
 
 LOOK_EVERY = 0.02  # seconds between two looks at the memory
 
@@ -80,10 +81,10 @@ def infer_grid(folder: Path, size: int) -> Path:
     import torch
 
     from infer import NoduleInferencer
-    from model import LungNodule3DUNet, place
+    from model import InferenceSettings, LungNodule3DUNet, place
 
     network = place(LungNodule3DUNet(**SMALL_NETWORK).eval(), torch.device("cpu"))
-    inferencer = NoduleInferencer(device="cpu", model=network, window=WINDOW)
+    inferencer = NoduleInferencer(device="cpu", model=network, settings=InferenceSettings(window=WINDOW))
     np.save(folder / "map.npy", inferencer.predict_probability(np.load(folder / "grid.npy")))
     return folder / "map.npy"
 
