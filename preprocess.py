@@ -1149,7 +1149,9 @@ def format_summary(summary: ProcessingSummary, settings: Preprocessing, output_d
 
 
 def _command(argv: list[str] | None) -> int:
-    (options, run_options), _ = parse_command_line(LUNA16Preprocessor, "process_all", argv=argv)
+    (options, run_options), _ = parse_command_line(
+        LUNA16Preprocessor, "process_all", argv=argv, registries={"data_set": DATA_SETS}
+    )
     preprocessor = LUNA16Preprocessor(**options)
     summary = preprocessor.process_all(**run_options)
     print(format_summary(summary, preprocessor.settings, preprocessor.output_dir))

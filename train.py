@@ -1041,7 +1041,7 @@ def _render(figure: Any) -> np.ndarray:
 
 
 def _command(argv: list[str] | None) -> int:
-    [options], _ = parse_command_line(Trainer, argv=argv)
+    [options], _ = parse_command_line(Trainer, argv=argv, registries={"network": NETWORKS, "loss.name": LOSSES})
     trainer = Trainer(**options)
     trainer.train()
     if process_rank():

@@ -23,7 +23,7 @@ import sys
 import textwrap
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import datetime, timedelta
@@ -1404,7 +1404,11 @@ class _Given:
 
 
 def parse_command_line(
-    cls: type, *callables: Callable | str, argv: list[str] | None, skip: Iterable[str] = ()
+    cls: type,
+    *callables: Callable | str,
+    argv: list[str] | None,
+    skip: Iterable[str] = (),
+    registries: Mapping[str, Iterable[str]] | None = None,
 ) -> tuple[list[dict[str, Any]], set[str]]:
     """Options from the signatures of a class and of what takes the arguments of one run; help from their docstrings.
 
@@ -1417,6 +1421,7 @@ def parse_command_line(
             one option.
         argv: Words of the command line; None takes those of the process.
         skip: Arguments that are no options.
+        registries: {option: names that it takes}, for the help.
 
     Returns:
         Keyword arguments for the constructor and for each of the callables, and the names of the options that the user
@@ -1428,7 +1433,7 @@ def parse_command_line(
     parser, names = _build_parser(cls, callables, set(skip))
     options = _options_of(parser)
     if {"-h", "--help"} & set(words):
-        print(_format_help(parser.prog, _first_line(cls), options))
+        print(_format_help(parser.prog, _first_line(cls), options, registries or {}))
         raise SystemExit(0)
     if "--debug" in words:
         logger.setLevel(logging.DEBUG)
@@ -1628,11 +1633,12 @@ def _first_line(documented: Any) -> str:
     return (documented.__doc__ or "").strip().split("\n")[0]
 
 
-def _option_help(name: str, options: dict[str, Any]) -> str:
-    """What an option does, its type and its default."""
+def _option_help(name: str, options: dict[str, Any], registries: Mapping[str, Iterable[str]]) -> str:
+    """What an option does, its type or the names that it takes, and its default."""
     action = options[name]
     text = f"{action.container.title.removesuffix('.')}." if hasattr(action, "basetype") else action.help or ""
-    notes = [_type_words(hint)] if (hint := _type_of(action)) else []
+    hint = Literal[*registries[name]] if name in registries else _type_of(action)
+    notes = [_type_words(hint)] if hint else []
     if any(other.startswith(f"{name}.") for other in options):
         notes.append("parts below" if action.default else "default null, parts below")
     else:
@@ -1640,11 +1646,11 @@ def _option_help(name: str, options: dict[str, Any]) -> str:
     return f"{text} ({', '.join(notes)})".strip()
 
 
-def _format_help(prog: str, description: str, options: dict[str, Any]) -> str:
+def _format_help(prog: str, description: str, options: dict[str, Any], registries: Mapping[str, Iterable[str]]) -> str:
     """The text of ``--help``: the options, a group for the parts of each dataclass, and what all scripts have."""
     groups: dict[str, list[tuple[str, str]]] = {"": []}
     for name in options:
-        groups.setdefault(name.rpartition(".")[0], []).append((f"--{name}", _option_help(name, options)))
+        groups.setdefault(name.rpartition(".")[0], []).append((f"--{name}", _option_help(name, options, registries)))
     width = min(max(shutil.get_terminal_size().columns - 2, 60), 120)
     lines = [f"usage: {prog} [options]", "", *_wrap(description, width)]
     for parent, entries in groups.items():

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from infer import (
     REMEDY,
+    InferenceSettings,
     NoduleInferencer,
     Segmentation,
     claim,
@@ -38,7 +39,6 @@ from infer import (
     tell_noise,
     write_failures,
 )
-from model import InferenceSettings
 from utils import (
     ANNOTATION_COLUMNS,
     CANDIDATE_COLUMNS,

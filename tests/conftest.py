@@ -15,9 +15,10 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+import preprocess
 import utils
 from data.phantom import write_phantoms
-from preprocess import LUNA16Preprocessor
+from preprocess import Case, LUNA16Preprocessor
 from train import Trainer, ValidationSettings
 from utils import AnnotatedNodule, Geometry, ScanHeader, ScanMetadata, ScanReader, read_processed_list
 
@@ -118,3 +119,25 @@ def write_stack(folder: Path, image: sitk.Image, **changes: list[float]) -> Path
 def stack_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registers that format from outside, for one test."""
     monkeypatch.setattr(utils, "SCAN_READERS", [*utils.SCAN_READERS, StackReader()])
+
+
+def toy_cases(raw_data_dir: Path, annotations_path: Path, lung_masks_dir: Path) -> list[Case]:
+    """Two patients' scans in folders of a format and a layout of their own; of one the lungs are known."""
+    room = raw_data_dir / "ward"
+    return [
+        Case("toy-a", room / "a-stack", room / "a-lungs-stack", (9,), ((20.0, 20.0, 20.0, 6.0),), "P1", 1),
+        Case("toy-b", room / "b-stack", patient="P2", fold=0),
+    ]
+
+
+@pytest.fixture
+def toy_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stack_reader: None) -> Path:
+    """Registers a data set and its format from outside; returns the folder that the scans lie in."""
+    monkeypatch.setitem(preprocess.DATA_SETS, "toy", toy_cases)
+    lungs = np.full((40, 40, 40), 8, np.uint8)
+    lungs[4:36, 4:36, 4:36] = 9
+    rng = np.random.default_rng(0)
+    scans = {name: rng.normal(-400, 200, lungs.shape).astype(np.int16) for name in "ab"}
+    for name, array in (scans | {"a-lungs": lungs}).items():
+        write_stack(tmp_path / "toy" / "ward" / f"{name}-stack", sitk.GetImageFromArray(array))
+    return tmp_path / "toy"

@@ -12,7 +12,7 @@ ALLOWED = {
     "preprocess": {"utils"},
     "dataset": {"utils"},
     "infer": {"utils", "model", "preprocess"},
-    "validate": {"utils", "model", "dataset", "infer"},  # the types of model
+    "validate": {"utils", "dataset", "infer"},
     "train": {"utils", "model", "dataset", "validate"},
 }
 

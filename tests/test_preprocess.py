@@ -24,7 +24,7 @@ import pandas as pd
 import psutil
 import pytest
 import SimpleITK as sitk
-from conftest import write_stack
+from conftest import toy_cases
 
 import preprocess
 from preprocess import (
@@ -1442,26 +1442,6 @@ def test_patients_of_luna16_are_unknown_without_the_database(tmp_path, monkeypat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     touch(tmp_path, "raw/1.1.mhd")
     assert [case.patient for case in luna16_of(tmp_path)] == [None]
-
-
-def toy_cases(raw_data_dir: Path, annotations_path: Path, lung_masks_dir: Path) -> list[Case]:
-    """Two patients' scans in folders of a format and a layout of their own; of one the lungs are known."""
-    room = raw_data_dir / "ward"
-    return [
-        Case("toy-a", room / "a-stack", room / "a-lungs-stack", (9,), ((20.0, 20.0, 20.0, 6.0),), "P1", 1),
-        Case("toy-b", room / "b-stack", patient="P2", fold=0),
-    ]
-
-
-@pytest.fixture
-def toy_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stack_reader: None) -> Path:
-    """Registers a data set and its format from outside; returns the folder that the scans lie in."""
-    monkeypatch.setitem(preprocess.DATA_SETS, "toy", toy_cases)
-    lungs = np.full((40, 40, 40), 8, np.uint8)
-    lungs[4:36, 4:36, 4:36] = 9
-    for name, array in (("a", noise((40, 40, 40))), ("b", noise((40, 40, 40), 1)), ("a-lungs", lungs)):
-        write_stack(tmp_path / "toy" / "ward" / f"{name}-stack", image_of(array))
-    return tmp_path / "toy"
 
 
 def toy(folder: Path, **options: Any) -> LUNA16Preprocessor:

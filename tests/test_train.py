@@ -21,13 +21,16 @@ import pytest
 import torch
 from conftest import TINY
 
+import infer
 import model
 import train
 from dataset import Augmentation, Patches
 from infer import NoduleInferencer
 from model import DiceBCELoss, SegmentationNetwork, SubpixelUNet, load_checkpoint, save_checkpoint
+from preprocess import LUNA16Preprocessor
 from train import LossSettings, Speed, Trainer, ValidationSettings, seed_everything
 from utils import InputError, UserError, folder_lock, parse_command_line, read_processed_list, read_split
+from validate import Validator
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = {**TINY, "device": "cpu", "mixed_precision": False}
@@ -691,6 +694,47 @@ def test_network_and_loss_of_ones_own_are_trained_and_validated(processed_dir, t
     assert log["train_loss"].tolist() == [7]
     path = tmp_path / "checkpoints" / "best_model.pth"
     assert isinstance(NoduleInferencer(path, tmp_path / "out", "cpu").predictor.model, Toy)
+
+
+def test_pipeline_takes_data_set_format_network_loss_and_transform_from_outside(toy_data_set, tmp_path, monkeypatch):
+    class Toy(SegmentationNetwork):
+        def _build(self) -> torch.nn.Module:
+            return torch.nn.Conv3d(1, 1, 3, padding=1)
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return self.unet(image)
+
+    class QuarterTurn:
+        def apply(self, image: torch.Tensor) -> torch.Tensor:
+            turns.append(image.shape)
+            return image.rot90(1, (3, 4))
+
+        def undo(self, logits: torch.Tensor) -> torch.Tensor:
+            return logits.rot90(-1, (3, 4))
+
+    turns: list[torch.Size] = []
+    monkeypatch.setitem(model.NETWORKS, "toy", Toy)
+    monkeypatch.setitem(model.LOSSES, "toy", lambda **arguments: DiceBCELoss(**arguments | {"bce_weight": 2.0}))
+    monkeypatch.setattr(infer, "TRANSFORMS", [QuarterTurn()])
+    data, run = tmp_path / "processed", tmp_path / "run"
+    LUNA16Preprocessor(toy_data_set, output_dir=data, target_size=(20, 20, 20), data_set="toy").process_all()
+    options = {"network": "toy", "loss": LossSettings("toy"), "validation": ValidationSettings(mirrors=1)} | CPU
+    Trainer(data, run, num_epochs=1, **options).train()
+    assert read_split(run / "checkpoints" / "split.json").parts == {"toy-a": "train", "toy-b": "validation"}
+    path = run / "checkpoints" / "best_model.pth"
+    assert len(Validator(data, path, tmp_path / "scores", "cpu").run_validation().table) == 1
+    seen = len(turns)
+    NoduleInferencer(path, tmp_path / "out", "cpu").infer_scan(toy_data_set / "ward" / "b-stack")
+    assert len(turns) == seen + 1 and (tmp_path / "out" / "b_nodules.csv").is_file()
+
+
+def test_help_lists_the_registered_networks_and_losses(monkeypatch, capsys):
+    monkeypatch.setitem(model.NETWORKS, "toy", SubpixelUNet)
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "({unet,subpixel,subpixel_instance,toy}, default unet)" in text
+    assert "({dice_bce}, default dice_bce)" in text
 
 
 def test_missing_data_tells_to_preprocess(tmp_path):
