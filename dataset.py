@@ -1,7 +1,7 @@
 """A processed folder as batches: the data set, its augmentation, the split and the loaders.
 
-Everything random is drawn from (seed, epoch, place) alone, so the batches are the same for any number of workers, and a
-resumed run goes on with the very batches that the stopped one would have seen.
+Everything random is drawn from (seed, epoch, position) alone. So the batches are the same for any number of workers, and
+a resumed run goes on with the very batches that the stopped one would have seen.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 Cache = Literal["device", "memory", "files"]
 CPU = torch.device("cpu")
 NUM_FOLDS = 10
-PASTE_TRIES = 4  # places looked at
+PASTE_TRIES = 4  # positions tried
 MEMORY_SHARE = 0.5  # of the free memory, of the device or of the machine, that training scans may take
 JITTER = 0.375  # of the patch: how far a nodule may lie from the middle of its patch
 TISSUE_LEVEL = 0.4  # -440 HU; what is brighter is no lung
@@ -71,13 +71,13 @@ class SampleKey(NamedTuple):
 
     Args:
         epoch: Epochs done.
-        place: Place in the epoch.
+        position: Position in the epoch.
         scan: Index of the scan.
         center_zyx: Voxel at the middle of the patch; None for the whole scan.
     """
 
     epoch: int
-    place: int
+    position: int
     scan: int
     center_zyx: Shape | None = None
 
@@ -130,7 +130,7 @@ class Augmentation:
         shift_offset: Largest shift.
         fade_prob: Probability that the nodules of a sample fade into the lung, as if they were ground glass.
         fade_share: Largest share by which they fade.
-        paste_prob: Probability that a patch without a nodule gets one of another place or scan.
+        paste_prob: Probability that a patch without a nodule gets one from elsewhere.
 
     Raises:
         ValueError: A probability lies outside [0, 1], or a range is negative or too wide.
@@ -377,7 +377,7 @@ class LUNA16Dataset(Dataset):
     ) -> np.ndarray:
         """Lays a random nodule, flipped at random, over a patch; what is brighter stays.
 
-        Of a few places around ``at_zyx`` it takes the one with most tissue: nodules that touch a vessel are the ones
+        Of a few positions around ``at_zyx`` it takes the one with most tissue: nodules that touch a vessel are the ones
         that are missed.
 
         Returns:
@@ -401,8 +401,8 @@ class LUNA16Dataset(Dataset):
             return nowhere
         moves = rng.uniform(-JITTER, JITTER, (PASTE_TRIES, 3)) * shape
         starts = np.clip(np.rint(at_zyx - size // 2 + moves).astype(int), 0, shape - size)
-        places = [image[Box.of_size(start, size).slices] for start in starts]
-        tissue = np.array([(place[nodule > 0] > TISSUE_LEVEL).mean() for place in places])
+        crops = [image[Box.of_size(start, size).slices] for start in starts]
+        tissue = np.array([(crop[nodule > 0] > TISSUE_LEVEL).mean() for crop in crops])
         if (tissue > MOST_TISSUE).all():
             return nowhere
         start = starts[np.where(tissue > MOST_TISSUE, -1, tissue).argmax()]
@@ -423,7 +423,7 @@ class LUNA16Dataset(Dataset):
             points = points - start
             points = points[((points >= 0) & (points < self.patch_size_zyx)).all(axis=1)]
             if self.augmentation is not None and not len(points):
-                rng = generator_of("paste", self.seed, key.epoch, key.place)
+                rng = generator_of("paste", self.seed, key.epoch, key.position)
                 if rng.random() < self.augmentation.paste_prob:
                     pixels, nodules = image.cpu().numpy(), mask.cpu().numpy()
                     points = self._paste_nodule(pixels, nodules, key.center_zyx - start, rng)
@@ -432,7 +432,7 @@ class LUNA16Dataset(Dataset):
             image, mask = image.clone(), mask.clone()  # lets go of the files
         drawn = None
         if self.augmentation is not None:
-            rng = generator_of("augmentation", self.seed, key.epoch, key.place)
+            rng = generator_of("augmentation", self.seed, key.epoch, key.position)
             z, y, x = image.shape
             drawn = self.augmentation.draw(rng, (z, y, x), self.metadata[key.scan].grid.spacing_zyx, points)
         return {
@@ -588,7 +588,7 @@ class PatchSampler(Sampler):
         warmup = self.patches.warmup_epochs
         early = 1 - self.epoch / warmup if self.epoch < warmup else 0.0
         nodule_share = early + (1 - early) * self.patches.nodule_share
-        places = list(self.hard)
+        hard = list(self.hard)
         weights = np.asarray(list(self.hard.values()))
         keys = []
         for index in range(self.size):
@@ -596,8 +596,8 @@ class PatchSampler(Sampler):
             if self.nodules and kind[0] < nodule_share:
                 scan, point = self.nodules[rng.integers(len(self.nodules))]
                 center = np.rint(point + rng.uniform(-self.reach, self.reach)).astype(int)
-            elif places and kind[1] < self.patches.hard_share:
-                scan, center = places[rng.choice(len(places), p=weights / weights.sum())]
+            elif hard and kind[1] < self.patches.hard_share:
+                scan, center = hard[rng.choice(len(hard), p=weights / weights.sum())]
             else:
                 scan = int(rng.integers(len(self.lung_points)))
                 center = self.lung_points[scan][rng.integers(len(self.lung_points[scan]))]
@@ -611,10 +611,10 @@ class PatchSampler(Sampler):
         """
         for key, error in zip(keys, errors, strict=True):
             assert key.center_zyx is not None
-            place = (key.scan, key.center_zyx)
-            self.hard.pop(place, None)
+            patch = (key.scan, key.center_zyx)
+            self.hard.pop(patch, None)
             if error >= HARD_ERROR:
-                self.hard[place] = float(error)
+                self.hard[patch] = float(error)
         if len(self.hard) > self.size:
             hardest = sorted(self.hard.items(), key=lambda item: -item[1])[: self.size]
             self.hard = dict(hardest)
@@ -655,8 +655,8 @@ class SharedBatches(Sampler):
         for start in range(0, len(keys), self.batch_size):
             batch = keys[start : start + self.batch_size]
             share = math.ceil(len(batch) / self.count)
-            places = range(self.rank * share, (self.rank + 1) * share)
-            yield [batch[place % len(batch)] for place in places]
+            positions = range(self.rank * share, (self.rank + 1) * share)
+            yield [batch[position % len(batch)] for position in positions]
 
 
 def make_loader(

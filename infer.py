@@ -33,7 +33,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model import InferenceSettings, SegmentationNetwork, load_checkpoint, place
+from model import InferenceSettings, SegmentationNetwork, load_checkpoint, to_device
 from preprocess import PreparedScan, Preprocessing
 from utils import (
     CANDIDATE_COLUMNS,
@@ -165,7 +165,7 @@ class Predictor:
         self.settings = settings
         self.asked_device = device
         self.device = join_processes(select_device(device, warn=False))
-        self.model = place(model, self.device) if isinstance(model, SegmentationNetwork) else model
+        self.model = to_device(model, self.device) if isinstance(model, SegmentationNetwork) else model
         self.autocast_dtype = autocast_dtype(self.device, mixed_precision)
 
     def logits(self, image: Tensor, box: Box | None = None) -> Tensor:
@@ -622,8 +622,8 @@ def _roundness(voxels: np.ndarray, geometry: Geometry, slack: float = 0.0) -> fl
     grid decides nothing.
     """
     squared = np.square(geometry.spacing_zyx)
-    places = (voxels - voxels.mean(axis=0)) * geometry.spacing_zyx
-    spread = places.T @ places / len(voxels) + np.eye(3) * squared.max() / 12
+    offsets = (voxels - voxels.mean(axis=0)) * geometry.spacing_zyx
+    spread = offsets.T @ offsets / len(voxels) + np.eye(3) * squared.max() / 12
     variances, axes = np.linalg.eigh(spread)  # ascending; the axes are columns
     doubt = slack * squared @ axes**2
     shortest, longest = variances[0] + doubt[0], variances[2] - doubt[2]
@@ -1104,8 +1104,8 @@ def _name_sides(axes: Axes, sides: str) -> None:
     """The patient's right and left, or front and back, as letters at the sides of a slice."""
     for x, letter in zip((0.02, 0.98), sides, strict=True):
         align = "left" if x < 0.5 else "right"
-        place: dict[str, Any] = {"ha": align, "va": "center", "transform": axes.transAxes, "bbox": LABEL_BOX}
-        axes.text(x, 0.5, letter, color="white", fontsize=10, **place)
+        style: dict[str, Any] = {"ha": align, "va": "center", "transform": axes.transAxes, "bbox": LABEL_BOX}
+        axes.text(x, 0.5, letter, color="white", fontsize=10, **style)
 
 
 def _draw_plane(axes: Axes, planes: Sequence[np.ndarray | None], spacing: Sequence[float]) -> None:
@@ -1328,7 +1328,7 @@ class NoduleInferencer:
         found = self.segment(probability, prepared.grid)
         result = ScanResult(name, part, source, found, float(probability.max()))
         # The CT itself, not what the network sees of it: a radiologist wants to see what lies around the lungs.
-        ct = self.preprocessing.window(scan, prepared.grid).astype(np.float32)
+        ct = self.preprocessing.apply_hu_window(scan, prepared.grid).astype(np.float32)
         figure = draw_overlay(ct, prepared.grid, found.mask, found.nodules, title=name)
         own_mask = resample(
             prepared.grid.image(found.mask), Geometry.from_image(scan), linear=False, pixel_type=sitk.sitkUInt8

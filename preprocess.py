@@ -194,7 +194,7 @@ class Preprocessing:
             lower = np.maximum(lower, lung_lower - self.crop_margin_mm)
             upper = np.minimum(upper, lung_upper + self.crop_margin_mm)
         grid = Geometry.covering(lower, upper, shape_zyx=self.target_size, spacing=self.target_spacing)
-        array = self.window(scan, grid)
+        array = self.apply_hu_window(scan, grid)
         lungs = None
         if distance is not None:
             lungs = sitk.GetArrayFromImage(resample(distance, grid, fill=1e3)) <= 0
@@ -215,7 +215,7 @@ class Preprocessing:
             return None, "none"
         return widen(lungs, self.lung_closing_mm, self.lung_margin_mm), source
 
-    def window(self, scan: sitk.Image, grid: Geometry) -> np.ndarray:
+    def apply_hu_window(self, scan: sitk.Image, grid: Geometry) -> np.ndarray:
         """HU window on the grid as float16 in [0, 1]; HU is clipped before anything is averaged."""
         array = np.empty(grid.shape_zyx, np.float16)
         for part, values in resample_mean(scan, grid, fill=self.hu_min, limits=(self.hu_min, self.hu_max)):

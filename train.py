@@ -48,8 +48,8 @@ from model import (
     InferenceSettings,
     SegmentationNetwork,
     load_checkpoint,
-    place,
     save_checkpoint,
+    to_device,
 )
 from utils import (
     InputError,
@@ -304,7 +304,7 @@ class Trainer:
             logger.warning("on CPUs batch norm sees a process's share of a batch; subpixel_instance has none")
         if given["network"] == "subpixel" and given["dropout"] and given["loss.hardest_share"] < 1:
             logger.warning("with dropout this network did not learn from its hardest voxels in trials; set it to 0")
-        self.network: SegmentationNetwork = place(network, self.device)
+        self.network: SegmentationNetwork = to_device(network, self.device)
         loss = {name: given[name] for name in ("dice_weight", "bce_weight", "smooth")}
         loss |= {name: given[f"loss.{name}"] for name in ("per_sample", "hardest_share")}
         make_loss = LOSSES[given["loss.name"]]
@@ -688,7 +688,7 @@ class Trainer:
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         self.optimizer.step()
 
-    # ---- records
+    # ---- log and checkpoints
 
     def _row(
         self, train_loss: float, result: ValidationResult | None, rate: float, times: dict[str, float]

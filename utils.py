@@ -1153,7 +1153,7 @@ def query_lidc(query: str, values: Sequence[Any] = ()) -> list[tuple] | None:
 
 
 def generator_of(stream: str, seed: int, *numbers: int) -> np.random.Generator:
-    """Random numbers of their own for each use, seed, and numbers such as epoch and place in it.
+    """Random numbers of their own for each use, seed, and numbers such as the epoch and the position in it.
 
     Args:
         stream: What the numbers are for; each use has another name.

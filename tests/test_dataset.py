@@ -633,7 +633,7 @@ def test_sampler_yields_each_scan_once_whole_and_numbered():
     sampler.epoch = 7
     keys = list(sampler)
     assert len(sampler) == 5
-    assert [(key.epoch, key.place, key.center_zyx) for key in keys] == [(7, place, None) for place in range(5)]
+    assert [(key.epoch, key.position, key.center_zyx) for key in keys] == [(7, place, None) for place in range(5)]
     assert sorted(key.scan for key in keys) == [0, 1, 2, 3, 4]
 
 

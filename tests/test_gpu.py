@@ -18,7 +18,7 @@ import infer
 import train
 from dataset import Augmentation, AugmentationParameters, Patches, augment_batch
 from infer import NoduleInferencer
-from model import LungNodule3DUNet, load_checkpoint, place
+from model import LungNodule3DUNet, load_checkpoint, to_device
 from train import WARM_UP, LossSettings, RecordedStep, Speed, Trainer
 from utils import UserError, read_processed, read_processed_list
 
@@ -64,7 +64,7 @@ def test_network_gives_what_it_gives_on_a_cpu(exact):
     network, image = LungNodule3DUNet(**TINY).eval(), torch.rand(2, 1, 16, 24, 32)
     with torch.no_grad():
         expected = network(image)
-        found = place(network, GPU)(image.to(GPU)).cpu()
+        found = to_device(network, GPU)(image.to(GPU)).cpu()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

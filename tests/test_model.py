@@ -20,8 +20,8 @@ from model import (
     LungNodule3DUNet,
     SubpixelUNet,
     load_checkpoint,
-    place,
     save_checkpoint,
+    to_device,
 )
 from utils import UserError
 
@@ -150,7 +150,7 @@ def test_placed_network_computes_the_same(name, num_res_units):
     image = torch.rand(1, 1, 8, 8, 8)
     with torch.no_grad():
         before = network(image)
-        torch.testing.assert_close(place(network, torch.device("cpu"))(image), before)
+        torch.testing.assert_close(to_device(network, torch.device("cpu"))(image), before)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.phantom import make_phantom
 from dataset import Augmentation, LUNA16Dataset, ScanSampler, augment_batch, make_loader
 from infer import WINDOW_OVERLAP, NoduleInferencer, extract_nodules
-from model import InferenceSettings, LungNodule3DUNet, place
+from model import InferenceSettings, LungNodule3DUNet, to_device
 from preprocess import LUNA16Preprocessor
 from train import WARM_UP, Trainer, ValidationSettings
 from utils import ANNOTATION_COLUMNS, CANDIDATE_COLUMNS, Geometry, autocast_dtype, read_processed_list, select_device
@@ -294,7 +294,7 @@ def training(bench: Bench) -> Iterator[tuple]:
 def inference(bench: Bench) -> Iterator[tuple]:
     """Seconds for a scan of 280 x 288 x 352 voxels in windows of 96, the overlap the same."""
     torch.manual_seed(0)
-    network = place(LungNodule3DUNet(**bench.network), bench.device).eval()
+    network = to_device(LungNodule3DUNet(**bench.network), bench.device).eval()
     inferencer = NoduleInferencer(device=str(bench.device), model=network, settings=InferenceSettings(window=WINDOW))
     theirs = UNet(spatial_dims=3, in_channels=1, out_channels=1, norm="BATCH", **bench.network).to(bench.device).eval()
     image = np.random.default_rng(0).random((280, 288, 352), np.float32).astype(np.float16)

@@ -81,9 +81,9 @@ def infer_grid(folder: Path, size: int) -> Path:
     import torch
 
     from infer import NoduleInferencer
-    from model import InferenceSettings, LungNodule3DUNet, place
+    from model import InferenceSettings, LungNodule3DUNet, to_device
 
-    network = place(LungNodule3DUNet(**SMALL_NETWORK).eval(), torch.device("cpu"))
+    network = to_device(LungNodule3DUNet(**SMALL_NETWORK).eval(), torch.device("cpu"))
     inferencer = NoduleInferencer(device="cpu", model=network, settings=InferenceSettings(window=WINDOW))
     np.save(folder / "map.npy", inferencer.predict_probability(np.load(folder / "grid.npy")))
     return folder / "map.npy"
