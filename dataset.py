@@ -1,7 +1,7 @@
 """A processed folder as batches: the data set, its augmentation, the split and the loaders.
 
-Everything random is drawn from (seed, epoch, position) alone. So the batches are the same for any number of workers, and
-a resumed run goes on with the very batches that the stopped one would have seen.
+Everything random is drawn from (seed, epoch, position) alone. So the batches are the same for any number of workers,
+and a resumed run goes on with the very batches that the stopped one would have seen.
 """
 
 from __future__ import annotations
