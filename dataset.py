@@ -745,7 +745,10 @@ def find_folds(metadata: dict[str, ScanMetadata], patients: dict[str, str]) -> d
     folds = {uid: scan.fold for uid, scan in metadata.items() if scan.fold is not None}
     if len(folds) == len(metadata):
         return folds
-    logger.warning("the scans do not lie in LUNA16's subset folders: these are unofficial folds, made by a hash")
+    logger.warning(
+        "the data set has no folds of its own (LUNA16's are the folders subset0 to subset9): these are unofficial "
+        "folds, made by a hash"
+    )
     return {uid: int(hashlib.sha256(patients[uid].encode()).hexdigest(), 16) % NUM_FOLDS for uid in metadata}
 
 

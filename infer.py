@@ -60,13 +60,13 @@ from utils import (
     noting,
     now,
     parse_command_line,
+    parts_of,
     process_count,
     process_rank,
     read_json,
     read_metadata,
     read_processed,
     read_scan,
-    read_split,
     reason_of,
     resample,
     run_main,
@@ -86,7 +86,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_CANDIDATES = 100  # a scan, LUNA16's limit
+MAX_CANDIDATES = 100  # per scan, LUNA16's limit
 CANDIDATE_THRESHOLD = 0.1  # a spot that reaches it is a candidate
 
 
@@ -94,7 +94,7 @@ CANDIDATE_THRESHOLD = 0.1  # a spot that reaches it is a candidate
 
 WINDOW_OVERLAP = 0.25  # of the window; 0.5 costs 2.7 times the windows
 WINDOW_BATCH = 4
-SCAN_BYTES = 64  # a voxel: image, logits, sums of windows and of further looks, and the loss of a validation
+SCAN_BYTES = 64  # per voxel: image, logits, sums of windows and of further looks, and the loss of a validation
 MEMORY_SHARE = 0.5  # of the GPU's free memory that these may take; the rest is for the windows
 PROBABILITY_EPS = 1e-7  # keeps the logit of a mean probability finite
 OUTSIDE_LOGIT = -20.0  # where no network looked: a probability of 2e-9
@@ -152,7 +152,7 @@ class Predictor:
         mixed_precision: Compute in half precision where the hardware gains by it.
 
     Raises:
-        InputError: There are not so many test-time transforms.
+        InputError: ``settings.mirrors`` is larger than the number of TRANSFORMS.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class Predictor:
     def _forward(self, image: Tensor, mirrors: int = 0) -> Tensor:
         """Logits of one batch, padded with air to a size that the network takes and cropped again.
 
-        With ``mirrors``, returns the logit of the probability averaged over the image and its first so many TRANSFORMS.
+        With ``mirrors``, returns the logit of the probability averaged over the image and TRANSFORMS[:mirrors].
         """
         divisor = self.model.divisor if isinstance(self.model, SegmentationNetwork) else 1
         shape = image.shape[2:]
@@ -304,7 +304,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def content_box(image: np.ndarray) -> Box | None:
     """The box around all voxels of a processed array (z, y, x) that are not air; None where there are none.
 
-    Preprocessing sets everything outside the lungs to air, so that it is the box of the lungs.
+    Where preprocessing masks the lungs, it is the box of the lungs.
     """
     return Box.around(np.asarray(image) > 0)
 
@@ -383,7 +383,7 @@ class Segmentation:
         candidates: All that might be a nodule: those of the mask,
             and where these are fewer than MAX_CANDIDATES, the likeliest fainter spots.
         numbers: Label of each candidate in ``labels``; 0 for a candidate that is not in the mask.
-        is_noise: Whether the map marks more spots or more volume than any scan can hold nodules.
+        is_noise: Whether the map marks more than MOST_COMPONENTS spots or more than a litre.
     """
 
     labels: np.ndarray
@@ -484,7 +484,7 @@ def find_candidates(
     """All that might be a nodule: those of the mask, and fainter spots that do not reach the threshold.
 
     What a nodule encloses on all sides belongs to it, too. Of a map that is mostly noise the MOST_COMPONENTS largest
-    components are kept as they are, so that it takes no longer than others.
+    components are kept as they are, so that a noisy map takes no longer than another.
 
     Args:
         probability: Float (z, y, x).
@@ -682,7 +682,7 @@ def sphere_diameter(volume: float) -> float:
     return (6 * volume / math.pi) ** (1 / 3)
 
 
-# The columns of nodules after seriesuid; the first ones are LUNA16's.
+# The columns of nodules after seriesuid; the first ones are LUNA16's, which calls the score "probability".
 NODULE_COLUMNS: dict[str, Callable[[FoundNodule], float]] = {
     "coordX": lambda nodule: nodule.center_xyz[0],
     "coordY": lambda nodule: nodule.center_xyz[1],
@@ -778,15 +778,15 @@ class ResultFolder:
 
     Args:
         path: The folder.
-        origin: Whose results these are: all that decides what is found.
+        provenance: Whose results these are: all that decides what is found.
         overwrite: Replace other results.
     """
 
-    def __init__(self, path: Path, origin: dict[str, Any], overwrite: bool) -> None:
-        self.path, self.origin, self.overwrite = path, origin, overwrite
+    def __init__(self, path: Path, provenance: dict[str, Any], overwrite: bool) -> None:
+        self.path, self.provenance, self.overwrite = path, provenance, overwrite
         self._new_scans: dict[str, dict[str, Any]] = {}  # raw ones that are not in the summary yet
         self._num_summarized = 0
-        weakref.finalize(self, _add_to_summary, path, origin, self._new_scans)
+        weakref.finalize(self, _add_to_summary, path, provenance, self._new_scans)
 
     def claim(self, data_dir: str | None, subset: str | None, scans: dict[str, str]) -> bool:
         """Notes in the folder whose results it holds, so that those of two checkpoints or data sets never mix.
@@ -799,7 +799,7 @@ class ResultFolder:
         Returns:
             Whether a result of one of them is there.
         """
-        path, ours = self.path / "inference.json", self.origin | {"data_dir": data_dir, "subset": subset}
+        path, ours = self.path / "inference.json", self.provenance | {"data_dir": data_dir, "subset": subset}
         with folder_lock(self.path):
             mismatch = claim(path, ours, self.overwrite)
             theirs = read_json(path) if path.is_file() and not mismatch else {}
@@ -828,7 +828,7 @@ class ResultFolder:
         write_failures(self.path, failed)
         marks = [result.found.marks(result.seriesuid) for result in results] or [Segmentation.nothing().marks("")]
         write_csv(self.path / "candidates.csv", pd.concat(marks))
-        write_summary(self.path, self.origin, {result.seriesuid: result.row() for result in results})
+        write_summary(self.path, self.provenance, {result.seriesuid: result.row() for result in results})
 
     def add(self, result: ScanResult, is_again: bool) -> None:
         """Adds a raw scan to the tables.
@@ -851,11 +851,11 @@ class ResultFolder:
                 else:
                     write_csv(path, table)
         if is_again or len(self._new_scans) >= SUMMARY_SHARE * self._num_summarized:
-            self.write_summary()
+            self.flush_summary()
 
-    def write_summary(self) -> None:
+    def flush_summary(self) -> None:
         """Brings inference_summary.json and .npy up to date with the raw scans that were added."""
-        self._num_summarized = _add_to_summary(self.path, self.origin, self._new_scans)
+        self._num_summarized = _add_to_summary(self.path, self.provenance, self._new_scans)
 
 
 def summary_table(scans: dict[str, dict[str, Any]]) -> pd.DataFrame:
@@ -863,14 +863,14 @@ def summary_table(scans: dict[str, dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame([{"seriesuid": uid} | scan | {"nodules": len(scan["nodules"])} for uid, scan in scans.items()])
 
 
-def write_summary(output_dir: Path, origin: dict[str, Any], scans: dict[str, dict[str, Any]]) -> None:
+def write_summary(output_dir: Path, provenance: dict[str, Any], scans: dict[str, dict[str, Any]]) -> None:
     """Writes inference_summary.npy, .json and .csv."""
     path = output_dir / "inference_summary.npy"
-    write_objects(path, origin | {"date": now(), "scans": scans})
+    write_objects(path, provenance | {"date": now(), "scans": scans})
     write_csv(path.with_suffix(".csv"), summary_table(scans))
 
 
-def _add_to_summary(output_dir: Path, origin: dict[str, Any], new: dict[str, dict[str, Any]]) -> int:
+def _add_to_summary(output_dir: Path, provenance: dict[str, Any], new: dict[str, dict[str, Any]]) -> int:
     """Moves rows into the summary, beside those of other processes; returns how many scans it has then."""
     if not new:
         return 0
@@ -879,7 +879,7 @@ def _add_to_summary(output_dir: Path, origin: dict[str, Any], new: dict[str, dic
         scans = (read_json(path)["scans"] if path.is_file() else {}) | new
         new.clear()
         # The table may hold rows of other processes that are not in their summary yet, so it stays as it is.
-        write_objects(path.with_suffix(".npy"), origin | {"date": now(), "scans": scans})
+        write_objects(path.with_suffix(".npy"), provenance | {"date": now(), "scans": scans})
         return len(scans)
 
 
@@ -1151,7 +1151,7 @@ class NoduleInferencer:
         checkpoint_path: Checkpoint of train.py; it carries the network and the preprocessing.
         output_dir: Where files and pictures go, whichever checkpoint is named.
         device: 'cuda', 'cuda:<n>' or 'cpu'.
-        threshold: Probability from which a voxel counts as nodule.
+        threshold: Probability from which a voxel counts as nodule; null takes the training's, 0.5.
         min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the one that the training chose on
             its validation scans at a threshold of 0.5, and 0 (all stay) for another threshold or a live network.
         mirrors: Mirror images, 0 to 7, whose probabilities are averaged with those of the scan itself; a network
@@ -1172,7 +1172,7 @@ class NoduleInferencer:
         checkpoint_path: str | Path = "experiments/luna16_unet/checkpoints/best_model.pth",
         output_dir: str | Path = "experiments/luna16_unet/inference",
         device: str = "cuda",
-        threshold: float = InferenceSettings.threshold,
+        threshold: float | None = None,
         min_score: float | None = None,
         mirrors: int | None = None,
         mixed_precision: bool = True,
@@ -1192,7 +1192,7 @@ class NoduleInferencer:
             settings = checkpoint.inference
         self.settings = _override(settings or InferenceSettings(), threshold, min_score, mirrors)
         self.predictor = Predictor(model or checkpoint.build_network(), self.settings, device, mixed_precision)
-        self.folder = ResultFolder(self.output_dir, self.origin, overwrite)
+        self.folder = ResultFolder(self.output_dir, self.provenance, overwrite)
 
     def predict_probability(self, image: npt.ArrayLike) -> np.ndarray:
         """Nodule probability, float32 (z, y, x), of a processed array (z, y, x) in [0, 1] of any float type.
@@ -1340,8 +1340,7 @@ class NoduleInferencer:
 
     def _part_of(self, name: str) -> str:
         """Part of the split that a raw scan of this name belongs to; a training scan is warned of."""
-        path = self.checkpoint_path.parent / "split.json"
-        part = read_split(path).parts.get(name, "new") if path.is_file() else "new"
+        part = parts_of([name], self.checkpoint_path)[name]
         if part == "train":
             logger.warning("%s is a training scan of this network: what it finds there says nothing of new scans", name)
         return part
@@ -1350,7 +1349,7 @@ class NoduleInferencer:
         """Says how the lungs were found and what grid the network sees."""
         if prepared.lung_source == "none" and self.preprocessing is not None and self.preprocessing.mask_lungs:
             logger.warning("%s: no lungs were found, so that the whole scan is searched; is it a chest CT in HU?", path)
-        lungs = {"none": "no lungs used", "threshold": "lungs by threshold"}.get(prepared.lung_source, "lungs by mask")
+        lungs = "no lungs used" if prepared.lung_source == "none" else f"lungs by {prepared.lung_source}"
         if prepared.lungs is not None:
             litres = np.count_nonzero(prepared.lungs) * prepared.grid.voxel_volume_mm3 / 1e6
             lungs += f" ({litres:.1f} litres with their margin)"
@@ -1401,7 +1400,7 @@ class NoduleInferencer:
             check(not differing, f"{uid} was preprocessed otherwise than the training data ({differing})")
 
     @property
-    def origin(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """Whose results these are: the checkpoint and all settings that decide what is found."""
         return {
             "checkpoint": str(self.checkpoint_path),
@@ -1414,10 +1413,10 @@ class NoduleInferencer:
 
 
 def _override(
-    settings: InferenceSettings, threshold: float, min_score: float | None, mirrors: int | None
+    settings: InferenceSettings, threshold: float | None, min_score: float | None, mirrors: int | None
 ) -> InferenceSettings:
     """The settings with those that a user gave; a learnt min_score holds at its own threshold only."""
-    if min_score is None and settings.min_score and threshold != settings.threshold:
+    if min_score is None and settings.min_score and threshold not in (None, settings.threshold):
         logger.warning(
             "the min_score of %.2f was learnt at a threshold of %g, not %g: all nodules stay in the mask; "
             "set min_score to leave out doubtful ones",
@@ -1473,7 +1472,7 @@ def map_scans(
             with noting(failures, uid):
                 scan = next_scan.result()
                 computed = compute(scan)
-                if len(finished) >= finishers:
+                if len(finished) >= finishers:  # so that no more scans are in memory
                     wait([finished[-finishers][1]])
                 finished.append((uid, finisher.submit(finish, scan, computed)))
             if failures and failed is None:

