@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 if os.environ.get("TEST_GPU") != "1":
@@ -36,6 +37,12 @@ def metadata_of(*nodules, seriesuid="a", shape_zyx=(40, 40, 40), fold=None, pati
     """Metadata of a scan on a grid of 1 mm from the origin."""
     grid = Geometry(shape_zyx, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     return ScanMetadata(seriesuid, grid, nodules, fold, patient, "none", grid, {}, "")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Lets Ctrl-C interrupt, which a shell turns off for what it starts in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
