@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from monai.networks.blocks.convolutions import Convolution
 from monai.networks.nets import DynUNet, UNet
 from monai.networks.utils import pixelshuffle
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch.nn import functional
 
 from utils import InputError, Shape, UserError, Vector, check
 
-CHECKPOINT_FORMAT = 5  # raised whenever older checkpoints can no longer be read or give other results
+CHECKPOINT_FORMAT = 6  # raised whenever older checkpoints can no longer be read or give other results
 # What zipfile, zlib and the unpickler raise on flipped or missing bytes, once the file has been read.
 DAMAGE = (
     zipfile.BadZipFile,
@@ -90,10 +91,18 @@ class SegmentationNetwork(nn.Module):
             "norm": norm,
         }
         self.unet = self._build()
-        # Nearly all voxels are background. Without this the first hundreds of steps only teach that (Lin et al. 2017).
+        self.expect(NODULE_PRIOR)
+
+    def expect(self, nodule_share: float) -> None:
+        """Makes an untrained network give each voxel this probability (Lin et al. 2017), by its last layer's bias.
+
+        Where it is far from the true share, the first steps teach that alone, by gradients thousands of times as large
+        as those of the nodules. AdamW divides by what it remembers of them, and nothing else is learnt for hundreds of
+        steps.
+        """
         last = [module for module in self.modules() if isinstance(module, nn.Conv3d | nn.ConvTranspose3d)][-1]
         if last.bias is not None:
-            nn.init.constant_(last.bias, math.log(NODULE_PRIOR / (1 - NODULE_PRIOR)))
+            nn.init.constant_(last.bias, math.log(nodule_share / (1 - nodule_share)))
 
     def _build(self) -> nn.Module:
         """The layers, by ``arguments``."""
@@ -126,8 +135,34 @@ class SegmentationNetwork(nn.Module):
             raise InputError(f"instance norm needs some size above {self.divisor}, not {list(shape_zyx)}")
 
 
+class SubpixelEnd(nn.Module):
+    """Features to logits of twice the resolution: a convolution, and the logits of each block of voxels as channels.
+
+    Nothing that normalises, rectifies or drops stands between the last features and the logits (Shi et al. 2016).
+
+    Args:
+        features: Features that come in.
+        hidden: Features of the convolution.
+        out_channels: Channels of the logits.
+        stride: Edge of a block.
+    """
+
+    def __init__(self, features: int, hidden: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.hidden = Convolution(3, features, hidden, act="PRELU", norm="BATCH")
+        self.head = nn.Conv3d(hidden, out_channels * stride**3, kernel_size=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (B, out_channels, s Z, s Y, s X) of features (B, features, Z, Y, X), with s the stride."""
+        return pixelshuffle(self.head(self.hidden(features)), spatial_dims=3, scale_factor=self.stride)
+
+
 class LungNodule3DUNet(SegmentationNetwork):
     """3-D U-Net with residual units, batch norm and PReLU (MONAI's ``UNet``; Kerfoot et al. 2019).
+
+    MONAI's own last layers have one channel at full resolution, with a batch norm, PReLU and dropout of its own. A
+    ``SubpixelEnd`` takes their place.
 
     Takes the arguments of ``SegmentationNetwork``.
     """
@@ -138,7 +173,14 @@ class LungNodule3DUNet(SegmentationNetwork):
             raise InputError(
                 "this network must have batch norm; use SubpixelUNet (--network subpixel) for instance norm"
             )
-        return UNet(spatial_dims=3, act="PRELU", **self.arguments | {"norm": self._norm})
+        given = self.arguments
+        unet = UNet(spatial_dims=3, act="PRELU", **given | {"norm": self._norm})
+        finest, below = given["channels"][0], given["channels"][1]  # without a level between, the lowest one comes up
+        features = finest + (below if len(given["channels"]) == 2 else finest)
+        down, skip, _ = unet.model.children()
+        end = SubpixelEnd(features, finest, given["out_channels"], given["strides"][0])
+        unet.model = nn.Sequential(down, skip, end)
+        return unet
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, out_channels, Z, Y, X) of images (B, in_channels, Z, Y, X)."""

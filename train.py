@@ -44,6 +44,7 @@ from dataset import (
 from model import (
     LOSSES,
     NETWORKS,
+    NODULE_PRIOR,
     Checkpoint,
     InferenceSettings,
     SegmentationNetwork,
@@ -88,6 +89,9 @@ logger = logging.getLogger(__name__)
 Step = Callable[[Tensor, Tensor], Tensor]
 
 AUGMENTATION = Augmentation()
+# Where one voxel in ten thousand is nodule, gradients of a weight are 1e-8 to 1e-6. PyTorch's 1e-8 would damp them.
+ADAM_EPS = 1e-12
+LEAST_SHARE = 1e-4  # of voxels that an untrained network takes for nodule; from 1e-5 on, one did not learn in trials
 WARM_UP = 3  # eager steps before capture: cuDNN tries its kernels, AdamW allocates its state
 # Files of a run, and TensorBoard's beside them.
 RUN_FILE = re.compile(r"checkpoints/(best_model|checkpoint_epoch_\d+)\.pth|log\.csv")
@@ -305,6 +309,7 @@ class Trainer:
             logger.warning("on CPUs batch norm sees a process's share of a batch; subpixel_instance has none")
         if isinstance(network, SubpixelUNet) and given["dropout"] and given["loss.hardest_share"] < 1:
             logger.warning("with dropout this network did not learn from its hardest voxels in trials; set it to 0")
+        network.expect(self._nodule_share())
         self.network: SegmentationNetwork = to_device(network, self.device)
         loss = {name: given[name] for name in ("dice_weight", "bce_weight", "smooth")}
         loss |= {name: given[f"loss.{name}"] for name in ("per_sample", "hardest_share")}
@@ -314,6 +319,7 @@ class Trainer:
             self.network.parameters(),
             lr=given["learning_rate"],
             weight_decay=given["weight_decay"],
+            eps=ADAM_EPS,
             fused=True,
             capturable=self.device.type == "cuda",
         )
@@ -326,6 +332,16 @@ class Trainer:
         compiled_or_scaled = given["speed.compile_network"] or self.scaler.is_enabled()
         can_record = self.device.type == "cuda" and process_count() == 1 and not compiled_or_scaled
         self.recorder = RecordedStep(self.device) if given["speed.record_steps"] and can_record else None
+
+    def _nodule_share(self) -> float:
+        """Share of the voxels that are nodule in what the network is trained on."""
+        scans = [self.metadata[uid] for uid in self.split.train]
+        volumes = [nodule.voxels for scan in scans for nodule in scan.nodules if nodule.voxels]
+        if self.patches is None:
+            share = sum(volumes) / sum(math.prod(scan.grid.shape_zyx) for scan in scans)
+        else:
+            share = self.patches.nodule_share * float(np.mean(volumes or [0])) / math.prod(self.patches.size)
+        return min(max(share, LEAST_SHARE), NODULE_PRIOR)
 
     def _build_data(self) -> None:
         """Sampler and loader of the training scans, and the validator of the others."""

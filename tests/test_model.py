@@ -49,8 +49,8 @@ def test_network_has_the_arguments_and_defaults_of_the_brief():
     }
 
 
-def test_default_network_has_19_2_million_parameters():
-    assert round(sum(p.numel() for p in LungNodule3DUNet().parameters()) / 1e6, 1) == 19.2
+def test_default_network_has_19_3_million_parameters():
+    assert round(sum(p.numel() for p in LungNodule3DUNet().parameters()) / 1e6, 1) == 19.3
 
 
 def test_output_has_the_size_of_the_input():
@@ -85,6 +85,25 @@ def test_untrained_network_takes_nearly_all_voxels_for_background(num_res_units)
     with torch.no_grad():
         probability = torch.sigmoid(small_network(num_res_units=num_res_units)(torch.rand(1, 1, 16, 16, 16)))
     assert probability.mean() < 0.15
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_starts_from_the_share_of_nodules_that_it_is_told(name):
+    torch.manual_seed(0)
+    network = NETWORKS[name](channels=(4, 8, 8), strides=(2, 1), dropout=0.0).eval()
+    network.expect(1e-3)
+    with torch.no_grad():
+        probability = torch.sigmoid(network(torch.rand(1, 1, 16, 16, 16)))
+    assert 2e-4 < probability.mean() < 4e-3
+
+
+def test_nothing_stands_between_the_last_features_and_the_logits():
+    end = small_network().unet.model[-1]
+    features = torch.randn(1, end.head.in_channels, 2, 2, 2)
+    end.hidden = nn.Identity()
+    doubled = end(2 * features) - end(0 * features)
+    torch.testing.assert_close(doubled, 2 * (end(features) - end(0 * features)))  # linear, of all features
+    assert end(features).shape == (1, 1, 4, 4, 4)
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm3d, nn.PReLU, nn.Dropout])

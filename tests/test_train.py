@@ -29,7 +29,15 @@ from infer import NoduleInferencer
 from model import DiceBCELoss, SegmentationNetwork, SubpixelUNet, load_checkpoint, save_checkpoint
 from preprocess import LUNA16Preprocessor
 from train import LossSettings, Speed, Trainer, ValidationSettings, seed_everything
-from utils import InputError, UserError, folder_lock, parse_command_line, read_processed_list, read_split
+from utils import (
+    InputError,
+    UserError,
+    folder_lock,
+    parse_command_line,
+    read_processed,
+    read_processed_list,
+    read_split,
+)
 from validate import Validator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -735,6 +743,32 @@ def test_help_lists_the_registered_networks_and_losses(monkeypatch, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "({unet,subpixel,subpixel_instance,toy}, default unet)" in text
     assert "({dice_bce}, default dice_bce)" in text
+
+
+def test_network_starts_from_the_share_of_nodules_in_its_data(processed_dir, tmp_path):
+    whole = Trainer(processed_dir, tmp_path, **CPU)
+    masks = [read_processed(processed_dir, uid).mask for uid in whole.split.train]
+    start = torch.sigmoid(whole.network.unet.model[-1].head.bias)
+    torch.testing.assert_close(start, torch.full_like(start, float(np.mean(masks))))
+    patches = Trainer(processed_dir, tmp_path, patches=Patches((16, 16, 16), nodule_share=0.5), **CPU)
+    assert torch.sigmoid(patches.network.unet.model[-1].head.bias).mean() > 1.01 * start.mean()
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_training_does_not_depend_on_the_scale_of_the_loss(processed_dir, tmp_path, monkeypatch, factor):
+    class Scaled(DiceBCELoss):
+        def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return factor * super().forward(logits, target)
+
+    monkeypatch.setitem(model.LOSSES, "scaled", Scaled)
+    runs = []
+    for name in ("dice_bce", "scaled"):
+        Trainer(processed_dir, tmp_path / name, num_epochs=1, loss=LossSettings(name), **CPU).train()
+        runs.append(weights(tmp_path / name, "checkpoint_epoch_1.pth"))
+    start = Trainer(processed_dir, tmp_path / "start", **CPU).network.state_dict()
+    for name in (name for name, weight in runs[0].items() if weight.ndim > 1):
+        moved = [(trained[name] - start[name]).norm().item() for trained in runs]
+        assert moved[1] == pytest.approx(moved[0], rel=0.05)
 
 
 def test_missing_data_tells_to_preprocess(tmp_path):
