@@ -89,8 +89,6 @@ logger = logging.getLogger(__name__)
 Step = Callable[[Tensor, Tensor], Tensor]
 
 AUGMENTATION = Augmentation()
-# Where one voxel in ten thousand is nodule, gradients of a weight are 1e-8 to 1e-6. PyTorch's 1e-8 would damp them.
-ADAM_EPS = 1e-12
 LEAST_SHARE = 1e-4  # of voxels that an untrained network takes for nodule; from 1e-5 on, one did not learn in trials
 WARM_UP = 3  # eager steps before capture: cuDNN tries its kernels, AdamW allocates its state
 # Files of a run, and TensorBoard's beside them.
@@ -319,7 +317,6 @@ class Trainer:
             self.network.parameters(),
             lr=given["learning_rate"],
             weight_decay=given["weight_decay"],
-            eps=ADAM_EPS,
             fused=True,
             capturable=self.device.type == "cuda",
         )
