@@ -308,18 +308,25 @@ class Validator:
         excluded = read_excluded(excluded_path) if self.writes_files else None
         provenance: dict[str, Any] = {}
         if self.writes_files:
-            provenance = self.inferencer.provenance | {
-                "data_dir": str(self.data_dir.resolve()),
-                "subset": subset,
-                "fold": fold,
-            }
-            provenance |= {"excluded": None if excluded is None else str(excluded_path), "date": now()}
+            provenance = self.inferencer.provenance | {"data_dir": str(self.data_dir.resolve()), "subset": subset}
+            provenance |= {"fold": fold, "excluded": None if excluded is None else str(excluded_path), "date": now()}
             do_once(lambda: self._claim(provenance))
+        scans = self._examine_scans(scored, excluded)
+        if self.chooses_min_score:
+            self.min_score = choose_min_score(scans)
+        parts = {uid: part for uid, part in parts.items() if uid not in self.failed}
+        result = self._result(scans, parts, provenance)
+        if self.writes_files:
+            do_once(lambda: self._write(result, excluded))
+        return result
+
+    def _examine_scans(self, seriesuids: Sequence[str], excluded: pd.DataFrame | None) -> list[ExaminedScan]:
+        """Compares each scan with the truth, and tells which cannot be scored or are mostly noise."""
         self._example = None
         self.failed = {}
         scans: list[ExaminedScan] = map_scans(
             self.data_dir,
-            scored,
+            seriesuids,
             self._predict,
             partial(self._examine, excluded),
             desc="validation",
@@ -332,13 +339,7 @@ class Validator:
         reason = next(iter(self.failed.values()), "")
         check(bool(scans), f"no scan could be scored ({reason}); {self.output_dir / 'failed_scans.csv'} lists all")
         tell_noise([scan.found for scan in scans])
-        if self.chooses_min_score:
-            self.min_score = choose_min_score(scans)
-        parts = {uid: part for uid, part in parts.items() if uid not in self.failed}
-        result = self._result(scans, parts, provenance)
-        if self.writes_files:
-            do_once(lambda: self._write(result, excluded))
-        return result
+        return scans
 
     def _result(self, scans: list[ExaminedScan], parts: dict[str, str], provenance: dict[str, Any]) -> ValidationResult:
         """Tables and summary of the examined scans."""

@@ -684,14 +684,17 @@ def test_validation_setting_out_of_range_is_refused_by_name(processed_dir, tmp_p
         Trainer(processed_dir, tmp_path, validation=ValidationSettings(**{name: value}), **CPU)
 
 
+class Toy(SegmentationNetwork):
+    """A network of one's own."""
+
+    def _build(self) -> torch.nn.Module:
+        return torch.nn.Conv3d(1, 1, 3, padding=1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.unet(image)
+
+
 def test_network_and_loss_of_ones_own_are_trained_and_validated(processed_dir, tmp_path, monkeypatch):
-    class Toy(SegmentationNetwork):
-        def _build(self) -> torch.nn.Module:
-            return torch.nn.Conv3d(1, 1, 3, padding=1)
-
-        def forward(self, image: torch.Tensor) -> torch.Tensor:
-            return self.unet(image)
-
     class ToyLoss(DiceBCELoss):
         def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             return 7 + 0 * super().forward(logits, target)
@@ -705,13 +708,6 @@ def test_network_and_loss_of_ones_own_are_trained_and_validated(processed_dir, t
 
 
 def test_pipeline_takes_data_set_format_network_loss_and_transform_from_outside(toy_data_set, tmp_path, monkeypatch):
-    class Toy(SegmentationNetwork):
-        def _build(self) -> torch.nn.Module:
-            return torch.nn.Conv3d(1, 1, 3, padding=1)
-
-        def forward(self, image: torch.Tensor) -> torch.Tensor:
-            return self.unet(image)
-
     class QuarterTurn:
         def apply(self, image: torch.Tensor) -> torch.Tensor:
             turns.append(image.shape)
