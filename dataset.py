@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 Cache = Literal["device", "memory", "files"]
 CPU = torch.device("cpu")
 NUM_FOLDS = 10
-PASTE_TRIES = 4  # positions tried
+PASTE_TRIES = 4  # places tried
 MEMORY_SHARE = 0.5  # of the free memory, of the device or of the machine, that training scans may take
 JITTER = 0.375  # of the patch: how far a nodule may lie from the middle of its patch
 TISSUE_LEVEL = 0.4  # -440 HU; what is brighter is no lung
@@ -74,12 +74,14 @@ class SampleKey(NamedTuple):
         position: Position in the epoch.
         scan: Index of the scan.
         center_zyx: Voxel at the middle of the patch; None for the whole scan.
+        pastes: Nodules to paste into the whole scan.
     """
 
     epoch: int
     position: int
     scan: int
     center_zyx: Shape | None = None
+    pastes: int = 0
 
 
 # ----------------------------------------------------------------------------------------------------- augmentation
@@ -131,6 +133,8 @@ class Augmentation:
         fade_prob: Probability that the nodules of a sample fade into the lung, as if they were ground glass.
         fade_share: Largest share by which they fade.
         paste_prob: Probability that a patch without a nodule gets one from elsewhere.
+        paste_per_scan: Nodules from elsewhere that each whole scan gets in the first epoch; the number falls evenly to
+            0. Without them a network meets too few nodules to begin to learn. Patches take paste_prob.
 
     Raises:
         ValueError: A probability lies outside [0, 1], or a range is negative or too wide.
@@ -150,6 +154,7 @@ class Augmentation:
     fade_prob: float = 0.0
     fade_share: float = 0.7
     paste_prob: float = 0.0
+    paste_per_scan: int = 40
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -344,6 +349,8 @@ class LUNA16Dataset(Dataset):
             for scan, metadata in enumerate(self.metadata)
             for center, nodule in zip(nodule_points(metadata), visible_nodules(metadata), strict=True)
         ]
+        self._lung_points = self.lung_points() if self._pastes else []
+        self._donors: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self.cache = self._choose_cache(device) if cache is None else cache
         self._home = device if self.cache == "device" else CPU
         self._scans = [self._open(index) for index in range(len(self))] if self.cache != "files" else []
@@ -352,10 +359,16 @@ class LUNA16Dataset(Dataset):
         """Of each scan the voxels (n, 3) (z, y, x) that ``PatchSampler`` draws patches around."""
         return [read_lung_points(self.data_dir, uid) for uid in self.seriesuids]
 
+    @property
+    def _pastes(self) -> bool:
+        """Whether nodules are pasted."""
+        if self.augmentation is None:
+            return False
+        return (self.augmentation.paste_per_scan if self.patch_size_zyx is None else self.augmentation.paste_prob) > 0
+
     def _choose_cache(self, device: torch.device) -> Cache:
         needed = 3 * sum(math.prod(metadata.grid.shape_zyx) for metadata in self.metadata)  # float16 image, uint8 mask
-        pasted = self.augmentation is not None and self.augmentation.paste_prob > 0
-        if device.type == "cuda" and not pasted and _fits_in_memory(needed, device, "on the GPU"):
+        if device.type == "cuda" and not self._pastes and _fits_in_memory(needed, device, "on the GPU"):
             return "device"
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each process that torchrun started here keeps all
         return "memory" if _fits_in_memory(needed, CPU, "in memory") else "files"
@@ -372,68 +385,96 @@ class LUNA16Dataset(Dataset):
     def __len__(self) -> int:
         return len(self.seriesuids)
 
-    def _paste_nodule(
-        self, image: np.ndarray, mask: np.ndarray, at_zyx: np.ndarray, rng: np.random.Generator
-    ) -> np.ndarray:
-        """Lays a random nodule, flipped at random, over a patch; what is brighter stays.
+    def _draw_pastes(self, key: SampleKey, has_nodule: bool, rng: np.random.Generator) -> int:
+        """Number of nodules to paste into a sample."""
+        if self.augmentation is None or not self._pastes or not self._nodules:
+            return 0
+        if self.patch_size_zyx is None:
+            return key.pastes
+        return int(not has_nodule and rng.random() < self.augmentation.paste_prob)
 
-        Of a few positions around ``at_zyx`` it takes the one with most tissue: nodules that touch a vessel are the ones
-        that are missed.
+    def _paste_nodules(
+        self, image: Tensor, mask: Tensor, number: int, lung_points: np.ndarray, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Copies of a scan or patch with nodules of any scan laid into its lungs, each where it has room.
+
+        Args:
+            image: (Z, Y, X).
+            mask: The same.
+            number: Nodules to paste.
+            lung_points: (n, 3) voxels (z, y, x) in the lungs.
+            rng: Generator of this sample.
 
         Returns:
-            (n, 3) voxel (z, y, x) of the pasted nodule; empty where it has no room, or would lie in tissue everywhere.
+            Image, mask, and (n, 3) the voxel (z, y, x) of each pasted nodule.
         """
-        nowhere = np.empty((0, 3), int)
-        if not self._nodules:
-            return nowhere
-        scan, center_zyx, diameter_mm = self._nodules[rng.integers(len(self._nodules))]
+        pixels, nodules = image.cpu().numpy().copy(), mask.cpu().numpy().copy()
+        places = [self._paste_nodule(pixels, nodules, lung_points, rng) for _ in range(number)]
+        points = np.reshape([place for place in places if place is not None], (-1, 3)).astype(int)
+        return torch.from_numpy(pixels).to(self._home), torch.from_numpy(nodules).to(self._home), points
+
+    def _donor(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Image, mask, and mask with its rim (z, y, x) in a box around one of the nodules; kept once it is cut out."""
+        if index not in self._donors:
+            scan, center_zyx, diameter_mm = self._nodules[index]
+            reach = np.ceil(diameter_mm / 2 / np.asarray(self.metadata[scan].grid.spacing_zyx)).astype(int) + 2
+            image, mask = self._scan(scan)
+            lower, upper = np.maximum(center_zyx - reach, 0), np.minimum(center_zyx + reach + 1, image.shape)
+            box = Box.of_size(lower, upper - lower).slices
+            pixels, nodule = (part[box].cpu().numpy().copy() for part in (image, mask))
+            self._donors[index] = pixels, nodule, ndimage.binary_dilation(nodule, np.ones((3, 3, 3)))
+        return self._donors[index]
+
+    def _paste_nodule(
+        self, image: np.ndarray, mask: np.ndarray, lung_points: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray | None:
+        """Lays a random nodule, flipped at random, over the image; what is brighter stays.
+
+        Of a few places in the lungs it takes the one with most tissue: nodules that touch a vessel or the wall are the
+        ones that are missed.
+
+        Returns:
+            Voxel (z, y, x) of the pasted nodule; None where it has no room, or would lie in tissue everywhere.
+        """
+        donor = int(rng.integers(len(self._nodules)))
         flips = tuple(slice(None, None, int(step)) for step in rng.choice([-1, 1], 3))
-        donor = self._scan(scan)
-        spacing = self.metadata[scan].grid.spacing_zyx
-        reach = np.ceil(diameter_mm / 2 / np.asarray(spacing)).astype(int) + 2
-        lower, upper = np.maximum(center_zyx - reach, 0), np.minimum(center_zyx + reach + 1, donor[0].shape)
-        size, shape = upper - lower, np.asarray(image.shape)
-        if (size > shape).any():
-            return nowhere
-        source = Box.of_size(lower, size).slices
-        pixels, nodule = (part[source].cpu().numpy()[flips] for part in donor)
-        if not nodule.any():
-            return nowhere
-        moves = rng.uniform(-JITTER, JITTER, (PASTE_TRIES, 3)) * shape
-        starts = np.clip(np.rint(at_zyx - size // 2 + moves).astype(int), 0, shape - size)
+        pixels, nodule, edge = (part[flips] for part in self._donor(donor))
+        size = np.asarray(nodule.shape)
+        starts = lung_points - size // 2
+        starts = starts[((starts >= 0) & (starts + size <= image.shape)).all(axis=1)]
+        if not len(starts) or not nodule.any():
+            return None
+        starts = starts[rng.integers(len(starts), size=PASTE_TRIES)]
         crops = [image[Box.of_size(start, size).slices] for start in starts]
         tissue = np.array([(crop[nodule > 0] > TISSUE_LEVEL).mean() for crop in crops])
         if (tissue > MOST_TISSUE).all():
-            return nowhere
+            return None
         start = starts[np.where(tissue > MOST_TISSUE, -1, tissue).argmax()]
         target = Box.of_size(start, size).slices
-        edge = ndimage.binary_dilation(nodule, np.ones((3, 3, 3)))
         image[target] = np.where(edge, np.maximum(image[target], pixels), image[target])
         mask[target] = np.maximum(mask[target], nodule)
-        return (start + size // 2)[None]
+        return start + size // 2
 
     def __getitem__(self, key: SampleKey | int) -> dict[str, Any]:
         """Sample of a key; a plain index is that scan, whole, in epoch 0."""
         if not isinstance(key, SampleKey):
             key = SampleKey(0, key, key)
         (image, mask), points = self._scan(key.scan), nodule_points(self.metadata[key.scan])
+        start, drawn = np.zeros(3, int), None
         if key.center_zyx is not None and self.patch_size_zyx is not None:
             start = patch_start(key.center_zyx, image.shape, self.patch_size_zyx)
             image, mask = (cut_patch(array, start, self.patch_size_zyx) for array in (image, mask))
-            points = points - start
-            points = points[((points >= 0) & (points < self.patch_size_zyx)).all(axis=1)]
-            if self.augmentation is not None and not len(points):
-                rng = generator_of("paste", self.seed, key.epoch, key.position)
-                if rng.random() < self.augmentation.paste_prob:
-                    pixels, nodules = image.cpu().numpy(), mask.cpu().numpy()
-                    points = self._paste_nodule(pixels, nodules, key.center_zyx - start, rng)
-                    image, mask = (torch.from_numpy(part).to(self._home) for part in (pixels, nodules))
+            points = _inside(points - start, self.patch_size_zyx)
         elif self.cache == "files":
             image, mask = image.clone(), mask.clone()  # lets go of the files
-        drawn = None
         if self.augmentation is not None:
-            rng = generator_of("augmentation", self.seed, key.epoch, key.position)
             z, y, x = image.shape
+            rng = generator_of("paste", self.seed, key.epoch, key.position)
+            if number := self._draw_pastes(key, len(points) > 0, rng):
+                lung_points = _inside(self._lung_points[key.scan] - start, (z, y, x))
+                image, mask, pasted = self._paste_nodules(image, mask, number, lung_points, rng)
+                points = np.concatenate([points, pasted])
+            rng = generator_of("augmentation", self.seed, key.epoch, key.position)
             drawn = self.augmentation.draw(rng, (z, y, x), self.metadata[key.scan].grid.spacing_zyx, points)
         return {
             "image": image[None],
@@ -462,6 +503,11 @@ def nodule_points(metadata: ScanMetadata) -> np.ndarray:
     """(n, 3) voxel (z, y, x) at the centre of each nodule that a scan's mask shows."""
     points = [nodule.index_zyx for nodule in visible_nodules(metadata)]
     return np.clip(np.rint(points).astype(int).reshape(-1, 3), 0, np.asarray(metadata.grid.shape_zyx) - 1)
+
+
+def _inside(points: np.ndarray, shape_zyx: Shape) -> np.ndarray:
+    """Those of some voxels (n, 3) that lie inside an array."""
+    return points[((points >= 0) & (points < shape_zyx)).all(axis=1)]
 
 
 def patch_start(center_zyx: Sequence[int], shape_zyx: Sequence[int], patch_size_zyx: Shape) -> np.ndarray:
@@ -502,17 +548,20 @@ class ScanSampler(Sampler):
     Args:
         size: Number of scans.
         seed: Seed of the order.
+        pastes: Nodules to paste into each scan in the first epoch; the number falls evenly to 0.
+        epochs: Length of the training.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed, self.epoch = size, seed, 0
+    def __init__(self, size: int, seed: int, pastes: int = 0, epochs: int = 1) -> None:
+        self.size, self.seed, self.pastes, self.epochs, self.epoch = size, seed, pastes, epochs, 0
 
     def __len__(self) -> int:
         return self.size
 
     def __iter__(self) -> Iterator[SampleKey]:
         order = generator_of("order of scans", self.seed, self.epoch).permutation(self.size)
-        return iter([SampleKey(self.epoch, index, int(scan)) for index, scan in enumerate(order)])
+        pastes = round(self.pastes * (1 - self.epoch / self.epochs))
+        return iter([SampleKey(self.epoch, index, int(scan), None, pastes) for index, scan in enumerate(order)])
 
     def record(self, keys: Sequence[SampleKey], errors: Sequence[float]) -> None:
         """Whole scans come once an epoch each, however hard they are."""

@@ -9,6 +9,11 @@ The parts stand in this order: array to probability (``Predictor``), probability
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is loaded
+    from utils import restart_with_patient_threads
+
+    restart_with_patient_threads()
+
 import logging
 import math
 import sys

@@ -7,6 +7,11 @@ torchrun --nproc_per_node 4 train.py --batch_size 8
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is loaded
+    from utils import restart_with_patient_threads
+
+    restart_with_patient_threads()
+
 import inspect
 import logging
 import math
@@ -40,6 +45,7 @@ from dataset import (
     augment_batch,
     make_loader,
     make_split,
+    visible_nodules,
 )
 from model import (
     LOSSES,
@@ -63,6 +69,7 @@ from utils import (
     atomic_path,
     autocast_dtype,
     check,
+    count_cores,
     do_once,
     folder_lock,
     free_memory,
@@ -316,6 +323,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
             lr=given["learning_rate"],
+            # Gradients grow a thousandfold when a network begins to learn; a longer memory of them makes steps far too
+            # large then, and far too small when it has erred.
+            betas=(0.9, 0.99),
             weight_decay=given["weight_decay"],
             fused=True,
             capturable=self.device.type == "cuda",
@@ -333,11 +343,14 @@ class Trainer:
     def _nodule_share(self) -> float:
         """Share of the voxels that are nodule in what the network is trained on."""
         scans = [self.metadata[uid] for uid in self.split.train]
-        volumes = [nodule.voxels for scan in scans for nodule in scan.nodules if nodule.voxels]
+        volumes = [nodule.voxels for scan in scans for nodule in visible_nodules(scan)]
         if self.patches is None:
-            share = sum(volumes) / sum(math.prod(scan.grid.shape_zyx) for scan in scans)
+            pasted = 0 if self.augmentation is None else self.augmentation.paste_per_scan
+            nodules = len(volumes) / len(scans) + pasted
+            voxels = float(np.mean([math.prod(scan.grid.shape_zyx) for scan in scans]))
         else:
-            share = self.patches.nodule_share * float(np.mean(volumes or [0])) / math.prod(self.patches.size)
+            nodules, voxels = self.patches.nodule_share, math.prod(self.patches.size)
+        share = nodules * float(np.mean(volumes or [0])) / voxels  # of a sample
         return min(max(share, LEAST_SHARE), NODULE_PRIOR)
 
     def _build_data(self) -> None:
@@ -352,7 +365,8 @@ class Trainer:
             given["speed.cache"],
             self.device,
         )
-        self.sampler: ScanSampler | PatchSampler = ScanSampler(len(dataset), given["seed"])
+        pastes = 0 if self.augmentation is None else self.augmentation.paste_per_scan
+        self.sampler: ScanSampler | PatchSampler = ScanSampler(len(dataset), given["seed"], pastes, self.num_epochs)
         if self.patches is not None:
             self.sampler = PatchSampler(dataset.metadata, dataset.lung_points(), self.patches, given["seed"])
         self.loader = make_loader(dataset, self.sampler, self.batch_size, given["num_workers"], self.device)
@@ -783,6 +797,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "sampler": self.sampler.state_dict(),
+                "threads": torch.get_num_threads(),
                 "random": gather_objects(self._random_state()),  # of each process
             },
         )
@@ -804,6 +819,22 @@ class Trainer:
             tell(f"all {self.epoch} epochs of {self.output_dir} are done; a larger num_epochs prolongs the run")
         else:
             tell(f"going on after epoch {self.epoch}")
+
+    def _take_threads(self, threads: int) -> None:
+        """As many threads as the run had: sums are rounded by how they are shared out."""
+        if self.device.type != "cpu" or threads == torch.get_num_threads():
+            return
+        if threads <= count_cores():
+            torch.set_num_threads(threads)
+            tell(f"going on with the run's {threads} threads")
+        else:
+            logger.warning(
+                "the run had %d threads, and there are %d cores: it goes on with %d threads, and is no longer "
+                "bit-identical to one that was never stopped",
+                threads,
+                count_cores(),
+                torch.get_num_threads(),
+            )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         theirs, mine, done = checkpoint.training, self.settings, checkpoint.epoch
@@ -827,6 +858,7 @@ class Trainer:
                 self.num_epochs,
             )
         progress = checkpoint.progress
+        self._take_threads(progress["threads"])
         self.network.load_state_dict(checkpoint.weights)
         self.optimizer.load_state_dict(progress["optimizer"])
         for group in self.optimizer.param_groups:

@@ -1198,7 +1198,64 @@ def free_memory(device: torch.device) -> int:
 def count_cores() -> int:
     """Cores that this process may use; those that ``torchrun`` started on this machine share them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    cores = math.ceil(min(cores, _core_quota()))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _core_quota(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Cores' worth of time that this process's control groups (Linux's containers) may use; infinite without a limit.
+
+    Args:
+        groups: File that names this process's groups, as lines of "number:controllers:path".
+        root: Where the kernel shows the groups.
+    """
+    quota = math.inf
+    try:
+        lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
+    except OSError:
+        return quota
+    for _, controllers, path in lines:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        folder = root / controllers / path.strip("/") if controllers else root / path.strip("/")
+        # A group is held to the limits of all that it lies in. In a container its path may lead nowhere: the root then
+        # is its own group.
+        for group in [folder, *folder.parents]:
+            quota = min(quota, _quota_of(group))
+            if group == root:
+                break
+    return quota
+
+
+def _quota_of(group: Path) -> float:
+    """Cores' worth of time that one control group may use, by the files of its version 2 or 1."""
+    try:
+        if (limit := group / "cpu.max").is_file():
+            allowed, period = limit.read_text().split()
+        else:
+            allowed, period = ((group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        return math.inf if allowed in ("max", "-1") else int(allowed) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
+
+
+def restart_with_patient_threads() -> None:
+    """Starts the running script anew, once, with threads that sleep while they wait for each other.
+
+    Threads that spin, as OpenMP's do by default, take the cores that others need: beside one busy process a training
+    fell to a fifteenth of its speed. OpenMP reads this when torch is loaded, so a script calls it before; an import
+    never does. Where a container may use fewer cores than there are, it sets the number of threads, too. What the user
+    has set is left alone.
+    """
+    wanted = {}
+    if not any(name in os.environ for name in WAITING):
+        wanted["OMP_WAIT_POLICY"] = "PASSIVE"
+    if "OMP_NUM_THREADS" not in os.environ and math.isfinite(_core_quota()):
+        wanted["OMP_NUM_THREADS"] = str(count_cores())
+    is_command = sys.argv[0] in sys.orig_argv  # else the process is another's, as in a notebook that runs the script
+    if wanted and is_command and sys.executable and os.name == "posix":
+        os.environ.update(wanted)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def is_distributed() -> bool:
@@ -1309,6 +1366,7 @@ def autocast_dtype(device: torch.device, mixed_precision: bool) -> torch.dtype |
 
 # -------------------------------------------------------------------------------------------------- what is told
 
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how OpenMP's threads wait for each other
 SECONDS_BETWEEN_LINES = 60  # of progress, where stderr is no terminal
 
 

@@ -7,6 +7,11 @@ with it; ``--predictions FILE.csv`` anyone's marks, without a network. The FROC'
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is loaded
+    from utils import restart_with_patient_threads
+
+    restart_with_patient_threads()
+
 import glob
 import logging
 import math

@@ -44,7 +44,7 @@ from utils import read_metadata, read_processed, read_processed_list, write_meta
 
 NO_POINTS = np.empty((0, 3), int)
 NO_CHANGE = Augmentation(
-    rotate90_prob=0, flip_prob=0, affine_prob=0, noise_prob=0, scale_prob=0, shift_prob=0
+    rotate90_prob=0, flip_prob=0, affine_prob=0, noise_prob=0, scale_prob=0, shift_prob=0, paste_per_scan=0
 )  # to switch single changes on by dataclasses.replace
 DRAWS = 2000
 
@@ -390,12 +390,14 @@ def two_scans(tmp_path):
             (tmp_path / kind).mkdir(exist_ok=True)
             np.save(tmp_path / kind / f"{index}.npy", array)
         write_metadata(tmp_path, metadata_of(*nodules, seriesuid=str(index), shape_zyx=(24, 24, 24)))
+        (tmp_path / "points").mkdir(exist_ok=True)
+        np.save(tmp_path / "points" / f"{index}.npy", np.argwhere(masks[index] < 2).astype(np.int32))  # all is lung
     return tmp_path
 
 
-def pasted(folder, **changes):
+def pasted(folder, patch_size_zyx=(16, 16, 16), **changes):
     augmentation = dataclasses.replace(NO_CHANGE, **({"paste_prob": 1.0} | changes))
-    return LUNA16Dataset(folder, ["0", "1"], augmentation, patch_size_zyx=(16, 16, 16))
+    return LUNA16Dataset(folder, ["0", "1"], augmentation, patch_size_zyx=patch_size_zyx)
 
 
 def test_patch_without_a_nodule_gets_one_of_another_scan_with_its_mask(two_scans):
@@ -414,13 +416,14 @@ def test_pasted_nodules_lie_in_many_places_of_their_patches(two_scans):
 
 def test_nodules_are_pasted_beside_a_vessel_rather_than_far_from_any(two_scans):
     image = np.load(two_scans / "images" / "1.npy")
-    image[12, 12, :] = 0.6
+    image[9, 9, :] = 0.6
     np.save(two_scans / "images" / "1.npy", image)
-    data, touching, far = pasted(two_scans), 0, 0
-    for place in range(60):
-        mask = data[SampleKey(0, place, 1, (12, 12, 12))]["mask"][0].numpy()
-        touching, far = touching + bool(mask[8, 8].any()), far + (not mask[8, 8].any())
-    assert touching > 2 * far > 0
+    data = pasted(two_scans)
+    masks = [data[SampleKey(0, place, 1, (12, 12, 12))]["mask"][0].numpy() for place in range(60)]
+    touching = np.mean([mask[5, 5].any() for mask in masks])
+    np.save(two_scans / "images" / "1.npy", np.full((24, 24, 24), 0.1, np.float16))
+    masks = [data[SampleKey(0, place, 1, (12, 12, 12))]["mask"][0].numpy() for place in range(60)]
+    assert touching > 1.5 * np.mean([mask[5, 5].any() for mask in masks]) > 0  # where there is no vessel
 
 
 def test_stored_scans_stay_as_they_are_when_nodules_are_pasted(two_scans):
@@ -457,6 +460,35 @@ def test_nodule_that_has_no_room_in_a_patch_is_not_pasted(two_scans):
     augmentation = dataclasses.replace(NO_CHANGE, paste_prob=1.0)
     data = LUNA16Dataset(two_scans, ["0", "1"], augmentation, patch_size_zyx=(8, 8, 8))
     assert not data[SampleKey(0, 0, 1, (12, 12, 12))]["mask"].any()
+
+
+def test_nodules_are_pasted_into_whole_scans(two_scans):
+    sample = pasted(two_scans, None, paste_per_scan=9)[SampleKey(0, 0, 1, pastes=3)]
+    mask, points = sample["mask"][0].numpy(), sample["augmentation"].points.astype(int)
+    assert len(points) == 3 and len(np.unique(points, axis=0)) > 1
+    assert mask[tuple(points.T)].all()
+    size = np.load(two_scans / "masks" / "0.npy").sum()
+    assert size < mask.sum() <= 3 * size
+    assert not np.load(two_scans / "masks" / "1.npy").any()  # what is stored stays as it is
+
+
+def test_nodules_of_whole_scans_are_pasted_into_the_lungs_alone(two_scans):
+    np.save(two_scans / "points" / "1.npy", np.array([[8, 8, 15], [15, 9, 8]], np.int32))
+    data = pasted(two_scans, None, paste_per_scan=1)
+    places = {tuple(data[SampleKey(epoch, 0, 1, pastes=1)]["augmentation"].points[0]) for epoch in range(20)}
+    assert places == {(8, 8, 15), (15, 9, 8)}
+
+
+def test_without_a_nodule_in_any_scan_nothing_is_pasted(two_scans):
+    data = LUNA16Dataset(two_scans, ["1"], dataclasses.replace(NO_CHANGE, paste_per_scan=3))
+    assert not data[SampleKey(0, 0, 0, pastes=3)]["mask"].any()
+
+
+def test_fewer_nodules_are_pasted_from_epoch_to_epoch():
+    sampler, numbers = ScanSampler(3, seed=0, pastes=10, epochs=4), []
+    for sampler.epoch in range(4):
+        numbers.append({key.pastes for key in sampler})
+    assert numbers == [{10}, {8}, {5}, {2}]
 
 
 @pytest.mark.parametrize(
@@ -536,10 +568,20 @@ def test_scans_are_kept_in_memory_where_half_of_it_is_free(processed_dir, uids, 
 
 
 @pytest.mark.parametrize(
-    ("free", "paste_prob", "cache"), [(2.01, 0.0, "device"), (1.99, 0.0, "memory"), (2.01, 0.1, "memory")]
+    ("free", "paste_prob", "paste_per_scan", "patch_size", "cache"),
+    [
+        (2.01, 0.0, 0, None, "device"),
+        (1.99, 0.0, 0, None, "memory"),
+        (2.01, 0.0, 1, None, "memory"),
+        (2.01, 0.0, 1, (16, 16, 16), "device"),
+        (2.01, 0.1, 0, (16, 16, 16), "memory"),
+    ],
 )
-def test_scans_are_kept_on_a_gpu_where_half_of_it_is_free(processed_dir, uids, monkeypatch, free, paste_prob, cache):
-    dataset = LUNA16Dataset(processed_dir, uids, Augmentation(paste_prob=paste_prob))
+def test_scans_are_kept_on_a_gpu_where_half_of_it_is_free(
+    processed_dir, uids, monkeypatch, free, paste_prob, paste_per_scan, patch_size, cache
+):
+    augmentation = Augmentation(paste_prob=paste_prob, paste_per_scan=paste_per_scan)
+    dataset = LUNA16Dataset(processed_dir, uids, augmentation, patch_size_zyx=patch_size)
     taken = 3 * 32 * 48 * 48 * len(uids)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * taken), 0))
     assert dataset._choose_cache(torch.device("cuda")) == cache

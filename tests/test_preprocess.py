@@ -1155,6 +1155,7 @@ def test_memory_limits_the_number_of_processes(raw_dir, monkeypatch, caplog, fit
     available = fits * preprocess.peak_bytes((raw_dir / "1.1.raw").stat().st_size)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr("utils._core_quota", lambda: np.inf)
     small(raw_dir, num_processes=None).process_all()
     assert f"3 scans: 0 done before, 3 to do in {processes} processes" in caplog.messages
 

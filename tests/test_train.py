@@ -236,6 +236,29 @@ def test_resumed_run_equals_one_that_was_never_stopped(processed_dir, tmp_path, 
     pd.testing.assert_frame_equal(*logs)
 
 
+def test_resume_takes_the_threads_of_the_run(processed_dir, run_dir, tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(train, "count_cores", lambda: 2)
+    shutil.copytree(run_dir, tmp_path / "run")
+    Trainer(processed_dir, tmp_path / "run", **CPU | {"num_epochs": 3}, resume=True).train()
+    assert taken == [1]  # of the run that was started in this test's process
+
+
+def test_resume_with_fewer_cores_than_threads_says_that_it_differs(
+    processed_dir, run_dir, tmp_path, monkeypatch, caplog
+):
+    shutil.copytree(run_dir, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").glob("*.pth"):
+        checkpoint = load_checkpoint(path)
+        checkpoint.progress["threads"] = 64
+        save_checkpoint(path, checkpoint)
+    monkeypatch.setattr(train, "count_cores", lambda: 2)
+    Trainer(processed_dir, tmp_path / "run", **CPU | {"num_epochs": 3}, resume=True).train()
+    assert "the run had 64 threads, and there are 2 cores" in caplog.text and "no longer bit-identical" in caplog.text
+
+
 def test_resume_passes_over_a_damaged_checkpoint(processed_dir, tmp_path, run_dir, caplog):
     shutil.copytree(run_dir, tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "checkpoint_epoch_2.pth"

@@ -1459,6 +1459,93 @@ def test_what_is_told_reaches_who_has_set_up_logging_for_warnings_alone():
     assert done.stderr == "half way\n"
 
 
+# ------------------------------------------------------------------------------------------------------------ threads
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "cores"),
+    [
+        ("0::/", {}, math.inf),
+        ("0::/", {"cpu.max": "max 100000"}, math.inf),
+        ("0::/", {"cpu.max": "150000 100000"}, 1.5),
+        ("0::/a/b", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000"}, 2),
+        ("0::/not/shown/in/a/container", {"cpu.max": "400000 100000"}, 4),
+        (
+            "3:cpu,cpuacct:/a",
+            {"cpu,cpuacct/a/cpu.cfs_quota_us": "50000", "cpu,cpuacct/a/cpu.cfs_period_us": "100000"},
+            0.5,
+        ),
+        ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+        ("2:cpuset:/a", {"cpuset/a/cpu.max": "100000 100000"}, math.inf),
+        ("0::/", {"cpu.max": "what is this"}, math.inf),
+    ],
+)
+def test_quota_of_a_container_is_read(tmp_path, line, files, cores):
+    root = tmp_path / "root"
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{text}\n")
+    (tmp_path / "cgroup").write_text(f"4:memory:/m\n{line}\n")
+    assert utils._core_quota(tmp_path / "cgroup", root) == cores
+    assert utils._core_quota(tmp_path / "missing", root) == math.inf
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(math.inf, 8), (1.5, 2), (0.5, 1), (100, 8)])
+def test_quota_limits_the_cores(monkeypatch, quota, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(utils, "_core_quota", lambda: quota)
+    assert utils.count_cores() == cores
+
+
+RESTARTED = """
+import os, sys
+import utils
+utils._core_quota = lambda: {quota}
+os.write(1, b"begin ")
+if __name__ == "__main__":
+    utils.restart_with_patient_threads()
+print(os.getenv("OMP_WAIT_POLICY"), os.getenv("OMP_NUM_THREADS"), os.getenv("GOMP_SPINCOUNT"), sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="scripts start anew on POSIX alone")
+@pytest.mark.parametrize(
+    ("quota", "given", "expected"),
+    [
+        ("float('inf')", {}, "begin begin PASSIVE None None ['--a', 'b c']"),
+        ("1.0", {}, "begin begin PASSIVE 1 None ['--a', 'b c']"),
+        ("1.0", {"OMP_NUM_THREADS": "3"}, "begin begin PASSIVE 3 None ['--a', 'b c']"),
+        ("float('inf')", {"GOMP_SPINCOUNT": "9"}, "begin None None 9 ['--a', 'b c']"),
+        ("float('inf')", {"OMP_WAIT_POLICY": "ACTIVE"}, "begin ACTIVE None None ['--a', 'b c']"),
+    ],
+)
+def test_script_starts_anew_with_threads_that_sleep(tmp_path, quota, given, expected):
+    (tmp_path / "script.py").write_text(RESTARTED.format(quota=quota))
+    assert run_restarted([str(tmp_path / "script.py"), "--a", "b c"], given) == expected
+
+
+@pytest.mark.parametrize("name", ["__main__", "script"])
+def test_nothing_starts_anew_within_another_program(tmp_path, name):
+    (tmp_path / "script.py").write_text(RESTARTED.format(quota="1.0"))
+    code = f"import runpy; runpy.run_path({str(tmp_path / 'script.py')!r}, run_name={name!r})"  # as a notebook does
+    assert run_restarted(["-c", code], {}) == "begin None None None []"
+
+
+@pytest.mark.parametrize("script", ["train", "validate", "infer"])
+def test_scripts_start_anew_before_torch_is_loaded(script):
+    lines = (ROOT / f"{script}.py").read_text().splitlines()
+    assert lines.index("    restart_with_patient_threads()") < lines.index("import torch")
+
+
+def run_restarted(words: Sequence[str], environment: dict[str, str]) -> str:
+    """What a Python command prints, with none of the settings of threads but the given ones."""
+    removed = ("OMP_NUM_THREADS", *utils.WAITING)
+    kept = {name: value for name, value in os.environ.items() if name not in removed}
+    environment = kept | {"PYTHONPATH": str(ROOT)} | environment
+    command = [sys.executable, *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
 # ----------------------------------------------------------------------------------------------------- random streams
 
 

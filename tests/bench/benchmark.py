@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -42,7 +43,15 @@ from infer import WINDOW_OVERLAP, NoduleInferencer, extract_nodules
 from model import InferenceSettings, LungNodule3DUNet, to_device
 from preprocess import LUNA16Preprocessor
 from train import WARM_UP, Trainer, ValidationSettings
-from utils import ANNOTATION_COLUMNS, CANDIDATE_COLUMNS, Geometry, autocast_dtype, read_processed_list, select_device
+from utils import (
+    ANNOTATION_COLUMNS,
+    CANDIDATE_COLUMNS,
+    WAITING,
+    Geometry,
+    autocast_dtype,
+    read_processed_list,
+    select_device,
+)
 from validate import froc
 
 SHAPE = (64, 256, 256)
@@ -401,6 +410,50 @@ def froc_of_888(bench: Bench) -> Iterator[tuple]:
     yield "FROC of 888 scans", "s", 1, *bench.compare(lambda: froc(marks, nodules, None, scans), plain)
 
 
+def seconds_a_step(steps: int = 8) -> float:
+    """Seconds a training step of the small network on two fixed patches of 64 x 128 x 128, in the median."""
+    torch.manual_seed(0)
+    network = to_device(LungNodule3DUNet(**SMALL_NETWORK), torch.device("cpu"))
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    image, times = torch.rand(BATCH_SIZE, 1, 64, 128, 128), []
+    half = autocast_dtype(torch.device("cpu"), mixed_precision=True)
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        with torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
+            logits = network(image)
+        logits.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def sharing(bench: Bench) -> Iterator[tuple]:
+    """Seconds a training step alone and beside one busy process, in processes of their own.
+
+    Here OpenMP's threads sleep while they wait for each other, as the scripts set it; plain, they spin.
+    """
+    code = f"import sys; sys.path[0] = {str(Path(__file__).parent)!r}; import benchmark; "
+    code += "print(benchmark.seconds_a_step())"
+    free = {name: value for name, value in os.environ.items() if name not in WAITING}
+
+    def measure(**changes: str) -> float:
+        done = subprocess.run([sys.executable, "-c", code], env=free | changes, check=True, stdout=subprocess.PIPE)
+        return float(done.stdout)
+
+    for label, others in (("alone", 0), ("beside one busy process", 1)):
+        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)]
+        try:
+            pairs = [(measure(OMP_WAIT_POLICY="PASSIVE"), measure()) for _ in range(bench.repeats)]
+        finally:
+            for process in busy:
+                process.kill()
+                process.wait()
+        ours, plain = zip(*pairs, strict=True)
+        ratio = statistics.median(b / a for a, b in pairs)
+        yield f"training step, {label}", "s/step", 1, statistics.median(ours), statistics.median(plain), ratio
+
+
 ROWS = {
     "preprocessing": preprocessing,
     "loading": loading,
@@ -408,6 +461,7 @@ ROWS = {
     "inference": inference,
     "extraction": extraction,
     "froc": froc_of_888,
+    "sharing": sharing,
 }
 
 

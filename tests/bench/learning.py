@@ -1,0 +1,243 @@
+"""What the networks learn: trains each trial, scores it on scans that it never saw, and adds rows to results.csv.
+
+python tests/bench/learning.py --trials '[defaults]' --seeds '[0,1,2]'
+python tests/bench/learning.py --compare '[recipe,recipe_before]'
+
+It goes on where it was stopped: a row that is there is not made again, and a training resumes. Trainings run one after
+the other, since two at a time slow each other many times over.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import pandas as pd
+import torch
+from jsonargparse import auto_cli
+
+from utils import read_json, write_csv
+from validate import froc, read_excluded
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).with_name("results.csv")
+RECIPE = "data/full_resolution_small"
+SMALL = ["--channels", "[16,32,64,128]", "--strides", "[2,2,2]"]  # a network for two cores
+
+# Sets of phantoms: options of data/phantom.py. Training and test sets never share a seed.
+PHANTOMS = {
+    "train": ["--num_scans", "48", "--seed", "1"],
+    "test8": ["--num_scans", "80", "--seed", "8"],
+    "test11": ["--num_scans", "80", "--seed", "11"],
+    "test12": ["--num_scans", "80", "--seed", "12"],
+    "test13": ["--num_scans", "80", "--seed", "13"],
+}
+NAMED_BEFOREHAND = ("test11", "test12", "test13")  # never looked at while a recipe was chosen
+GRIDS: dict[str, list[str]] = {
+    "default": [],
+    "1 mm": ["--config", f"{RECIPE}/preprocess.yaml"],
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to train.
+
+    Args:
+        grid: Name in GRIDS.
+        training: Options of train.py.
+        train: Set of phantoms to learn from.
+        tests: Sets of phantoms to be scored on.
+        seeds: Seeds of the training.
+    """
+
+    grid: str
+    training: list[str]
+    train: str = "train"
+    tests: tuple[str, ...] = ("test8",)
+    seeds: tuple[int, ...] = (0,)
+
+
+def defaults(*changes: str, rate: str = "1e-3", epochs: int = 86, **more: Any) -> Trial:
+    """The default grid, loss and dropout; 12 steps an epoch."""
+    options = [*SMALL, "--learning_rate", rate, "--num_epochs", str(epochs), "--validation.fraction", "0.5"]
+    return Trial("default", [*options, "--validation.interval", str(max(epochs // 4, 1)), *changes], **more)
+
+
+TRIALS = {
+    "defaults": defaults(seeds=(0, 1, 2)),
+    "defaults, nothing pasted": defaults("--augmentation.paste_per_scan", "0"),
+}
+
+
+class Bench:
+    """Makes what trials need, in one folder.
+
+    Args:
+        work_dir: Folder for phantoms and trainings; what is there is used.
+        device: 'cuda' or 'cpu'.
+    """
+
+    def __init__(self, work_dir: Path, device: str) -> None:
+        self.work_dir, self.device = work_dir, device
+
+    def run(self, script: str, *words: object) -> None:
+        """Prints and runs one script; raises CalledProcessError where it fails."""
+        command = [sys.executable, script, *map(str, words)]
+        print("$", *command[1:], flush=True)
+        subprocess.run(command, cwd=ROOT, check=True)
+
+    def phantoms(self, name: str) -> Path:
+        """Folder of a set of phantoms."""
+        folder = self.work_dir / name
+        if not (folder / "seriesuids.csv").is_file():  # the last that is written
+            self.run("data/phantom.py", "--output_dir", folder, "--overwrite", "true", *PHANTOMS[name])
+        return folder
+
+    def processed(self, name: str, grid: str) -> Path:
+        """Folder of a set that is prepared for a grid; scans that are done are not done again."""
+        raw = self.phantoms(name)
+        folder = raw / f"processed {grid}"
+        if not (folder / "done").is_file():
+            paths = ["--raw_data_dir", raw / "raw", "--annotations_path", raw / "annotations.csv"]
+            paths += ["--lung_masks_dir", raw / "seg-lungs-LUNA16", "--output_dir", folder]
+            self.run("preprocess.py", *GRIDS[grid], *paths)
+            (folder / "done").touch()
+        return folder
+
+    def results(self, name: str, seed: int) -> Path:
+        """Folder of one training of a trial."""
+        return self.work_dir / "runs" / name.replace(" ", "_").replace(",", "") / str(seed)
+
+    def train(self, name: str, seed: int) -> Path:
+        """Trains a trial, or goes on with it; returns its folder."""
+        trial, folder = TRIALS[name], self.results(name, seed)
+        if not (folder / "done").is_file():
+            data = ["--data_dir", self.processed(trial.train, trial.grid), "--output_dir", folder]
+            keep = ["--checkpoint_interval", 5, "--resume", "true"]
+            self.run("train.py", *trial.training, *data, *keep, "--seed", seed, "--device", self.device)
+            (folder / "done").touch()
+        return folder
+
+    def validate(self, name: str, seed: int, test: str) -> Path:
+        """Scores a trained trial on a set; returns the folder of its results."""
+        folder, grid = self.results(name, seed), TRIALS[name].grid
+        results = folder / test
+        if not (results / "validation_summary.json").is_file():
+            words = ["--data_dir", self.processed(test, grid), "--output_dir", results, "--subset", "new"]
+            words += ["--checkpoint_path", folder / "checkpoints" / "best_model.pth", "--device", self.device]
+            self.run("validate.py", *words, "--excluded_path", self.phantoms(test) / "annotations_excluded.csv")
+        return results
+
+
+def row_of(name: str, seed: int, test: str, run: Path, results: Path) -> dict[str, Any]:
+    """The row of results.csv for one training and one set."""
+    log, summary = pd.read_csv(run / "log.csv"), read_json(results / "validation_summary.json")
+    cpm = summary.get("cpm", {"value": np.nan, "interval": [np.nan, np.nan]})
+    row = {
+        "trial": name,
+        "seed": seed,
+        "test": test,
+        "epochs": len(log),
+        "minutes": round(float(log["training_seconds"].sum() + log["validation_seconds"].sum()) / 60, 1),
+        "threads": torch.get_num_threads(),
+        "processor": platform.processor() or platform.machine(),
+        "dice_per_scan": summary["dice"]["mean"],
+        "dice_pooled": summary["dice_pooled"],
+        "nodules": summary["nodules"],
+        "nodules_found": summary["nodules_found"],
+        "false_positive_nodules": summary["false_positive_nodules"],
+        "cpm": cpm["value"],
+        "cpm_low": cpm["interval"][0],
+        "cpm_high": cpm["interval"][1],
+    }
+    for size in summary["by_size"]:
+        row |= {f"{kind} {size['diameter']}": size[kind] for kind in ("cpm", "dice_per_nodule")}
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+
+
+def rows_done() -> pd.DataFrame:
+    """The rows of results.csv."""
+    return pd.read_csv(RESULTS) if RESULTS.is_file() else pd.DataFrame(columns=["trial", "seed", "test"])
+
+
+def add_row(row: dict[str, Any]) -> None:
+    """Adds a row to results.csv; the first one makes the file."""
+    table = pd.concat([rows_done(), pd.DataFrame([row])], ignore_index=True)
+    write_csv(RESULTS, table)
+    print(table.tail(1).T.to_string(header=False), flush=True)
+
+
+def gain(bench: Bench, better: str, than: str) -> str:
+    """Paired gains in mean Dice per scan and CPM with 95 % intervals, over the trainings and test sets of both.
+
+    Each draw takes scans with replacement, the same of both trials; nodules count with their scans.
+    """
+    seeds = sorted(set(TRIALS[better].seeds) & set(TRIALS[than].seeds))
+    tests = [test for test in TRIALS[better].tests if test in TRIALS[than].tests]
+    draws: dict[str, list[np.ndarray]] = {"Dice per scan": [], "CPM": []}
+    for seed in seeds:
+        for test in tests:
+            pair = [scores(bench.results(name, seed) / test, bench.phantoms(test)) for name in (better, than)]
+            for kind in draws:
+                draws[kind].append(pair[0][kind] - pair[1][kind])
+    lines = [f"{better} over {than}, {len(seeds)} trainings, {', '.join(tests)}:"]
+    for kind, values in draws.items():
+        total = np.mean(values, axis=0)
+        low, high = np.nanquantile(total[1:], [0.025, 0.975])
+        lines.append(f"  {kind} {total[0]:+.4f} (95 % interval {low:+.4f} to {high:+.4f})")
+    return "\n".join(lines)
+
+
+def scores(results: Path, phantoms: Path) -> dict[str, np.ndarray]:
+    """Dice per scan and CPM of one validation: first the figure, then 1000 draws of its scans."""
+    table = pd.read_csv(results / "validation_results.csv")
+    table = table[table["part"] != "train"].sort_values("seriesuid")
+    nodules, marks = (pd.read_csv(results / f"{kind}.csv") for kind in ("nodule_results", "candidates"))
+    curve = froc(marks, nodules, read_excluded(phantoms / "annotations_excluded.csv"), list(table["seriesuid"]))
+    dice = table["dice"].to_numpy()
+    chosen = np.random.default_rng(0).integers(len(dice), size=(len(curve.cpm_draws), len(dice)))
+    return {
+        "Dice per scan": np.array([np.nanmean(dice), *np.nanmean(dice[chosen], axis=1)]),
+        "CPM": np.array([curve.cpm, *curve.cpm_draws]),
+    }
+
+
+def main(
+    trials: list[str] = [],  # noqa: B006 - never changed
+    seeds: list[int] | None = None,
+    compare: list[str] = [],  # noqa: B006 - never changed
+    work_dir: Path = Path("data/learning"),
+    device: str = "cuda",
+) -> None:
+    """Trains and scores trials; then prints the paired gain of one over another.
+
+    Args:
+        trials: Names in TRIALS.
+        seeds: Seeds of the training; null takes those of each trial.
+        compare: Two names; what the first one gains over the second.
+        work_dir: Folder for phantoms and trainings.
+        device: 'cuda' or 'cpu'.
+    """
+    bench = Bench(work_dir.resolve(), device)
+    for name in trials:
+        for seed in seeds or TRIALS[name].seeds:
+            for test in TRIALS[name].tests:
+                done = rows_done()
+                if ((done["trial"] == name) & (done["seed"] == seed) & (done["test"] == test)).any():
+                    continue
+                run = bench.train(name, seed)
+                add_row(row_of(name, seed, test, run, bench.validate(name, seed, test)))
+    if compare:
+        print(gain(bench, *compare))
+
+
+if __name__ == "__main__":
+    auto_cli(main)
