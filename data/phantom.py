@@ -35,6 +35,7 @@ UID_PREFIX = "1.2.826.0.1.3680043.10.1338"
 COLUMNS = ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]
 LEFT_LUNG, RIGHT_LUNG, AIRWAY = 3, 4, 5  # labels of seg-lungs-LUNA16
 LATTICE_MM = 3.0
+HEIGHT_MM = 259  # of the field of view, in the middle of what is drawn
 TWIGS = 520  # end points of each of the four pulmonary trees
 
 # Hounsfield units
@@ -105,6 +106,65 @@ class Phantom:
     lungs: sitk.Image
     nodules: list[Nodule]
     excluded: list[Nodule]
+
+
+@dataclass(frozen=True)
+class Maker:
+    """What differs between scanners, and between those who make phantoms. The values given are those of old.
+
+    Args:
+        noise: Factor of the noise.
+        grain: Factor of the width of its texture.
+        blur_mm: Width (standard deviation) in the slice by which the kernel smooths.
+        sharpening: Share by which the kernel enhances edges.
+        slice_mm: Distance of the slices; 0 takes the number of slices that was asked for.
+        contrast_hu: Added to the nodules.
+        edge: Factor of the width of the nodules' edges.
+        lobes: Relative depth of the bumps of a nodule.
+        vessels: Factor of the vessels' radii.
+        twigs: End points of each of the four pulmonary trees.
+        most_tiny: Most of the excluded nodules in a scan, at least 1.
+        most_scars: Most of the scars, at least 1.
+        breathing_mm: Width of the blur along z that breathing leaves at the lowest slice; none at the highest.
+    """
+
+    noise: float = 1.0
+    grain: float = 1.0
+    blur_mm: float = 0.0
+    sharpening: float = 0.0
+    slice_mm: float = 0.0
+    contrast_hu: float = 0.0
+    edge: float = 1.0
+    lobes: float = 0.05
+    vessels: float = 1.0
+    twigs: int = TWIGS
+    most_tiny: int = 4
+    most_scars: int = 3
+    breathing_mm: float = 0.0
+
+    @classmethod
+    def draw(cls, number: int) -> "Maker":
+        """The maker of a number: the same number gives the same one."""
+        rng = np.random.default_rng([number, 13])
+        is_sharp = rng.random() < 0.5
+        return cls(
+            noise=float(np.exp(rng.uniform(np.log(0.5), np.log(2)))),
+            grain=rng.uniform(0.6, 2),
+            blur_mm=0.0 if is_sharp else rng.uniform(0.3, 1.2),
+            sharpening=rng.uniform(0.2, 1) if is_sharp else 0.0,
+            slice_mm=rng.uniform(1, 3),
+            contrast_hu=rng.uniform(-150, 60),
+            edge=rng.uniform(0.7, 2),
+            lobes=rng.uniform(0.02, 0.16),
+            vessels=rng.uniform(0.7, 1.35),
+            twigs=int(rng.integers(250, 901)),
+            most_tiny=int(rng.integers(1, 9)),
+            most_scars=int(rng.integers(1, 7)),
+            breathing_mm=rng.uniform(0, 3) if rng.random() < 0.5 else 0.0,
+        )
+
+
+PLAIN = Maker()
 
 
 @dataclass(frozen=True)
@@ -473,13 +533,16 @@ class Anatomy:
 # ---- vessels ----
 
 
-def grow_tree(targets: NDArray[np.float64], root: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+def grow_tree(
+    targets: NDArray[np.float64], root: NDArray[np.float64], rng: np.random.Generator, width: float = 1.0
+) -> NDArray[np.float64]:
     """Connects points to a root, trading wire length against path length (Cuntz et al. 2010); radii by Murray's law.
 
     Args:
         targets: World points (N, 3).
         root: World point (3,).
         rng: For the bends.
+        width: Factor of the radii.
 
     Returns:
         Capsule rows (2N, 8), thin end last.
@@ -503,7 +566,7 @@ def grow_tree(targets: NDArray[np.float64], root: NDArray[np.float64], rng: np.r
     weight = np.ones(count)
     for node in reversed(order):
         weight[parent[node]] += weight[node]
-    radius = 0.52 * weight**0.37
+    radius = width * (0.52 * weight**0.37)
     nodes = np.array(order)
     start, end = points[parent[nodes]], points[nodes]
     middle = (start + end) / 2 + rng.normal(0, 0.07, start.shape) * length[nodes, None]
@@ -518,7 +581,9 @@ def lattice_points(lattice: Grid, chosen: NDArray[np.bool_]) -> NDArray[np.float
     return lattice.origin_xyz + np.argwhere(chosen)[:, ::-1] * LATTICE_MM
 
 
-def paint_vessels(canvas: Canvas, anatomy: Anatomy, rng: np.random.Generator) -> NDArray[np.float64]:
+def paint_vessels(
+    canvas: Canvas, anatomy: Anatomy, rng: np.random.Generator, maker: Maker = PLAIN
+) -> NDArray[np.float64]:
     """Arteries with bronchi beside the thicker ones, and veins. Returns the capsule rows."""
     patient, lung_alpha = anatomy.patient, np.zeros(canvas.image.shape, np.float32)
     box, alpha = canvas.cover(anatomy.lungs)
@@ -528,8 +593,8 @@ def paint_vessels(canvas: Canvas, anatomy: Anatomy, rng: np.random.Generator) ->
     for number, hilum in enumerate(hila):
         side = anatomy.p[0] < 0 if number % 2 == 0 else anatomy.p[0] > 0
         points = lattice_points(canvas.lattice, side & (anatomy.lungs < -4))
-        picked = points[rng.choice(len(points), min(TWIGS, len(points)), replace=False)]
-        trees.append(grow_tree(picked + rng.uniform(-1.5, 1.5, picked.shape), hilum, rng))
+        picked = points[rng.choice(len(points), min(maker.twigs, len(points)), replace=False)]
+        trees.append(grow_tree(picked + rng.uniform(-1.5, 1.5, picked.shape), hilum, rng, maker.vessels))
     arteries = np.vstack(trees[:2])
     paint_bronchi(canvas, arteries[arteries[:, 7] > 1.4], lung_alpha)
     canvas.background = canvas.image.copy()
@@ -565,9 +630,14 @@ class Findings:
     """Draws nodules and other findings at free places and remembers them."""
 
     def __init__(
-        self, canvas: Canvas, anatomy: Anatomy, vessels: NDArray[np.float64], rng: np.random.Generator
+        self,
+        canvas: Canvas,
+        anatomy: Anatomy,
+        vessels: NDArray[np.float64],
+        rng: np.random.Generator,
+        maker: Maker = PLAIN,
     ) -> None:
-        self.canvas, self.anatomy, self.vessels, self.rng = canvas, anatomy, vessels, rng
+        self.canvas, self.anatomy, self.vessels, self.rng, self.maker = canvas, anatomy, vessels, rng, maker
         self.taken: list[tuple[NDArray[np.float64], float]] = []
         self.pleural: list[tuple[Box, Array]] = []
         lattice = canvas.lattice
@@ -623,19 +693,20 @@ class Findings:
 
     def add_nodule(self, diameter_mm: float, kind: str) -> Nodule:
         """Places and draws a nodule; a tiny one is too small to be annotated."""
-        rng, canvas, radius = self.rng, self.canvas, diameter_mm / 2
+        rng, canvas, radius, contrast = self.rng, self.canvas, diameter_mm / 2, self.maker.contrast_hu
         center = self.place(kind, radius)
-        box, distance = self.ball(center, radius, 0.05)
+        box, distance = self.ball(center, radius, self.maker.lobes)
         texture = 25 * smooth_noise(rng, distance.shape, 1.0)
+        edge = np.float32(self.maker.edge)
         if kind in ("ground_glass", "part_solid"):
-            canvas.add(box, distance, GROUND_GLASS + rng.uniform(-60, 60) + texture)
+            canvas.add(box, distance / edge, GROUND_GLASS + contrast / 2 + rng.uniform(-60, 60) + texture)
             if kind == "part_solid":
                 core_box, core = self.ball(center + rng.normal(0, 0.08 * radius, 3), 0.6 * radius, 0.08)
-                canvas.add(core_box, core, SOLID)
+                canvas.add(core_box, core / edge, SOLID + contrast)
         else:
-            hu = CALCIFIED if kind == "solid" and rng.random() < 0.06 else SOLID + rng.uniform(-25, 25)
+            hu = CALCIFIED if kind == "solid" and rng.random() < 0.06 else SOLID + contrast + rng.uniform(-25, 25)
             # One that is smaller than a voxel only tints it.
-            canvas.add(box, distance, hu + 0.4 * texture, min(1.0, 1.6 * radius / canvas.width_mm))
+            canvas.add(box, distance / edge, hu + 0.4 * texture, min(1.0, 1.6 * radius / canvas.width_mm))
         if kind == "pleural":
             self.pleural.append((box, distance))
         return Nodule(tuple(center.tolist()), float(diameter_mm), kind)
@@ -692,6 +763,12 @@ def check_sizes(
         )
 
 
+def check_makers(makers: Sequence[int]) -> None:
+    """Raises ValueError for numbers that no maker can have."""
+    if any(number < 0 for number in makers):
+        raise ValueError(f"the numbers of makers must be at least 0, not {list(makers)}.")
+
+
 def make_grid(patient: Patient, size_xyz: tuple[int, int, int], rng: np.random.Generator) -> Grid:
     """A field of view of 310-345 mm in the plane and 230-275 mm along z around the patient."""
     in_plane, along = rng.uniform(310, 345) / max(size_xyz[:2]), rng.uniform(240, 278) / size_xyz[2]
@@ -712,13 +789,31 @@ def paint_table(canvas: Canvas, patient: Patient) -> None:
         canvas.image += alpha * free * (hu - canvas.image)
 
 
-def finish(canvas: Canvas, index: int, noise_hu: float, rng: np.random.Generator) -> NDArray[np.int16]:
+def scan_as(maker: Maker, canvas: Canvas) -> None:
+    """What breathing, slice profile and kernel do to the canvas, before there is noise."""
+    image, spacing = canvas.image, canvas.grid.spacing_xyz
+    if maker.breathing_mm:
+        moved = ndimage.gaussian_filter1d(image, maker.breathing_mm / spacing[2], axis=0)
+        image += np.linspace(1, 0, len(image), dtype=np.float32)[:, None, None] * (moved - image)
+    if maker.slice_mm:
+        canvas.image = ndimage.gaussian_filter1d(canvas.image, 0.4, axis=0)
+    if maker.blur_mm:
+        canvas.image = ndimage.gaussian_filter(canvas.image, (0, *(maker.blur_mm / spacing[1::-1])))
+    if maker.sharpening:
+        smooth = ndimage.gaussian_filter(canvas.image, (0, *(0.8 / spacing[1::-1])))
+        canvas.image += np.float32(maker.sharpening) * (canvas.image - smooth)
+
+
+def finish(
+    canvas: Canvas, index: int, noise_hu: float, rng: np.random.Generator, maker: Maker = PLAIN
+) -> NDArray[np.int16]:
     """Adds noise, clips to what a scanner stores and pads outside the circular field of view on two scans of three."""
-    noise = smooth_noise(rng, canvas.image.shape, (0.45, 0.8, 0.8))
+    scan_as(maker, canvas)
+    noise = smooth_noise(rng, canvas.image.shape, (0.45, 0.8 * maker.grain, 0.8 * maker.grain))
     x, y, _ = canvas.grid.mesh((slice(None), slice(None), slice(None)))
     radius = canvas.grid.spacing_xyz[0] * max(canvas.grid.size_xyz[:2]) / 2
     away = np.sqrt((x - x.mean()) ** 2 + (y - y.mean()) ** 2) / radius
-    noise *= noise_hu * (1.15 - 0.5 * np.minimum(away, 1))  # more noise where more tissue is in the way
+    noise *= maker.noise * noise_hu * (1.15 - 0.5 * np.minimum(away, 1))  # more noise where more tissue is in the way
     canvas.image += noise
     pixels = np.rint(canvas.image.clip(-1024, 3071)).astype(np.int16)
     padding = (-3024, None, -2048)[index % 3]
@@ -756,6 +851,7 @@ def make_phantom(
     nodule_free: float = 0.33,
     min_diameter_mm: float = 3.25,
     max_diameter_mm: float = 32.3,
+    makers: Sequence[int] = (),
 ) -> Phantom:
     """Makes one scan. The same arguments give the same scan; every fourth (index 2, 6, ...) is stored flipped.
 
@@ -766,33 +862,36 @@ def make_phantom(
         nodule_free: Share of scans without a nodule; which ones depends on the index only.
         min_diameter_mm: Smallest nodule.
         max_diameter_mm: Largest nodule.
+        makers: Numbers of makers, of which the scan gets one at random; none is the plain one.
 
     Raises:
         ValueError: For impossible values.
     """
     check_sizes(index, seed, size_xyz, min_diameter_mm, max_diameter_mm)
-    rngs = [np.random.default_rng([seed, index, part]) for part in range(6)]
+    check_makers(makers)
+    rngs = [np.random.default_rng([seed, index, part]) for part in range(7)]
+    maker = Maker.draw(makers[int(rngs[6].integers(len(makers)))]) if makers else PLAIN
     patient = Patient.draw(rngs[0])
-    canvas = Canvas(make_grid(patient, (size_xyz[0], size_xyz[1], size_xyz[2]), rngs[1]))
+    slices = round(HEIGHT_MM / maker.slice_mm) if maker.slice_mm else size_xyz[2]
+    canvas = Canvas(make_grid(patient, (size_xyz[0], size_xyz[1], slices), rngs[1]))
     anatomy = Anatomy(patient, canvas.lattice, rngs[2])
     anatomy.paint_body(canvas)
     anatomy.paint_abdomen(canvas)
     anatomy.paint_mediastinum(canvas)
     anatomy.paint_bones(canvas)
     anatomy.paint_lungs(canvas)
-    findings = Findings(canvas, anatomy, paint_vessels(canvas, anatomy, rngs[3]), rngs[4])
+    findings = Findings(canvas, anatomy, paint_vessels(canvas, anatomy, rngs[3], maker), rngs[4], maker)
     count = 0 if is_nodule_free(index, nodule_free) else int(rngs[4].choice([1, 2, 3, 4], p=[0.45, 0.3, 0.15, 0.1]))
     # The largest first: it needs most room.
     diameters = sorted((draw_diameter(rngs[4], min_diameter_mm, max_diameter_mm) for _ in range(count)), reverse=True)
     nodules = [findings.add_nodule(d, draw_kind(rngs[4], d)) for d in diameters]
-    excluded = [
-        findings.add_nodule(float(rngs[4].uniform(1.6, 2.95)), "tiny") for _ in range(int(rngs[4].integers(1, 5)))
-    ]
-    excluded += [findings.add_scar() for _ in range(int(rngs[4].integers(1, 4)))]
+    tiny = int(rngs[4].integers(1, maker.most_tiny + 1))
+    excluded = [findings.add_nodule(float(rngs[4].uniform(1.6, 2.95)), "tiny") for _ in range(tiny)]
+    excluded += [findings.add_scar() for _ in range(int(rngs[4].integers(1, maker.most_scars + 1)))]
     paint_table(canvas, patient)
     labels = label_lungs(canvas, anatomy, findings)
     flipped = index % 4 == 2
-    image = to_image(finish(canvas, index, patient.noise_hu, rngs[5]), canvas.grid, flipped)
+    image = to_image(finish(canvas, index, patient.noise_hu, rngs[5], maker), canvas.grid, flipped)
     return Phantom(f"{UID_PREFIX}.{seed}.{index}", image, to_image(labels, canvas.grid, flipped), nodules, excluded)
 
 
@@ -843,6 +942,7 @@ def write_phantoms(
     nodule_free: float = 0.33,
     min_diameter_mm: float = 3.25,
     max_diameter_mm: float = 32.3,
+    makers: tuple[int, ...] = (),
     num_processes: int | None = None,
     overwrite: bool = False,
 ) -> pd.DataFrame:
@@ -856,6 +956,8 @@ def write_phantoms(
         nodule_free: Share of scans without a nodule, 0 to 1.
         min_diameter_mm: Smallest nodule.
         max_diameter_mm: Largest nodule.
+        makers: Numbers of scanners and makers, e.g. '[0,1,2,3]': each scan gets the noise, kernel, slices, nodules,
+            vessels, other findings and breathing of one of them at random. None gives the phantoms of old.
         num_processes: Scans made at a time; default: the number of cores.
         overwrite: Replace an older phantom in output_dir.
 
@@ -871,6 +973,7 @@ def write_phantoms(
     if not 0 <= nodule_free <= 1:
         raise ValueError(f"nodule_free must lie between 0 and 1, not {nodule_free}.")
     check_sizes(0, seed, size_xyz, min_diameter_mm, max_diameter_mm)
+    check_makers(makers)
     folder = Path(output_dir)
     clear(folder, overwrite)
     make = partial(
@@ -880,6 +983,7 @@ def write_phantoms(
         nodule_free=nodule_free,
         min_diameter_mm=min_diameter_mm,
         max_diameter_mm=max_diameter_mm,
+        makers=makers,
     )
     job = partial(write_scan, output_dir=folder, make=make)
     workers = min(num_processes or os.cpu_count() or 1, num_scans)

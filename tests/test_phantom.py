@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
+import platform
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -11,7 +16,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
-from data.phantom import UID_PREFIX, is_nodule_free, main, make_phantom, write_phantoms
+from data.phantom import UID_PREFIX, Maker, Phantom, as_table, is_nodule_free, main, make_phantom, write_phantoms
 from preprocess import find_scans
 from utils import ANNOTATION_COLUMNS
 
@@ -202,3 +207,57 @@ def test_share_of_nodule_free_scans_is_kept(fraction, free):
 
 def test_command_line_ends_with_status_1_where_data_are_in_the_way(phantom_dir):
     assert main(["--output_dir", str(phantom_dir)]) == 1
+
+
+def digest(phantom: Phantom) -> str:
+    """Hash of the voxels, geometry and tables of a phantom."""
+    found = hashlib.sha256()
+    for image in (phantom.image, phantom.lungs):
+        found.update(sitk.GetArrayViewFromImage(image).tobytes())
+        found.update(repr((image.GetOrigin(), image.GetSpacing(), image.GetDirection())).encode())
+    table = as_table([(phantom.seriesuid, phantom.nodules + phantom.excluded)])
+    found.update(table.to_csv(index=False).encode())
+    return found.hexdigest()
+
+
+# Of the phantoms that the figures of the README were measured on.
+DIGESTS = {
+    "0, 0, (96, 96, 48)": "80b119c72a959cef7650c1fd32d4f97d4104ffb69833d2c62a9871dd85441322",
+    "2, 1, (96, 96, 48)": "6e77f1dc95e01b142bfcb0061a75c5ac4836c3ffcd1391fd1b51c4a50b35767a",
+    "4, 8, (64, 64, 40), 0.33, 10": "4a5259fcdeb19d8f0b31a99955e2c7ec2736c6b0c2dd9b5760237b8a855ddef9",
+}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the hashes are of numpy's plain code for x86")
+def test_phantoms_are_those_of_old_bit_for_bit():
+    """In a process in which numpy uses no vector instructions, whose last bit differs between processors."""
+    code = "import sys; from test_phantom import DIGESTS, digest, make_phantom\n"
+    code += "for arguments in DIGESTS: print(digest(eval(f'make_phantom({arguments})')))"
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    plain = {"NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR", "PYTHONPATH": paths}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=os.environ | plain, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == list(DIGESTS.values())
+
+
+def test_each_maker_has_a_look_of_its_own():
+    phantoms = [make_phantom(0, 0, SMALL, min_diameter_mm=10, makers=[number]) for number in (0, 1, 0)]
+    assert digest(phantoms[0]) == digest(phantoms[2]) != digest(phantoms[1])
+    spacings = [phantom.image.GetSpacing()[2] for phantom in phantoms[:2]]
+    assert spacings == pytest.approx([Maker.draw(number).slice_mm for number in (0, 1)], rel=0.1)
+    nodules = [phantom.nodules[0] for phantom in phantoms[:2]]
+    means = [
+        float(sitk.GetArrayFromImage(p.image)[p.image.TransformPhysicalPointToIndex(n.center_xyz)[::-1]])
+        for p, n in zip(phantoms, nodules, strict=False)
+    ]
+    assert all(abs(hu) < 250 for hu in means)  # the nodules are where the table says
+
+
+def test_scans_get_one_of_the_makers_at_random():
+    slices = {make_phantom(index, 0, SMALL, 1, 10, makers=(0, 1)).image.GetSize()[2] for index in range(6)}
+    assert len(slices) == 2
+
+
+def test_maker_of_a_negative_number_is_refused(tmp_path, caplog):
+    assert main(["--output_dir", str(tmp_path), "--makers", "[0,-1]"]) == 1
+    assert "the numbers of makers must be at least 0" in caplog.text

@@ -38,6 +38,10 @@ PHANTOMS = {
     "test11": ["--num_scans", "80", "--seed", "11"],
     "test12": ["--num_scans", "80", "--seed", "12"],
     "test13": ["--num_scans", "80", "--seed", "13"],
+    # Two halves of the makers: scanners and hands that differ in noise, kernel, slices, nodules, vessels, breathing.
+    "train A": ["--num_scans", "48", "--seed", "21", "--makers", "[0,1,2,3,4,5,6,7]"],
+    "test A": ["--num_scans", "80", "--seed", "31", "--makers", "[0,1,2,3,4,5,6,7]"],
+    "test B": ["--num_scans", "80", "--seed", "32", "--makers", "[8,9,10,11,12,13,14,15]"],
 }
 NAMED_BEFOREHAND = ("test11", "test12", "test13")  # never looked at while a recipe was chosen
 GRIDS: dict[str, list[str]] = {
