@@ -23,8 +23,9 @@ import pandas as pd
 import torch
 from jsonargparse import auto_cli
 
-from utils import read_json, write_csv
-from validate import froc, read_excluded
+from model import load_checkpoint, to_device
+from utils import read_json, read_split, select_device, write_csv
+from validate import Validator, froc, read_excluded
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.csv")
@@ -60,6 +61,9 @@ class Trial:
         train: Set of phantoms to learn from.
         tests: Sets of phantoms to be scored on.
         seeds: Seeds of the training.
+        weights_of: Trial whose weights it takes instead of training.
+        scoring: Options of validate.py.
+        bagged: Choose min_score by many draws of the validation scans, as training does, not by all of them once.
     """
 
     grid: str
@@ -67,6 +71,9 @@ class Trial:
     train: str = "train"
     tests: tuple[str, ...] = ("test8",)
     seeds: tuple[int, ...] = (0,)
+    weights_of: str = ""
+    scoring: tuple[str, ...] = ()
+    bagged: bool = True
 
 
 def defaults(*changes: str, rate: str = "1e-3", epochs: int = 86, **more: Any) -> Trial:
@@ -75,7 +82,21 @@ def defaults(*changes: str, rate: str = "1e-3", epochs: int = 86, **more: Any) -
     return Trial("default", [*options, "--validation.interval", str(max(epochs // 4, 1)), *changes], **more)
 
 
+def recipe(*changes: str, epochs: int = 86, **more: Any) -> Trial:
+    """The recipe for two cores; 120 steps an epoch."""
+    options = ["--config", f"{RECIPE}/train.yaml", "--num_epochs", str(epochs), "--validation.interval", str(epochs)]
+    return Trial("1 mm", [*options, *changes], **more)
+
+
+HALVES = {"train": "train A", "tests": ("test A", "test B")}
+SCREENING = 48  # epochs in ten minutes
+
 TRIALS = {
+    "screening": recipe(epochs=SCREENING, **HALVES),
+    "screening, no mirrors": recipe(weights_of="screening", scoring=("--mirrors", "0"), **HALVES),
+    "screening, score not bagged": recipe(weights_of="screening", bagged=False, **HALVES),
+    "screening, no fading": recipe("--augmentation.fade_prob", "0", epochs=SCREENING, **HALVES),
+    "screening, nothing pasted": recipe("--augmentation.paste_prob", "0", epochs=SCREENING, **HALVES),
     "defaults": defaults(seeds=(0, 1, 2)),
     "defaults, nothing pasted": defaults("--augmentation.paste_per_scan", "0"),
 }
@@ -116,13 +137,15 @@ class Bench:
             (folder / "done").touch()
         return folder
 
-    def results(self, name: str, seed: int) -> Path:
-        """Folder of one training of a trial."""
+    def folder(self, name: str, seed: int) -> Path:
+        """Folder of one training of a trial, and of its results."""
         return self.work_dir / "runs" / name.replace(" ", "_").replace(",", "") / str(seed)
 
     def train(self, name: str, seed: int) -> Path:
         """Trains a trial, or goes on with it; returns its folder."""
-        trial, folder = TRIALS[name], self.results(name, seed)
+        trial, folder = TRIALS[name], self.folder(name, seed)
+        if trial.weights_of:
+            return self.train(trial.weights_of, seed)
         if not (folder / "done").is_file():
             data = ["--data_dir", self.processed(trial.train, trial.grid), "--output_dir", folder]
             keep = ["--checkpoint_interval", 5, "--resume", "true"]
@@ -130,15 +153,28 @@ class Bench:
             (folder / "done").touch()
         return folder
 
-    def validate(self, name: str, seed: int, test: str) -> Path:
+    def validate(self, name: str, seed: int, test: str, run: Path) -> Path:
         """Scores a trained trial on a set; returns the folder of its results."""
-        folder, grid = self.results(name, seed), TRIALS[name].grid
-        results = folder / test
+        trial, results = TRIALS[name], self.folder(name, seed) / test
         if not (results / "validation_summary.json").is_file():
-            words = ["--data_dir", self.processed(test, grid), "--output_dir", results, "--subset", "new"]
-            words += ["--checkpoint_path", folder / "checkpoints" / "best_model.pth", "--device", self.device]
+            checkpoint = run / "checkpoints" / "best_model.pth"
+            words = ["--data_dir", self.processed(test, trial.grid), "--output_dir", results, "--subset", "new"]
+            words += ["--checkpoint_path", checkpoint, "--device", self.device, *trial.scoring]
+            if not trial.bagged:
+                data_dir = self.processed(trial.train, trial.grid)
+                words += ["--min_score", best_of_all(checkpoint, data_dir, self.device)]
             self.run("validate.py", *words, "--excluded_path", self.phantoms(test) / "annotations_excluded.csv")
         return results
+
+
+def best_of_all(checkpoint_path: Path, data_dir: Path, device: str) -> float:
+    """The min_score of the highest mean Dice of the validation scans, all taken once."""
+    checkpoint, uids = load_checkpoint(checkpoint_path), read_split(checkpoint_path.with_name("split.json")).validation
+    network = to_device(checkpoint.build_network(), select_device(device))
+    validator = Validator(data_dir, device=device, model=network, settings=checkpoint.inference, seriesuids=uids)
+    scans = validator._examine_scans(uids, None)
+    scores = np.linspace(0, 1, 101)
+    return float(scores[np.argmax([np.nanmean([scan.dice(score) for scan in scans]) for score in scores])])
 
 
 def row_of(name: str, seed: int, test: str, run: Path, results: Path) -> dict[str, Any]:
@@ -189,7 +225,7 @@ def gain(bench: Bench, better: str, than: str) -> str:
     draws: dict[str, list[np.ndarray]] = {"Dice per scan": [], "CPM": []}
     for seed in seeds:
         for test in tests:
-            pair = [scores(bench.results(name, seed) / test, bench.phantoms(test)) for name in (better, than)]
+            pair = [scores(bench.folder(name, seed) / test, bench.phantoms(test)) for name in (better, than)]
             for kind in draws:
                 draws[kind].append(pair[0][kind] - pair[1][kind])
     lines = [f"{better} over {than}, {len(seeds)} trainings, {', '.join(tests)}:"]
@@ -238,7 +274,7 @@ def main(
                 if ((done["trial"] == name) & (done["seed"] == seed) & (done["test"] == test)).any():
                     continue
                 run = bench.train(name, seed)
-                add_row(row_of(name, seed, test, run, bench.validate(name, seed, test)))
+                add_row(row_of(name, seed, test, run, bench.validate(name, seed, test, run)))
     if compare:
         print(gain(bench, *compare))
 
