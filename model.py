@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from monai.networks.blocks.convolutions import Convolution
+from monai.networks.blocks.dynunet_block import UnetOutBlock
 from monai.networks.nets import DynUNet, UNet
 from monai.networks.utils import pixelshuffle
 from torch import Tensor, nn
@@ -210,7 +211,7 @@ class SubpixelUNet(SegmentationNetwork):
             )
         if given["num_res_units"] not in (0, 2):
             raise InputError(f"num_res_units of this network must be 0 or 2, not {given['num_res_units']}")
-        return DynUNet(
+        unet = DynUNet(
             spatial_dims=3,
             in_channels=given["in_channels"],
             out_channels=given["out_channels"] * self.stem_stride**3,
@@ -222,6 +223,9 @@ class SubpixelUNet(SegmentationNetwork):
             norm_name=self._norm,
             res_block=given["num_res_units"] > 0,
         )
+        # DynUNet's own drops logits, too: each becomes a probability of 0.5, and those were the hardest voxels.
+        unet.output_block = UnetOutBlock(3, given["channels"][0], given["out_channels"] * self.stem_stride**3)
+        return unet
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, out_channels, Z, Y, X) of images (B, in_channels, Z, Y, X)."""

@@ -54,7 +54,6 @@ from model import (
     Checkpoint,
     InferenceSettings,
     SegmentationNetwork,
-    SubpixelUNet,
     load_checkpoint,
     save_checkpoint,
     to_device,
@@ -196,7 +195,7 @@ class Trainer:
         channels: Features of each level, e.g. '[16,32,64,128,256]'.
         strides: Downsampling between the levels, e.g. '[2,2,2,2]'.
         num_res_units: Convolutions in each residual unit.
-        dropout: Dropout probability; set it to 0 for 'subpixel' with a loss.hardest_share below 1.
+        dropout: Dropout probability.
         dice_weight: Weight of the Dice loss.
         bce_weight: Weight of the binary cross-entropy.
         smooth: Smoothing of the Dice loss.
@@ -312,8 +311,6 @@ class Trainer:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         elif process_count() > 1 and network.arguments["norm"] == "batch":
             logger.warning("on CPUs batch norm sees a process's share of a batch; subpixel_instance has none")
-        if isinstance(network, SubpixelUNet) and given["dropout"] and given["loss.hardest_share"] < 1:
-            logger.warning("with dropout this network did not learn from its hardest voxels in trials; set it to 0")
         network.expect(self._nodule_share())
         self.network: SegmentationNetwork = to_device(network, self.device)
         loss = {name: given[name] for name in ("dice_weight", "bce_weight", "smooth")}

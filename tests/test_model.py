@@ -111,6 +111,14 @@ def test_network_is_made_of(layer):
     assert any(isinstance(module, layer) for module in small_network(dropout=0.1).modules())
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_logit_is_dropped(name):
+    network = NETWORKS[name](channels=(4, 8, 8), strides=(2, 1), dropout=0.9).train()
+    network.expect(1e-4)
+    logits = network(torch.rand(2, 1, 16, 16, 16))
+    assert torch.count_nonzero(logits) == logits.numel()
+
+
 def test_dropout_has_the_given_probability():
     found = {m.p for m in small_network(dropout=0.25).modules() if isinstance(m, nn.Dropout)}
     assert found == {0.25}

@@ -131,13 +131,6 @@ def test_unknown_network_is_refused(processed_dir, tmp_path):
         Trainer(processed_dir, tmp_path, network="vnet", **CPU)
 
 
-@pytest.mark.parametrize(("dropout", "warns"), [(0.1, True), (0.0, False)])
-def test_dropout_that_kept_a_network_from_learning_is_warned_of(processed_dir, tmp_path, caplog, dropout, warns):
-    network = {"network": "subpixel", "channels": (4, 4, 8), "strides": (2, 1), "dropout": dropout}
-    Trainer(processed_dir, tmp_path, loss=LossSettings(hardest_share=0.1), **CPU | network)
-    assert ("in trials; set it to 0" in caplog.text) == warns
-
-
 def test_resume_and_overwrite_exclude_each_other(processed_dir, tmp_path):
     with pytest.raises(ValueError, match="resume and overwrite exclude each other"):
         Trainer(processed_dir, tmp_path, resume=True, overwrite=True, **CPU)

@@ -20,11 +20,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import pandas as pd
+import SimpleITK as sitk
 import torch
 from jsonargparse import auto_cli
 
 from model import load_checkpoint, to_device
-from utils import read_json, read_split, select_device, write_csv
+from preprocess import find_scans
+from utils import (
+    Geometry,
+    read_json,
+    read_processed,
+    read_scan,
+    read_split,
+    resample,
+    select_device,
+    write_csv,
+)
 from validate import Validator, froc, read_excluded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +108,9 @@ TRIALS = {
     "screening, score not bagged": recipe(weights_of="screening", bagged=False, **HALVES),
     "screening, no fading": recipe("--augmentation.fade_prob", "0", epochs=SCREENING, **HALVES),
     "screening, nothing pasted": recipe("--augmentation.paste_prob", "0", epochs=SCREENING, **HALVES),
+    "20 epochs": recipe(epochs=20),
+    "20 epochs, dropout 0.1": recipe("--dropout", "0.1", epochs=20),
+    "20 epochs, unet, dropout 0.1": recipe("--dropout", "0.1", "--network", "unet", epochs=20),
     "defaults": defaults(seeds=(0, 1, 2)),
     "defaults, nothing pasted": defaults("--augmentation.paste_per_scan", "0"),
 }
@@ -177,6 +191,27 @@ def best_of_all(checkpoint_path: Path, data_dir: Path, device: str) -> float:
     return float(scores[np.argmax([np.nanmean([scan.dice(score) for scan in scans]) for score in scores])])
 
 
+def ceiling(bench: Bench, test: str, grid: str) -> float:
+    """Mean Dice per scan, on the scans' own grids, of a network that would mark every voxel of a grid rightly.
+
+    The truth there is every voxel whose centre lies in a nodule's sphere; scans without nodules have no Dice.
+    """
+    data_dir, found = bench.processed(test, grid), []
+    for uid, path in find_scans(bench.phantoms(test) / "raw").items():
+        processed = read_processed(data_dir, uid)
+        own = Geometry.from_image(read_scan(path))
+        image = processed.geometry.image(np.asarray(processed.mask))
+        there_and_back = sitk.GetArrayFromImage(resample(image, own, linear=False, pixel_type=sitk.sitkUInt8))
+        truth = np.zeros(own.shape_zyx, bool)
+        for nodule in processed.metadata.nodules:
+            offsets = np.ogrid[tuple(slice(size) for size in own.shape_zyx)]
+            parts = zip(offsets, own.index(nodule.center_xyz), own.spacing_zyx, strict=True)
+            truth |= sum(((offset - index) * step) ** 2 for offset, index, step in parts) <= nodule.diameter_mm**2 / 4
+        if truth.any():
+            found.append(2 * (there_and_back[truth] > 0).sum() / (truth.sum() + (there_and_back > 0).sum()))
+    return float(np.mean(found))
+
+
 def row_of(name: str, seed: int, test: str, run: Path, results: Path) -> dict[str, Any]:
     """The row of results.csv for one training and one set."""
     log, summary = pd.read_csv(run / "log.csv"), read_json(results / "validation_summary.json")
@@ -254,6 +289,7 @@ def main(
     trials: list[str] = [],  # noqa: B006 - never changed
     seeds: list[int] | None = None,
     compare: list[str] = [],  # noqa: B006 - never changed
+    ceilings: bool = False,
     work_dir: Path = Path("data/learning"),
     device: str = "cuda",
 ) -> None:
@@ -263,6 +299,7 @@ def main(
         trials: Names in TRIALS.
         seeds: Seeds of the training; null takes those of each trial.
         compare: Two names; what the first one gains over the second.
+        ceilings: Print the best Dice that each grid allows.
         work_dir: Folder for phantoms and trainings.
         device: 'cuda' or 'cpu'.
     """
@@ -275,6 +312,8 @@ def main(
                     continue
                 run = bench.train(name, seed)
                 add_row(row_of(name, seed, test, run, bench.validate(name, seed, test, run)))
+    for grid in GRIDS if ceilings else ():
+        print(f"grid {grid}: a Dice per scan of {ceiling(bench, 'test8', grid):.3f} at best")
     if compare:
         print(gain(bench, *compare))
 
