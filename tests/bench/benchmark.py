@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -62,6 +62,7 @@ STEPS = 100 * 355  # of train.py's default training on LUNA16
 WINDOW = (96, 96, 96)
 BATCH_SIZE = 2
 WORKERS = 4  # train.py's default
+PASTES = Augmentation().paste_per_scan // 2  # into a scan, in the mean of a training
 
 
 class Bench:
@@ -188,7 +189,7 @@ def preprocessing(bench: Bench) -> Iterator[tuple]:
         yield "preprocessing", "s/scan", 1, *bench.compare(lambda: maker.process_single_scan(uid), plain)
 
 
-def plain_loader(bench: Bench, repeats: int, workers: int) -> DataLoader:
+def plain_loader(data_dir: Path, seriesuids: Sequence[str], workers: int, seed: int = 0) -> DataLoader:
     """The same augmentation by MONAI's dictionary transforms; without workers, in the process that asks for a batch."""
     both = ["image", "mask"]
     steps = [
@@ -205,11 +206,10 @@ def plain_loader(bench: Bench, repeats: int, workers: int) -> DataLoader:
         transforms.RandShiftIntensityd("image", prob=0.3, offsets=0.1),
     ]
     files = [
-        {"image": bench.processed / "images" / f"{uid}.npy", "mask": bench.processed / "masks" / f"{uid}.npy"}
-        for uid in read_processed_list(bench.processed)
-    ] * repeats
+        {"image": data_dir / "images" / f"{uid}.npy", "mask": data_dir / "masks" / f"{uid}.npy"} for uid in seriesuids
+    ]
     return DataLoader(
-        Dataset(files, transforms.Compose(steps).set_random_state(0)),
+        Dataset(files, transforms.Compose(steps).set_random_state(seed)),
         batch_size=BATCH_SIZE,
         shuffle=True,
         num_workers=workers,
@@ -222,11 +222,11 @@ def loading(bench: Bench) -> Iterator[tuple]:
     """Seconds a sample of 64 x 256 x 256, read and augmented."""
     repeats = 64 if bench.device.type == "cuda" else 8
     uids = read_processed_list(bench.processed) * repeats
-    sampler = ScanSampler(len(uids), seed=0)
+    sampler = ScanSampler(len(uids), 0, PASTES, sys.maxsize)
     loader = make_loader(
         LUNA16Dataset(bench.processed, uids, Augmentation()), sampler, BATCH_SIZE, WORKERS, bench.device
     )
-    theirs = plain_loader(bench, repeats, bench.plain_workers[-1])
+    theirs = plain_loader(bench.processed, uids, bench.plain_workers[-1])
 
     def ours() -> None:
         sampler.epoch += 1
@@ -255,7 +255,7 @@ def training(bench: Bench) -> Iterator[tuple]:
     uids = read_processed_list(bench.processed) * repeats
     dataset = LUNA16Dataset(bench.processed, uids, Augmentation(), cache=None, device=bench.device)
     trainer._set_global_states()
-    trainer.sampler = ScanSampler(len(uids), seed=0)
+    trainer.sampler = ScanSampler(len(uids), 0, PASTES, sys.maxsize)
     trainer.loader = make_loader(dataset, trainer.sampler, BATCH_SIZE, WORKERS, bench.device)
     torch.manual_seed(0)
     network = UNet(spatial_dims=3, in_channels=1, out_channels=1, norm="BATCH", **bench.network).to(bench.device)
@@ -292,7 +292,7 @@ def training(bench: Bench) -> Iterator[tuple]:
         trainer._step(batch)
     steps = len(uids) // BATCH_SIZE
     for (name, dtype), workers in itertools.product(bench.plain_precisions.items(), bench.plain_workers):
-        measured = bench.compare(ours, partial(plain, dtype, plain_loader(bench, repeats, workers)))
+        measured = bench.compare(ours, partial(plain, dtype, plain_loader(bench.processed, uids, workers)))
         loaded = f", {workers} workers" if workers else ""
         yield f"training step with data, {name}{loaded}", "s/step", steps, *measured
     bench.step = counter.get_total_flops(), moved.total, measured[0] / steps

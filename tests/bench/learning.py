@@ -12,6 +12,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,25 +23,34 @@ import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 import torch
+from benchmark import plain_loader
 from jsonargparse import auto_cli
+from monai.losses import DiceCELoss
+from monai.networks.nets import UNet
+from monai.utils import set_determinism
+from tqdm import tqdm
 
-from model import load_checkpoint, to_device
+from dataset import make_split
+from model import InferenceSettings, LungNodule3DUNet, load_checkpoint, to_device
 from preprocess import find_scans
 from utils import (
     Geometry,
+    autocast_dtype,
     read_json,
     read_processed,
+    read_processed_list,
     read_scan,
     read_split,
     resample,
     select_device,
     write_csv,
 )
-from validate import Validator, froc, read_excluded
+from validate import Validator, froc, read_excluded, table_by_size
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.csv")
 RECIPE = "data/full_resolution_small"
+PLAIN = "plain MONAI"
 SMALL = ["--channels", "[16,32,64,128]", "--strides", "[2,2,2]"]  # a network for two cores
 
 # Sets of phantoms: options of data/phantom.py. Training and test sets never share a seed.
@@ -111,6 +121,7 @@ TRIALS = {
     "20 epochs": recipe(epochs=20),
     "20 epochs, dropout 0.1": recipe("--dropout", "0.1", epochs=20),
     "20 epochs, unet, dropout 0.1": recipe("--dropout", "0.1", "--network", "unet", epochs=20),
+    PLAIN: defaults(),
     "defaults": defaults(seeds=(0, 1, 2)),
     "defaults, nothing pasted": defaults("--augmentation.paste_per_scan", "0"),
 }
@@ -212,16 +223,61 @@ def ceiling(bench: Bench, test: str, grid: str) -> float:
     return float(np.mean(found))
 
 
-def row_of(name: str, seed: int, test: str, run: Path, results: Path) -> dict[str, Any]:
+class PlainUNet(LungNodule3DUNet):
+    """MONAI's ``UNet`` as it is."""
+
+    def _build(self) -> UNet:
+        return UNet(spatial_dims=3, act="PRELU", **self.arguments | {"norm": "BATCH"})
+
+    def expect(self, nodule_share: float) -> None:
+        """Leaves the start as it is."""
+
+
+def plain_row(bench: Bench, seed: int, epochs: int = 86, rate: float = 1e-3) -> dict[str, Any]:
+    """The row of the same budget of plain MONAI code: its network, loss, transforms and loader, and torch's AdamW.
+
+    It cannot go on where it was stopped.
+    """
+    data_dir, test_dir = bench.processed("train", "default"), bench.processed("test8", "default")
+    device, start = select_device(bench.device), time.perf_counter()
+    split = make_split(data_dir, read_processed_list(data_dir), 0.5, seed)
+    set_determinism(seed)
+    network = PlainUNet(channels=(16, 32, 64, 128), strides=(2, 2, 2)).to(device)
+    loader = plain_loader(data_dir, split.train, 0 if device.type == "cpu" else 4, seed)
+    loss, optimizer = DiceCELoss(sigmoid=True), torch.optim.AdamW(network.parameters(), rate, weight_decay=1e-5)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    half = autocast_dtype(device, mixed_precision=True)
+    for _ in tqdm(range(epochs), disable=None):
+        for batch in loader:
+            optimizer.zero_grad()
+            with torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None):
+                value = loss(network(batch["image"].to(device)), batch["mask"].to(device))
+            value.backward()
+            optimizer.step()
+        schedule.step()
+    settings, minutes = InferenceSettings(), (time.perf_counter() - start) / 60
+    chosen = Validator(data_dir, device=bench.device, model=network, settings=settings, seriesuids=split.validation)
+    score, uids = chosen.run_validation().min_score, read_processed_list(test_dir)
+    scored = Validator(
+        test_dir, device=bench.device, min_score=score, model=network, settings=settings, seriesuids=uids
+    )
+    result = scored.run_validation()
+    excluded = read_excluded(bench.phantoms("test8") / "annotations_excluded.csv")
+    curve = froc(result.candidates, result.nodules, excluded, uids)
+    summary = result.summary | {"cpm": {"value": curve.cpm, "interval": curve.intervals[-1].tolist()}}
+    summary |= {"by_size": table_by_size(result.nodules, curve).to_dict("records")}
+    return row_of(PLAIN, seed, "test8", epochs, minutes, summary)
+
+
+def row_of(name: str, seed: int, test: str, epochs: int, minutes: float, summary: dict[str, Any]) -> dict[str, Any]:
     """The row of results.csv for one training and one set."""
-    log, summary = pd.read_csv(run / "log.csv"), read_json(results / "validation_summary.json")
     cpm = summary.get("cpm", {"value": np.nan, "interval": [np.nan, np.nan]})
     row = {
         "trial": name,
         "seed": seed,
         "test": test,
-        "epochs": len(log),
-        "minutes": round(float(log["training_seconds"].sum() + log["validation_seconds"].sum()) / 60, 1),
+        "epochs": epochs,
+        "minutes": round(minutes, 1),
         "threads": torch.get_num_threads(),
         "processor": platform.processor() or platform.machine(),
         "dice_per_scan": summary["dice"]["mean"],
@@ -310,8 +366,14 @@ def main(
                 done = rows_done()
                 if ((done["trial"] == name) & (done["seed"] == seed) & (done["test"] == test)).any():
                     continue
+                if name == PLAIN:
+                    add_row(plain_row(bench, seed))
+                    continue
                 run = bench.train(name, seed)
-                add_row(row_of(name, seed, test, run, bench.validate(name, seed, test, run)))
+                log = pd.read_csv(run / "log.csv")
+                minutes = float(log[["training_seconds", "validation_seconds"]].to_numpy().sum()) / 60
+                summary = read_json(bench.validate(name, seed, test, run) / "validation_summary.json")
+                add_row(row_of(name, seed, test, len(log), minutes, summary))
     for grid in GRIDS if ceilings else ():
         print(f"grid {grid}: a Dice per scan of {ceiling(bench, 'test8', grid):.3f} at best")
     if compare:
