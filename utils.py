@@ -1252,8 +1252,9 @@ def restart_with_patient_threads() -> None:
         wanted["OMP_WAIT_POLICY"] = "PASSIVE"
     if "OMP_NUM_THREADS" not in os.environ and math.isfinite(_core_quota()):
         wanted["OMP_NUM_THREADS"] = str(count_cores())
-    is_command = sys.argv[0] in sys.orig_argv  # else the process is another's, as in a notebook that runs the script
-    if wanted and is_command and sys.executable and os.name == "posix":
+    # Else the process is another's, as that of a notebook or debugger that runs the script.
+    is_ours = sys.argv[0] in sys.orig_argv and Path(sys.argv[0]).is_file() and sys.gettrace() is None
+    if wanted and is_ours and sys.executable and os.name == "posix":
         os.environ.update(wanted)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

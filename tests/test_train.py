@@ -758,12 +758,18 @@ def test_help_lists_the_registered_networks_and_losses(monkeypatch, capsys):
 
 
 def test_network_starts_from_the_share_of_nodules_in_its_data(processed_dir, tmp_path):
-    whole = Trainer(processed_dir, tmp_path, **CPU)
-    masks = [read_processed(processed_dir, uid).mask for uid in whole.split.train]
-    start = torch.sigmoid(whole.network.unet.model[-1].head.bias)
-    torch.testing.assert_close(start, torch.full_like(start, float(np.mean(masks))))
-    patches = Trainer(processed_dir, tmp_path, patches=Patches((16, 16, 16), nodule_share=0.5), **CPU)
-    assert torch.sigmoid(patches.network.unet.model[-1].head.bias).mean() > 1.01 * start.mean()
+    def start(**options) -> torch.Tensor:
+        trainer = Trainer(processed_dir, tmp_path, **CPU | options)
+        return torch.sigmoid(trainer.network.unet.model[-1].head.bias)
+
+    split = Trainer(processed_dir, tmp_path, **CPU).split
+    masks = [read_processed(processed_dir, uid) for uid in split.train]
+    share, voxels = float(np.mean([scan.mask for scan in masks])), masks[0].mask.size
+    nodules = [nodule.voxels for scan in masks for nodule in scan.metadata.nodules]
+    plain, two = (start(augmentation=Augmentation(paste_per_scan=number)) for number in (0, 2))
+    torch.testing.assert_close(plain, torch.full_like(plain, share))
+    torch.testing.assert_close(two, torch.full_like(two, share + 2 * float(np.mean(nodules)) / voxels))
+    assert start(patches=Patches((16, 16, 16), nodule_share=0.5)).mean() > 1.01 * plain.mean()
 
 
 def test_missing_data_tells_to_preprocess(tmp_path):
