@@ -1247,9 +1247,7 @@ def restart_with_patient_threads() -> None:
     never does. Where a container may use fewer cores than there are, it sets the number of threads, too. What the user
     has set is left alone.
     """
-    wanted = {}
-    if not any(name in os.environ for name in WAITING):
-        wanted["OMP_WAIT_POLICY"] = "PASSIVE"
+    wanted = dict(PATIENT) if not any(name in os.environ for name in WAITING) else {}
     if "OMP_NUM_THREADS" not in os.environ and math.isfinite(_core_quota()):
         wanted["OMP_NUM_THREADS"] = str(count_cores())
     # Else the process is another's, as that of a notebook or debugger that runs the script.
@@ -1368,6 +1366,8 @@ def autocast_dtype(device: torch.device, mixed_precision: bool) -> torch.dtype |
 # -------------------------------------------------------------------------------------------------- what is told
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how OpenMP's threads wait for each other
+# Threads sleep when they have waited for some microseconds, which costs nothing where the cores are free.
+PATIENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 SECONDS_BETWEEN_LINES = 60  # of progress, where stderr is no terminal
 
 

@@ -1512,9 +1512,9 @@ print(os.getenv("OMP_WAIT_POLICY"), os.getenv("OMP_NUM_THREADS"), os.getenv("GOM
 @pytest.mark.parametrize(
     ("quota", "given", "expected"),
     [
-        ("float('inf')", {}, "begin begin PASSIVE None None ['--a', 'b c']"),
-        ("1.0", {}, "begin begin PASSIVE 1 None ['--a', 'b c']"),
-        ("1.0", {"OMP_NUM_THREADS": "3"}, "begin begin PASSIVE 3 None ['--a', 'b c']"),
+        ("float('inf')", {}, "begin begin PASSIVE None 2000 ['--a', 'b c']"),
+        ("1.0", {}, "begin begin PASSIVE 1 2000 ['--a', 'b c']"),
+        ("1.0", {"OMP_NUM_THREADS": "3"}, "begin begin PASSIVE 3 2000 ['--a', 'b c']"),
         ("float('inf')", {"GOMP_SPINCOUNT": "9"}, "begin None None 9 ['--a', 'b c']"),
         ("float('inf')", {"OMP_WAIT_POLICY": "ACTIVE"}, "begin ACTIVE None None ['--a', 'b c']"),
     ],

@@ -46,6 +46,7 @@ from train import WARM_UP, Trainer, ValidationSettings
 from utils import (
     ANNOTATION_COLUMNS,
     CANDIDATE_COLUMNS,
+    PATIENT,
     WAITING,
     Geometry,
     autocast_dtype,
@@ -444,7 +445,7 @@ def sharing(bench: Bench) -> Iterator[tuple]:
     for label, others in (("alone", 0), ("beside one busy process", 1)):
         busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)]
         try:
-            pairs = [(measure(OMP_WAIT_POLICY="PASSIVE"), measure()) for _ in range(bench.repeats)]
+            pairs = [(measure(**PATIENT), measure()) for _ in range(bench.repeats)]
         finally:
             for process in busy:
                 process.kill()

@@ -335,8 +335,11 @@ def scores(results: Path, phantoms: Path) -> dict[str, np.ndarray]:
     curve = froc(marks, nodules, read_excluded(phantoms / "annotations_excluded.csv"), list(table["seriesuid"]))
     dice = table["dice"].to_numpy()
     chosen = np.random.default_rng(0).integers(len(dice), size=(len(curve.cpm_draws), len(dice)))
+    drawn = dice[np.vstack([np.arange(len(dice)), chosen])]
+    with np.errstate(invalid="ignore"):  # a draw of scans without nodules has no Dice
+        means = np.nansum(drawn, axis=1) / np.isfinite(drawn).sum(axis=1)
     return {
-        "Dice per scan": np.array([np.nanmean(dice), *np.nanmean(dice[chosen], axis=1)]),
+        "Dice per scan": means,
         "CPM": np.array([curve.cpm, *curve.cpm_draws]),
     }
 

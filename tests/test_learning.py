@@ -1,0 +1,67 @@
+"""The learning bench: each row is made once, and a stopped one goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+
+import learning
+from learning import Bench, Trial, main
+
+TINY = ["--channels", "[4,8]", "--strides", "[2]", "--num_epochs", "2", "--validation.fraction", "0.5"]
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """Two tiny trials, whose rows go into a folder of their own."""
+    sizes = ["--size_xyz", "[64,64,32]", "--min_diameter_mm", "12", "--num_processes", "1"]
+    sets = {name: ["--num_scans", "3", "--seed", seed, *sizes] for name, seed in (("train", "1"), ("test8", "2"))}
+    monkeypatch.setattr(learning, "PHANTOMS", sets)
+    monkeypatch.setattr(learning, "GRIDS", {"default": ["--target_size", "[32,48,48]"]})
+    first = Trial("default", TINY, tests=("test8",), seeds=(3,))
+    other = Trial("default", [], tests=("test8",), seeds=(3,), weights_of="first", scoring=("--min_score", "0.2"))
+    monkeypatch.setattr(learning, "TRIALS", {"first": first, "other": other})
+    monkeypatch.setattr(learning, "RESULTS", tmp_path / "results.csv")
+    return tmp_path
+
+
+def test_rows_are_made_once_and_compared(tiny, monkeypatch, capsys):
+    commands = []
+
+    def run(bench: Bench, script: str, *words: object) -> None:
+        commands.append(script)
+        if script == "train.py" and commands.count("train.py") == 1:
+            raise KeyboardInterrupt
+        subprocess.run([sys.executable, script, *map(str, words)], cwd=learning.ROOT, check=True)
+
+    monkeypatch.setattr(Bench, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        main(["first"], work_dir=tiny / "work", device="cpu")
+    assert not (tiny / "results.csv").exists()
+    for _ in range(2):
+        main(["first", "other"], compare=["first", "other"], work_dir=tiny / "work", device="cpu")
+    assert commands == ["data/phantom.py", "preprocess.py"] + ["train.py"] * 2 + commands[:2] + ["validate.py"] * 2
+    rows = pd.read_csv(tiny / "results.csv")
+    assert rows[["trial", "seed", "test", "epochs"]].values.tolist() == [
+        ["first", 3, "test8", 2],
+        ["other", 3, "test8", 2],
+    ]
+    assert rows["nodules"].gt(0).all() and rows["dice_per_scan"].between(0, 1).all()
+    printed = capsys.readouterr().out
+    assert "first over other, 1 trainings, test8:" in printed and "CPM +0.0000" in printed
+
+
+def test_grid_sets_a_ceiling(tiny):
+    ceiling = learning.ceiling(Bench(tiny / "work", "cpu"), "test8", "default")
+    assert 0.5 < ceiling < 1
+
+
+def test_plain_code_is_scored_like_the_others(tiny):
+    row = learning.plain_row(Bench(tiny / "work", "cpu"), seed=3, epochs=1)
+    assert row["trial"] == learning.PLAIN and row["nodules"] > 0 and 0 <= row["dice_per_scan"] <= 1
