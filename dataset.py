@@ -47,7 +47,6 @@ logger = logging.getLogger(__name__)
 Cache = Literal["device", "memory", "files"]
 CPU = torch.device("cpu")
 NUM_FOLDS = 10
-DONOR_POWER = float(os.environ.get("DP", "0"))
 PASTE_TRIES = 4  # places tried
 MEMORY_SHARE = 0.5  # of the free memory, of the device or of the machine, that training scans may take
 JITTER = 0.375  # of the patch: how far a nodule may lie from the middle of its patch
@@ -351,8 +350,6 @@ class LUNA16Dataset(Dataset):
             for center, nodule in zip(nodule_points(metadata), visible_nodules(metadata), strict=True)
         ]
         self._lung_points = self.lung_points() if self._pastes else []
-        voxels = np.array([nodule.voxels for metadata in self.metadata for nodule in visible_nodules(metadata)], float)
-        self._donor_chances = voxels**-DONOR_POWER / (voxels**-DONOR_POWER).sum()
         self._donors: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self.cache = self._choose_cache(device) if cache is None else cache
         self._home = device if self.cache == "device" else CPU
@@ -439,7 +436,7 @@ class LUNA16Dataset(Dataset):
         Returns:
             Voxel (z, y, x) of the pasted nodule; None where it has no room, or would lie in tissue everywhere.
         """
-        donor = int(rng.choice(len(self._nodules), p=self._donor_chances))
+        donor = int(rng.integers(len(self._nodules)))
         flips = tuple(slice(None, None, int(step)) for step in rng.choice([-1, 1], 3))
         pixels, nodule, edge = (part[flips] for part in self._donor(donor))
         size = np.asarray(nodule.shape)
