@@ -301,9 +301,9 @@ def rows_done() -> pd.DataFrame:
 
 def add_row(row: dict[str, Any]) -> None:
     """Adds a row to results.csv; the first one makes the file."""
-    table = pd.concat([rows_done(), pd.DataFrame([row])], ignore_index=True)
-    write_csv(RESULTS, table)
-    print(table.tail(1).T.to_string(header=False), flush=True)
+    done, new = rows_done(), pd.DataFrame([row])
+    write_csv(RESULTS, pd.concat([done, new], ignore_index=True) if len(done) else new)
+    print(new.T.to_string(header=False), flush=True)
 
 
 def gain(bench: Bench, better: str, than: str) -> str:
