@@ -344,12 +344,15 @@ class LUNA16Dataset(Dataset):
         self.seed = seed
         self.patch_size_zyx = patch_size_zyx
         self.metadata = [read_metadata(self.data_dir, uid) for uid in self.seriesuids]
-        self._nodules = [
-            (scan, center, nodule.diameter_mm)
+        self._nodules = [  # that can be pasted: scan, and box around it
+            (scan, box)
             for scan, metadata in enumerate(self.metadata)
             for center, nodule in zip(nodule_points(metadata), visible_nodules(metadata), strict=True)
+            if (box := _box_around(center, nodule.diameter_mm, metadata)) is not None
         ]
-        self._lung_points = self.lung_points() if self._pastes else []
+        self._lung_points: list[np.ndarray] = []
+        if self._is_pasting:
+            self._lung_points = self.lung_points()
         self._donors: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self.cache = self._choose_cache(device) if cache is None else cache
         self._home = device if self.cache == "device" else CPU
@@ -357,10 +360,10 @@ class LUNA16Dataset(Dataset):
 
     def lung_points(self) -> list[np.ndarray]:
         """Of each scan the voxels (n, 3) (z, y, x) that ``PatchSampler`` draws patches around."""
-        return [read_lung_points(self.data_dir, uid) for uid in self.seriesuids]
+        return self._lung_points or [read_lung_points(self.data_dir, uid) for uid in self.seriesuids]
 
     @property
-    def _pastes(self) -> bool:
+    def _is_pasting(self) -> bool:
         """Whether nodules are pasted."""
         if self.augmentation is None:
             return False
@@ -368,7 +371,7 @@ class LUNA16Dataset(Dataset):
 
     def _choose_cache(self, device: torch.device) -> Cache:
         needed = 3 * sum(math.prod(metadata.grid.shape_zyx) for metadata in self.metadata)  # float16 image, uint8 mask
-        if device.type == "cuda" and not self._pastes and _fits_in_memory(needed, device, "on the GPU"):
+        if device.type == "cuda" and not self._is_pasting and _fits_in_memory(needed, device, "on the GPU"):
             return "device"
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each process that torchrun started here keeps all
         return "memory" if _fits_in_memory(needed, CPU, "in memory") else "files"
@@ -385,9 +388,9 @@ class LUNA16Dataset(Dataset):
     def __len__(self) -> int:
         return len(self.seriesuids)
 
-    def _draw_pastes(self, key: SampleKey, has_nodule: bool, rng: np.random.Generator) -> int:
+    def _paste_count(self, key: SampleKey, has_nodule: bool, rng: np.random.Generator) -> int:
         """Number of nodules to paste into a sample."""
-        if self.augmentation is None or not self._pastes or not self._nodules:
+        if self.augmentation is None or not self._is_pasting or not self._nodules:
             return 0
         if self.patch_size_zyx is None:
             return key.pastes
@@ -416,12 +419,8 @@ class LUNA16Dataset(Dataset):
     def _donor(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Image, mask, and mask with its rim (z, y, x) in a box around one of the nodules; kept once it is cut out."""
         if index not in self._donors:
-            scan, center_zyx, diameter_mm = self._nodules[index]
-            reach = np.ceil(diameter_mm / 2 / np.asarray(self.metadata[scan].grid.spacing_zyx)).astype(int) + 2
-            image, mask = self._scan(scan)
-            lower, upper = np.maximum(center_zyx - reach, 0), np.minimum(center_zyx + reach + 1, image.shape)
-            box = Box.of_size(lower, upper - lower).slices
-            pixels, nodule = (part[box].cpu().numpy().copy() for part in (image, mask))
+            scan, box = self._nodules[index]
+            pixels, nodule = (part[box.slices].cpu().numpy().copy() for part in self._scan(scan))
             self._donors[index] = pixels, nodule, ndimage.binary_dilation(nodule, np.ones((3, 3, 3)))
         return self._donors[index]
 
@@ -470,7 +469,7 @@ class LUNA16Dataset(Dataset):
         if self.augmentation is not None:
             z, y, x = image.shape
             rng = generator_of("paste", self.seed, key.epoch, key.position)
-            if number := self._draw_pastes(key, len(points) > 0, rng):
+            if number := self._paste_count(key, len(points) > 0, rng):
                 lung_points = _inside(self._lung_points[key.scan] - start, (z, y, x))
                 image, mask, pasted = self._paste_nodules(image, mask, number, lung_points, rng)
                 points = np.concatenate([points, pasted])
@@ -503,6 +502,13 @@ def nodule_points(metadata: ScanMetadata) -> np.ndarray:
     """(n, 3) voxel (z, y, x) at the centre of each nodule that a scan's mask shows."""
     points = [nodule.index_zyx for nodule in visible_nodules(metadata)]
     return np.clip(np.rint(points).astype(int).reshape(-1, 3), 0, np.asarray(metadata.grid.shape_zyx) - 1)
+
+
+def _box_around(center_zyx: np.ndarray, diameter_mm: float, metadata: ScanMetadata) -> Box | None:
+    """Box around a nodule with its centre in the middle; None where the scan ends before."""
+    reach = np.ceil(diameter_mm / 2 / np.asarray(metadata.grid.spacing_zyx)).astype(int) + 2
+    is_whole = (center_zyx >= reach).all() and (center_zyx + reach < metadata.grid.shape_zyx).all()
+    return Box.of_size(center_zyx - reach, 2 * reach + 1) if is_whole else None
 
 
 def _inside(points: np.ndarray, shape_zyx: Shape) -> np.ndarray:

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from monai.networks.blocks.convolutions import Convolution
-from monai.networks.blocks.dynunet_block import UnetOutBlock
 from monai.networks.nets import DynUNet, UNet
 from monai.networks.utils import pixelshuffle
 from torch import Tensor, nn
@@ -223,8 +222,8 @@ class SubpixelUNet(SegmentationNetwork):
             norm_name=self._norm,
             res_block=given["num_res_units"] > 0,
         )
-        # DynUNet's own drops logits, too: each becomes a probability of 0.5, and those were the hardest voxels.
-        unet.output_block = UnetOutBlock(3, given["channels"][0], given["out_channels"] * self.stem_stride**3)
+        # Its last layer drops logits, too: each becomes a probability of 0.5, and those were the hardest voxels.
+        unet.output_block.conv.add_module("adn", nn.Identity())
         return unet
 
     def forward(self, image: Tensor) -> Tensor:

@@ -320,8 +320,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
             lr=given["learning_rate"],
-            # Gradients grow a thousandfold when a network begins to learn; a longer memory of them makes steps far too
-            # large then, and far too small when it has erred.
+            # Gradients grow a thousandfold when a network begins to learn. With torch's 0.999 AdamW divides them by
+            # what they were long before, so that its steps are too large then, and too small after an error.
             betas=(0.9, 0.99),
             weight_decay=given["weight_decay"],
             fused=True,
@@ -338,7 +338,7 @@ class Trainer:
         self.recorder = RecordedStep(self.device) if given["speed.record_steps"] and can_record else None
 
     def _nodule_share(self) -> float:
-        """Share of the voxels that are nodule in what the network is trained on."""
+        """Share of the voxels that are nodule in what the network is trained on at first."""
         scans = [self.metadata[uid] for uid in self.split.train]
         volumes = [nodule.voxels for scan in scans for nodule in visible_nodules(scan)]
         if self.patches is None:
@@ -794,7 +794,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "sampler": self.sampler.state_dict(),
-                "threads": torch.get_num_threads(),
+                "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
                 "random": gather_objects(self._random_state()),  # of each process
             },
         )
@@ -819,7 +819,7 @@ class Trainer:
 
     def _take_threads(self, threads: int) -> None:
         """As many threads as the run had: sums are rounded by how they are shared out."""
-        if self.device.type != "cpu" or threads == torch.get_num_threads():
+        if threads == torch.get_num_threads():
             return
         if threads <= count_cores():
             torch.set_num_threads(threads)
@@ -848,14 +848,15 @@ class Trainer:
         check(checkpoint.preprocessing == self.preprocessing, "the data was preprocessed anew with other settings")
         if theirs["num_epochs"] != self.num_epochs and done < self.num_epochs:
             logger.warning(
-                "the run had %d epochs and now has %d: the learning rate goes on along the cosine of the new length, "
+                "the run had %d epochs and now has %d: learning rate and pasted nodules go on as in the new length, "
                 "so this is not the run that would have had %d from the start",
                 theirs["num_epochs"],
                 self.num_epochs,
                 self.num_epochs,
             )
         progress = checkpoint.progress
-        self._take_threads(progress["threads"])
+        if self.device.type == "cpu" and progress["threads"] is not None:
+            self._take_threads(progress["threads"])
         self.network.load_state_dict(checkpoint.weights)
         self.optimizer.load_state_dict(progress["optimizer"])
         for group in self.optimizer.param_groups:

@@ -1197,9 +1197,13 @@ def free_memory(device: torch.device) -> int:
 
 def count_cores() -> int:
     """Cores that this process may use; those that ``torchrun`` started on this machine share them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    cores = math.ceil(min(cores, _core_quota()))
+    cores = math.ceil(min(_granted_cores(), _core_quota()))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _granted_cores() -> int:
+    """Cores that the system lets this process run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def _core_quota(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
@@ -1248,10 +1252,11 @@ def restart_with_patient_threads() -> None:
     has set is left alone.
     """
     wanted = dict(PATIENT) if not any(name in os.environ for name in WAITING) else {}
-    if "OMP_NUM_THREADS" not in os.environ and math.isfinite(_core_quota()):
+    if "OMP_NUM_THREADS" not in os.environ and _core_quota() < _granted_cores():
         wanted["OMP_NUM_THREADS"] = str(count_cores())
     # Else the process is another's, as that of a notebook or debugger that runs the script.
-    is_ours = sys.argv[0] in sys.orig_argv and Path(sys.argv[0]).is_file() and sys.gettrace() is None
+    is_watched = sys.gettrace() is not None or (hasattr(sys, "monitoring") and sys.monitoring.get_tool(0) is not None)
+    is_ours = sys.argv[0] in sys.orig_argv and Path(sys.argv[0]).is_file() and not is_watched
     if wanted and is_ours and sys.executable and os.name == "posix":
         os.environ.update(wanted)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

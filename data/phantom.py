@@ -35,7 +35,7 @@ UID_PREFIX = "1.2.826.0.1.3680043.10.1338"
 COLUMNS = ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]
 LEFT_LUNG, RIGHT_LUNG, AIRWAY = 3, 4, 5  # labels of seg-lungs-LUNA16
 LATTICE_MM = 3.0
-HEIGHT_MM = 259  # of the field of view, in the middle of what is drawn
+HEIGHT_MM = 259  # of the field of view, in the mean
 TWIGS = 520  # end points of each of the four pulmonary trees
 
 # Hounsfield units
@@ -110,7 +110,7 @@ class Phantom:
 
 @dataclass(frozen=True)
 class Maker:
-    """What differs between scanners, and between those who make phantoms. The values given are those of old.
+    """What differs between scanners and between makers of phantoms; the defaults are those of a phantom without makers.
 
     Args:
         noise: Factor of the noise.
@@ -118,13 +118,13 @@ class Maker:
         blur_mm: Width (standard deviation) in the slice by which the kernel smooths.
         sharpening: Share by which the kernel enhances edges.
         slice_mm: Distance of the slices; 0 takes the number of slices that was asked for.
-        contrast_hu: Added to the nodules.
+        contrast_hu: Added to the nodules; half of it to ground glass, nothing to what is calcified.
         edge: Factor of the width of the nodules' edges.
         lobes: Relative depth of the bumps of a nodule.
         vessels: Factor of the vessels' radii.
         twigs: End points of each of the four pulmonary trees.
-        most_tiny: Most of the excluded nodules in a scan, at least 1.
-        most_scars: Most of the scars, at least 1.
+        most_tiny: Largest number of excluded nodules in a scan, at least 1.
+        most_scars: Largest number of scars, at least 1.
         breathing_mm: Width of the blur along z that breathing leaves at the lowest slice; none at the highest.
     """
 
@@ -951,13 +951,13 @@ def write_phantoms(
     Args:
         output_dir: Folder to write to.
         num_scans: Number of scans; scan i lies in subset i % 10.
-        seed: Seed; a scan depends on seed, its index and the sizes only, not on num_scans or num_processes.
+        seed: Seed; a scan depends on seed, its index, sizes and makers, not on num_scans or num_processes.
         size_xyz: Voxels of a scan, e.g. '[160,160,64]'; the field of view stays the same.
         nodule_free: Share of scans without a nodule, 0 to 1.
         min_diameter_mm: Smallest nodule.
         max_diameter_mm: Largest nodule.
-        makers: Numbers of scanners and makers, e.g. '[0,1,2,3]': each scan gets the noise, kernel, slices, nodules,
-            vessels, other findings and breathing of one of them at random. None gives the phantoms of old.
+        makers: Numbers of makers, e.g. '[0,1,2,3]': each scan gets the noise, kernel, slice distance, nodules, vessels,
+            other findings and breathing of one of them at random, whatever size_xyz says of z. '[]' varies none of it.
         num_processes: Scans made at a time; default: the number of cores.
         overwrite: Replace an older phantom in output_dir.
 

@@ -479,6 +479,12 @@ def test_nodules_of_whole_scans_are_pasted_into_the_lungs_alone(two_scans):
     assert places == {(8, 8, 15), (15, 9, 8)}
 
 
+def test_nodule_that_its_scan_cuts_off_is_not_pasted(two_scans):
+    nodule = nodule_at(2.0, 10.0, 10.0, diameter_mm=6.0, voxels=100)
+    write_metadata(two_scans, metadata_of(nodule, seriesuid="0", shape_zyx=(24, 24, 24)))
+    assert not pasted(two_scans, None, paste_per_scan=3)[SampleKey(0, 0, 1, pastes=3)]["mask"].any()
+
+
 def test_without_a_nodule_in_any_scan_nothing_is_pasted(two_scans):
     data = LUNA16Dataset(two_scans, ["1"], dataclasses.replace(NO_CHANGE, paste_per_scan=3))
     assert not data[SampleKey(0, 0, 0, pastes=3)]["mask"].any()

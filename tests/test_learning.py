@@ -54,7 +54,7 @@ def test_rows_are_made_once_and_compared(tiny, monkeypatch, capsys):
     ]
     assert rows["nodules"].gt(0).all() and rows["dice_per_scan"].between(0, 1).all()
     printed = capsys.readouterr().out
-    assert "first over other, 1 trainings, test8:" in printed and "CPM +0.0000" in printed
+    assert "first over other, seed 3 on test8:" in printed and "CPM +0.0000" in printed
 
 
 def test_grid_sets_a_ceiling(tiny):
@@ -65,3 +65,12 @@ def test_grid_sets_a_ceiling(tiny):
 def test_plain_code_is_scored_like_the_others(tiny):
     row = learning.plain_row(Bench(tiny / "work", "cpu"), seed=3, epochs=1)
     assert row["trial"] == learning.PLAIN and row["nodules"] > 0 and 0 <= row["dice_per_scan"] <= 1
+
+
+def test_unknown_trials_and_pairs_without_a_row_are_refused(tiny):
+    with pytest.raises(ValueError, match="trials must be among first, other, not secnd"):
+        main(["secnd"], work_dir=tiny / "work")
+    with pytest.raises(ValueError, match="compare takes two names, not 1"):
+        main(compare=["first"], work_dir=tiny / "work")
+    with pytest.raises(ValueError, match="first and other have no training and test set in common"):
+        main(compare=["first", "other"], work_dir=tiny / "work")

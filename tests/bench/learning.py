@@ -1,7 +1,7 @@
 """What the networks learn: trains each trial, scores it on scans that it never saw, and adds rows to results.csv.
 
 python tests/bench/learning.py --trials '[defaults]' --seeds '[0,1,2]'
-python tests/bench/learning.py --compare '[recipe,recipe_before]'
+python tests/bench/learning.py --compare '["defaults", "plain MONAI"]'
 
 It goes on where it was stopped: a row that is there is not made again, and a training resumes. Trainings run one after
 the other, since two at a time slow each other many times over.
@@ -36,6 +36,7 @@ from preprocess import find_scans
 from utils import (
     Geometry,
     autocast_dtype,
+    check,
     read_json,
     read_processed,
     read_processed_list,
@@ -45,7 +46,7 @@ from utils import (
     select_device,
     write_csv,
 )
-from validate import Validator, froc, read_excluded, table_by_size
+from validate import Validator, _middle_of_best, froc, read_excluded, table_by_size
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.csv")
@@ -121,6 +122,8 @@ TRIALS = {
     "20 epochs": recipe(epochs=20),
     "20 epochs, dropout 0.1": recipe("--dropout", "0.1", epochs=20),
     "20 epochs, unet, dropout 0.1": recipe("--dropout", "0.1", "--network", "unet", epochs=20),
+    "recipe": recipe(epochs=96, tests=NAMED_BEFOREHAND, seeds=(0, 1, 2)),
+    "defaults, subpixel": defaults("--network", "subpixel"),
     PLAIN: defaults(),
     "defaults": defaults(seeds=(0, 1, 2)),
     "defaults, nothing pasted": defaults("--augmentation.paste_per_scan", "0"),
@@ -199,7 +202,8 @@ def best_of_all(checkpoint_path: Path, data_dir: Path, device: str) -> float:
     validator = Validator(data_dir, device=device, model=network, settings=checkpoint.inference, seriesuids=uids)
     scans = validator._examine_scans(uids, None)
     scores = np.linspace(0, 1, 101)
-    return float(scores[np.argmax([np.nanmean([scan.dice(score) for scan in scans]) for score in scores])])
+    means = np.array([np.nanmean([scan.dice(score) for scan in scans]) for score in scores])
+    return float(scores[_middle_of_best(means)])
 
 
 def ceiling(bench: Bench, test: str, grid: str) -> float:
@@ -266,10 +270,17 @@ def plain_row(bench: Bench, seed: int, epochs: int = 86, rate: float = 1e-3) -> 
     curve = froc(result.candidates, result.nodules, excluded, uids)
     summary = result.summary | {"cpm": {"value": curve.cpm, "interval": curve.intervals[-1].tolist()}}
     summary |= {"by_size": table_by_size(result.nodules, curve).to_dict("records")}
-    return row_of(PLAIN, seed, "test8", epochs, minutes, summary)
+    folder = bench.folder(PLAIN, seed) / "test8"
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = {"validation_results": result.table, "nodule_results": result.nodules, "candidates": result.candidates}
+    for name, table in tables.items():
+        write_csv(folder / f"{name}.csv", table)
+    return row_of(PLAIN, seed, "test8", epochs, minutes, torch.get_num_threads(), summary)
 
 
-def row_of(name: str, seed: int, test: str, epochs: int, minutes: float, summary: dict[str, Any]) -> dict[str, Any]:
+def row_of(
+    name: str, seed: int, test: str, epochs: int, minutes: float, threads: int | None, summary: dict[str, Any]
+) -> dict[str, Any]:
     """The row of results.csv for one training and one set."""
     cpm = summary.get("cpm", {"value": np.nan, "interval": [np.nan, np.nan]})
     row = {
@@ -278,7 +289,7 @@ def row_of(name: str, seed: int, test: str, epochs: int, minutes: float, summary
         "test": test,
         "epochs": epochs,
         "minutes": round(minutes, 1),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "processor": platform.processor() or platform.machine(),
         "dice_per_scan": summary["dice"]["mean"],
         "dice_pooled": summary["dice_pooled"],
@@ -309,17 +320,26 @@ def add_row(row: dict[str, Any]) -> None:
 def gain(bench: Bench, better: str, than: str) -> str:
     """Paired gains in mean Dice per scan and CPM with 95 % intervals, over the trainings and test sets of both.
 
-    Each draw takes scans with replacement, the same of both trials; nodules count with their scans.
+    Each draw takes scans with replacement, the same of both trials; nodules count with their scans. The trainings are
+    those that both have in results.csv; how much they differ among themselves is not in the interval.
+
+    Raises:
+        InputError: They have no row in common.
     """
-    seeds = sorted(set(TRIALS[better].seeds) & set(TRIALS[than].seeds))
-    tests = [test for test in TRIALS[better].tests if test in TRIALS[than].tests]
+    done = rows_done()
+    rows = [
+        done.loc[done["trial"] == name, ["seed", "test"]].itertuples(index=False, name=None) for name in (better, than)
+    ]
+    common = sorted(set(rows[0]) & set(rows[1]))
+    check(
+        bool(common), f"{better} and {than} have no training and test set in common in {RESULTS.name}; run both first"
+    )
     draws: dict[str, list[np.ndarray]] = {"Dice per scan": [], "CPM": []}
-    for seed in seeds:
-        for test in tests:
-            pair = [scores(bench.folder(name, seed) / test, bench.phantoms(test)) for name in (better, than)]
-            for kind in draws:
-                draws[kind].append(pair[0][kind] - pair[1][kind])
-    lines = [f"{better} over {than}, {len(seeds)} trainings, {', '.join(tests)}:"]
+    for seed, test in common:
+        pair = [scores(bench.folder(name, seed) / test, bench.phantoms(test)) for name in (better, than)]
+        for kind in draws:
+            draws[kind].append(pair[0][kind] - pair[1][kind])
+    lines = [f"{better} over {than}, {', '.join(f'seed {seed} on {test}' for seed, test in common)}:"]
     for kind, values in draws.items():
         total = np.mean(values, axis=0)
         low, high = np.nanquantile(total[1:], [0.025, 0.975])
@@ -362,6 +382,9 @@ def main(
         work_dir: Folder for phantoms and trainings.
         device: 'cuda' or 'cpu'.
     """
+    unknown = [name for name in [*trials, *compare] if name not in TRIALS]
+    check(not unknown, f"trials must be among {', '.join(TRIALS)}, not {', '.join(unknown)}")
+    check(len(compare) in (0, 2), f"compare takes two names, not {len(compare)}")
     bench = Bench(work_dir.resolve(), device)
     for name in trials:
         for seed in seeds or TRIALS[name].seeds:
@@ -376,7 +399,8 @@ def main(
                 log = pd.read_csv(run / "log.csv")
                 minutes = float(log[["training_seconds", "validation_seconds"]].to_numpy().sum()) / 60
                 summary = read_json(bench.validate(name, seed, test, run) / "validation_summary.json")
-                add_row(row_of(name, seed, test, len(log), minutes, summary))
+                threads = load_checkpoint(run / "checkpoints" / "best_model.pth").progress["threads"]
+                add_row(row_of(name, seed, test, len(log), minutes, threads, summary))
     for grid in GRIDS if ceilings else ():
         print(f"grid {grid}: a Dice per scan of {ceiling(bench, 'test8', grid):.3f} at best")
     if compare:
