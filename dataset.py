@@ -134,7 +134,7 @@ class Augmentation:
         fade_share: Largest share by which they fade.
         paste_prob: Probability that a patch without a nodule gets one from elsewhere.
         paste_per_scan: Nodules from elsewhere that each whole scan gets in the first epoch; the number falls evenly to
-            0. Without them a network meets too few nodules to begin to learn. Patches take paste_prob.
+            0. A whole scan alone shows a network very few nodules. Patches take paste_prob.
 
     Raises:
         ValueError: A probability lies outside [0, 1], or a range is negative or too wide.

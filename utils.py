@@ -1195,6 +1195,11 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + held
 
 
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how OpenMP's threads wait for each other
+# Threads spin for some microseconds and then sleep, which costs nothing where the cores are free.
+PATIENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
+
+
 def count_cores() -> int:
     """Cores that this process may use; those that ``torchrun`` started on this machine share them."""
     cores = math.ceil(min(_granted_cores(), _core_quota()))
@@ -1246,10 +1251,9 @@ def _quota_of(group: Path) -> float:
 def restart_with_patient_threads() -> None:
     """Starts the running script anew, once, with threads that sleep while they wait for each other.
 
-    Threads that spin, as OpenMP's do by default, take the cores that others need: beside one busy process a training
-    fell to a fifteenth of its speed. OpenMP reads this when torch is loaded, so a script calls it before; an import
-    never does. Where a container may use fewer cores than there are, it sets the number of threads, too. What the user
-    has set is left alone.
+    Threads that spin, as OpenMP's do by default, take the cores that others need (figures: tests/bench/README.md).
+    OpenMP reads this when torch is loaded, so a script calls it before; an import never does. Where a container may use
+    fewer cores than there are, it sets the number of threads, too. What the user has set is left alone.
     """
     wanted = dict(PATIENT) if not any(name in os.environ for name in WAITING) else {}
     if "OMP_NUM_THREADS" not in os.environ and _core_quota() < _granted_cores():
@@ -1370,9 +1374,6 @@ def autocast_dtype(device: torch.device, mixed_precision: bool) -> torch.dtype |
 
 # -------------------------------------------------------------------------------------------------- what is told
 
-WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how OpenMP's threads wait for each other
-# Threads sleep when they have waited for some microseconds, which costs nothing where the cores are free.
-PATIENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 SECONDS_BETWEEN_LINES = 60  # of progress, where stderr is no terminal
 
 
