@@ -67,7 +67,19 @@ def test_output_is_logits():
         bias += 30
         after = network(image)
     assert before.min() < 0 or before.max() > 1
-    torch.testing.assert_close(after, before + 30)
+    torch.testing.assert_close(after, before + 30 * network.logit_gain)
+
+
+def test_weights_before_a_norm_start_small_and_give_the_same(monkeypatch):
+    outputs = []
+    for share in (1.0, 0.25):
+        monkeypatch.setattr("model.START_SHARE", share)
+        torch.manual_seed(0)
+        network = LungNodule3DUNet(channels=(4, 8, 8), strides=(2, 2), dropout=0.0).train()
+        outputs.append(network(100 * torch.rand(2, 1, 16, 16, 16)))  # so large that the norm's epsilon is nothing
+    torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
+    slopes = [module.weight.item() for module in network.modules() if isinstance(module, nn.PReLU)]
+    assert slopes == pytest.approx([0.01] * len(slopes))
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))

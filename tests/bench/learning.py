@@ -230,6 +230,8 @@ def ceiling(bench: Bench, test: str, grid: str) -> float:
 class PlainUNet(LungNodule3DUNet):
     """MONAI's ``UNet`` as it is."""
 
+    logit_gain = 1.0
+
     def _build(self) -> UNet:
         return UNet(spatial_dims=3, act="PRELU", **self.arguments | {"norm": "BATCH"})
 
