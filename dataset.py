@@ -48,6 +48,7 @@ Cache = Literal["device", "memory", "files"]
 CPU = torch.device("cpu")
 NUM_FOLDS = 10
 PASTE_TRIES = 4  # places tried
+SIZE_GROUPS = 4  # of the nodules that are pasted
 MEMORY_SHARE = 0.5  # of the free memory, of the device or of the machine, that training scans may take
 JITTER = 0.375  # of the patch: how far a nodule may lie from the middle of its patch
 TISSUE_LEVEL = 0.4  # -440 HU; what is brighter is no lung
@@ -133,8 +134,9 @@ class Augmentation:
         fade_prob: Probability that the nodules of a sample fade into the lung, as if they were ground glass.
         fade_share: Largest share by which they fade.
         paste_prob: Probability that a patch without a nodule gets one from elsewhere.
-        paste_per_scan: Nodules from elsewhere that each whole scan gets in the first epoch; the number falls evenly to
-            0. A whole scan alone shows a network very few nodules. Patches take paste_prob.
+        paste_per_scan: Nodules from elsewhere, near each other in size, that each whole scan gets; the number falls to
+            0 in the last quarter of the epochs. A whole scan alone shows a network very few nodules. Patches take
+            paste_prob.
 
     Raises:
         ValueError: A probability lies outside [0, 1], or a range is negative or too wide.
@@ -350,6 +352,7 @@ class LUNA16Dataset(Dataset):
             for center, nodule in zip(nodule_points(metadata), visible_nodules(metadata), strict=True)
             if (box := _box_around(center, nodule.diameter_mm, metadata)) is not None
         ]
+        self._nodules.sort(key=lambda nodule: math.prod(nodule[1].shape_zyx))
         self._lung_points: list[np.ndarray] = []
         if self._is_pasting:
             self._lung_points = self.lung_points()
@@ -412,9 +415,19 @@ class LUNA16Dataset(Dataset):
             Image, mask, and (n, 3) the voxel (z, y, x) of each pasted nodule.
         """
         pixels, nodules = image.cpu().numpy().copy(), mask.cpu().numpy().copy()
-        places = [self._paste_nodule(pixels, nodules, lung_points, rng) for _ in range(number)]
+        donors = self._donors_of_one_size(number, rng)
+        places = [self._paste_nodule(pixels, nodules, int(donor), lung_points, rng) for donor in donors]
         points = np.reshape([place for place in places if place is not None], (-1, 3)).astype(int)
         return torch.from_numpy(pixels).to(self._home), torch.from_numpy(nodules).to(self._home), points
+
+    def _donors_of_one_size(self, number: int, rng: np.random.Generator) -> np.ndarray:
+        """Draws the nodules to paste into one sample: each is as likely as any, but all come from a quarter of sizes.
+
+        Among large nodules, small ones are next to nothing in the Dice of a scan, and are never learnt.
+        """
+        width = math.ceil(len(self._nodules) / SIZE_GROUPS)
+        groups = (np.arange(len(self._nodules)) + rng.integers(width)) // width
+        return rng.choice(np.flatnonzero(groups == rng.choice(groups)), number)
 
     def _donor(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Image, mask, and mask with its rim (z, y, x) in a box around one of the nodules; kept once it is cut out."""
@@ -425,9 +438,9 @@ class LUNA16Dataset(Dataset):
         return self._donors[index]
 
     def _paste_nodule(
-        self, image: np.ndarray, mask: np.ndarray, lung_points: np.ndarray, rng: np.random.Generator
+        self, image: np.ndarray, mask: np.ndarray, donor: int, lung_points: np.ndarray, rng: np.random.Generator
     ) -> np.ndarray | None:
-        """Lays a random nodule, flipped at random, over the image; what is brighter stays.
+        """Lays a nodule, flipped at random, over the image; what is brighter stays.
 
         Of a few places in the lungs it takes the one with most tissue: nodules that touch a vessel or the wall are the
         ones that are missed.
@@ -435,7 +448,6 @@ class LUNA16Dataset(Dataset):
         Returns:
             Voxel (z, y, x) of the pasted nodule; None where it has no room, or would lie in tissue everywhere.
         """
-        donor = int(rng.integers(len(self._nodules)))
         flips = tuple(slice(None, None, int(step)) for step in rng.choice([-1, 1], 3))
         pixels, nodule, edge = (part[flips] for part in self._donor(donor))
         size = np.asarray(nodule.shape)
@@ -554,7 +566,7 @@ class ScanSampler(Sampler):
     Args:
         size: Number of scans.
         seed: Seed of the order.
-        pastes: Nodules to paste into each scan in the first epoch; the number falls evenly to 0.
+        pastes: Nodules to paste into each scan; the number falls to 0 in the last quarter of the epochs.
         epochs: Length of the training.
     """
 
@@ -566,7 +578,7 @@ class ScanSampler(Sampler):
 
     def __iter__(self) -> Iterator[SampleKey]:
         order = generator_of("order of scans", self.seed, self.epoch).permutation(self.size)
-        pastes = round(self.pastes * (1 - self.epoch / self.epochs))
+        pastes = round(self.pastes * min(1, 4 * (1 - self.epoch / self.epochs)))
         return iter([SampleKey(self.epoch, index, int(scan), None, pastes) for index, scan in enumerate(order)])
 
     def record(self, keys: Sequence[SampleKey], errors: Sequence[float]) -> None:

@@ -265,14 +265,14 @@ class DiceBCELoss(nn.Module):
     weight of both.
 
     Summed like this, a nodule of 30 mm outweighs a thousand of 3 mm, and a false spot of a few voxels costs next to
-    nothing. ``per_sample`` makes all samples with a nodule equal; ``hardest_share`` makes wrong voxels count, however
-    few they are (Wu et al. 2016, arXiv:1605.06885).
+    nothing. ``per_sample``, which ``LossSettings`` turns on, makes all samples with a nodule equal; ``hardest_share``
+    makes wrong voxels count, however few they are (Wu et al. 2016, arXiv:1605.06885).
 
     Args:
         dice_weight: Weight of the Dice term.
         bce_weight: Weight of the cross-entropy, a mean over voxels.
         smooth: Keeps the fraction finite.
-        per_sample: Take the Dice of each sample, and the mean over those with a nodule, instead of one of the batch.
+        per_sample: Take the Dice of each sample, and the mean over those with a nodule, not the Dice of the batch.
         hardest_share: Share of each sample's voxels, those with the largest cross-entropy, that it is averaged over.
         gather: Takes this process's sums (n, B) of its samples to those of all processes (n, all samples), so that all
             get the loss of the whole batch; None where one process has all of it.

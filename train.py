@@ -122,7 +122,7 @@ class LossSettings:
     """
 
     name: str = "dice_bce"
-    per_sample: bool = False
+    per_sample: bool = True
     hardest_share: float = 1.0
 
     def __post_init__(self) -> None:

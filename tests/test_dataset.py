@@ -490,11 +490,20 @@ def test_without_a_nodule_in_any_scan_nothing_is_pasted(two_scans):
     assert not data[SampleKey(0, 0, 0, pastes=3)]["mask"].any()
 
 
-def test_fewer_nodules_are_pasted_from_epoch_to_epoch():
-    sampler, numbers = ScanSampler(3, seed=0, pastes=10, epochs=4), []
-    for sampler.epoch in range(4):
+def test_fewer_nodules_are_pasted_in_the_last_quarter_of_the_epochs():
+    sampler, numbers = ScanSampler(3, seed=0, pastes=10, epochs=8), []
+    for sampler.epoch in range(8):
         numbers.append({key.pastes for key in sampler})
-    assert numbers == [{10}, {8}, {5}, {2}]
+    assert numbers == [{10}, {10}, {10}, {10}, {10}, {10}, {10}, {5}]
+
+
+def test_nodules_of_one_sample_are_near_in_size_and_all_are_equally_likely():
+    data = LUNA16Dataset.__new__(LUNA16Dataset)
+    data._nodules = list(range(10))  # from small to large
+    drawn = [data._donors_of_one_size(20, np.random.default_rng(seed)) for seed in range(3000)]
+    assert max(int(np.ptp(donors)) for donors in drawn) == 2  # of ten, a quarter, rounded up, is three
+    shares = np.bincount(np.concatenate(drawn), minlength=10) / 60000
+    np.testing.assert_allclose(shares, 0.1, atol=0.02)
 
 
 @pytest.mark.parametrize(
