@@ -7,6 +7,7 @@ LUNA16's ``annotations.csv`` and of ITK. The order changes in ``Geometry`` and i
 from __future__ import annotations
 
 import gc
+import gzip
 import hashlib
 import importlib.util
 import inspect
@@ -18,6 +19,7 @@ import platform
 import re
 import secrets
 import shutil
+import struct
 import sys
 import textwrap
 import time
@@ -51,7 +53,14 @@ ANNOTATION_COLUMNS = ("seriesuid", *POSITION_COLUMNS, "diameter_mm")
 CANDIDATE_COLUMNS = ("seriesuid", *POSITION_COLUMNS, "probability")
 # Deflate cannot shrink data further than this, so a header that claims more voxels is wrong.
 MAX_DEFLATE_RATIO = 1100
-NIFTI_HEADER_BYTES = 352
+MAX_NIFTI_GAP = 0.1  # between a voxel's two places, in the header's unit
+GZIP_MAGIC = b"\x1f\x8b"
+# By the length of a NIfTI header, formats and places of: dim, bitpix, pixdim, vox_offset, slope and intercept,
+# qform_code and sform_code, quaternion and offset, sform (nifti.nimh.nih.gov: NIfTI-1, NIfTI-2).
+NIFTI_PLACES = {
+    348: (("8h", 40), ("h", 72), ("8f", 76), ("f", 108), ("2f", 112), ("2h", 252), ("6f", 256), ("12f", 280)),
+    540: (("8q", 16), ("h", 14), ("8d", 104), ("q", 168), ("2d", 176), ("2i", 344), ("6d", 352), ("12d", 400)),
+}
 VOXEL_BYTES = {
     **dict.fromkeys((sitk.sitkInt8, sitk.sitkUInt8), 1),
     **dict.fromkeys((sitk.sitkInt16, sitk.sitkUInt16), 2),
@@ -326,6 +335,7 @@ class ScanReader:
     """
 
     suffixes: tuple[str, ...] = ()
+    image_io = ""  # ITK's name of the format; without it, ITK goes by the suffix, which it wants in lower case
 
     def accepts(self, path: Path) -> bool:
         """Whether a path is for this reader, by its name or by what is there; a missing file has a reader, too."""
@@ -375,8 +385,7 @@ class ScanReader:
 
     def read_header(self, path: Path) -> ScanHeader:
         """Reads the header without checking where the voxels lie."""
-        reader = sitk.ImageFileReader()
-        reader.SetFileName(str(path))
+        reader = self._itk_reader(path)
         try:
             reader.ReadImageInformation()
         except RuntimeError as error:
@@ -412,9 +421,15 @@ class ScanReader:
     def read_image(self, path: Path) -> sitk.Image:
         """Reads the voxels of a scan whose header and files have been checked."""
         try:
-            return sitk.ReadImage(str(path))
+            return self._itk_reader(path).Execute()
         except RuntimeError as error:
             raise InputError(f"{path} cannot be read; copy or download it again ({_last_line(error)})") from error
+
+    def _itk_reader(self, path: Path) -> sitk.ImageFileReader:
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(path))
+        reader.SetImageIO(self.image_io)
+        return reader
 
 
 class MetaImageReader(ScanReader):
@@ -425,6 +440,7 @@ class MetaImageReader(ScanReader):
     """
 
     suffixes = (".mhd", ".mha")
+    image_io = "MetaImageIO"
 
     def advice(self, path: Path) -> str:
         """Of the file with the voxels."""
@@ -432,17 +448,21 @@ class MetaImageReader(ScanReader):
         return f"{path.name} holds the voxels alone; name the .mhd file beside it" if is_data else ""
 
     def files(self, path: Path) -> tuple[Path, ...]:
-        """The .mha, or the .mhd and its ElementDataFile, which must lie beside it."""
+        """The header, and its ElementDataFile where that is another file; it must lie beside the header."""
         files = super().files(path)
         data = self._fields(path)[0]["ElementDataFile"]
-        if path.suffix.lower() == ".mha":
-            check(data == "LOCAL", f"{path}: ElementDataFile of an .mha must be LOCAL, not {data!r}")
+        if data == "LOCAL":  # behind the header
             return files
-        is_beside = not Path(data).is_absolute() and ".." not in Path(data).parts and len(data.split()) == 1
-        check(is_beside, f"{path}: ElementDataFile must be one file beside the header, not {data!r}")
-        if not (path.parent / data).is_file():
-            raise FileNotFoundError(f"{path} needs {path.parent / data}, which does not exist; download both files")
-        return (*files, path.parent / data)
+        voxels = path.parent / data
+        check(
+            not Path(data).is_absolute() and ".." not in Path(data).parts and voxels.parent == path.parent,
+            f"{path}: ElementDataFile must be one file beside the header, not {data!r}",
+        )
+        if not voxels.is_file():
+            is_list = data.split()[0] == "LIST" or "%" in data
+            check(not is_list, f"{path}: ElementDataFile must be one file, not a list ({data!r}); write it as one .mha")
+            raise FileNotFoundError(f"{path} needs {voxels}, which does not exist; download both files")
+        return (*files, voxels)
 
     def read_header(self, path: Path) -> ScanHeader:
         """Checks the fields that ITK replaces silently, too."""
@@ -453,6 +473,11 @@ class MetaImageReader(ScanReader):
                 any(name in fields for name in names),
                 f"{path} has no {names[0]}: {what} in mm would be wrong; download the file again",
             )
+        skipped = fields.get("HeaderSize", "0")
+        check(
+            skipped == "-1" or skipped.isdecimal(),
+            f"{path}: HeaderSize must be a number of bytes, or -1 for all before the voxels, not {skipped!r}",
+        )
         dimensions = fields.get("NDims", "")
         for name in (*origins, *spacings):
             values = fields.get(name, "").split()
@@ -467,9 +492,13 @@ class MetaImageReader(ScanReader):
         super().check_voxels(path, expected)
         fields, length = self._fields(path)
         *headers, file = self.files(path)
-        start = 0 if headers else length
-        is_compressed = fields.get("CompressedData", "False").lower() == "true"
-        held = _inflated_size(file, start, expected) if is_compressed else file.stat().st_size - start
+        size, skipped = file.stat().st_size, fields.get("HeaderSize", "0")
+        start = length if not headers else max(size - expected, 0) if skipped == "-1" else int(skipped)
+        if fields.get("CompressedData", "False").lower() == "true":
+            check(start == 0 or not headers, f"{path}: compressed voxels must not have a HeaderSize")
+            held = _inflated_size(file, start, expected)
+        else:
+            held = size - start
         check(held == expected, _wrong_size(path, expected, file, held))
 
     def _fields(self, path: Path) -> tuple[dict[str, str], int]:
@@ -477,7 +506,7 @@ class MetaImageReader(ScanReader):
         fields, length = {}, 0
         for line in _first_bytes(path).split(b"\n"):
             length += len(line) + 1
-            name, equals, value = line.decode("latin-1").partition("=")
+            name, equals, value = _decode(line).partition("=")
             if not equals:  # MetaIO would take a colon, too, and read on
                 break
             fields[name.strip()] = value.strip()
@@ -488,33 +517,187 @@ class MetaImageReader(ScanReader):
         )
 
 
+@dataclass(frozen=True)
+class NiftiHeader:
+    """The fields of a NIfTI header that say where the voxels are, and how they are stored.
+
+    Args:
+        voxel_bytes: Bytes of one stored voxel.
+        start: Where the voxels begin in the file, once it is inflated.
+        slope: Stored values times this ...
+        intercept: ... plus this are the scan's; a slope of 0 means the stored values themselves.
+        pixdim: Spacing (i, j, k), in the header's unit.
+        qform: (3, 4) affine by quaternion and ``pixdim``, to RAS; None where the header says that it has none.
+        sform: (3, 4) affine given in full; None likewise.
+        size: Voxels along (i, j, k).
+    """
+
+    voxel_bytes: int
+    start: int
+    slope: float
+    intercept: float
+    pixdim: Vector
+    qform: np.ndarray | None
+    sform: np.ndarray | None
+    size: Shape
+
+    @classmethod
+    def read(cls, path: Path) -> NiftiHeader:
+        """Reads the header of a file, compressed or not.
+
+        Raises:
+            InputError: It is no NIfTI header, or cannot be inflated.
+        """
+        data = _first_bytes(path)
+        if data[:2] == GZIP_MAGIC:
+            check(path.name.lower().endswith(".gz"), f"{path} is compressed; name it .nii.gz")
+            try:
+                with gzip.open(path) as file:
+                    data = file.read(max(NIFTI_PLACES))
+            except (OSError, EOFError, zlib.error) as error:
+                raise InputError(f"{path} is damaged ({error}); download it again") from error
+        order = "<" if struct.unpack_from("<i", data.ljust(4))[0] in NIFTI_PLACES else ">"
+        (size,) = struct.unpack_from(f"{order}i", data.ljust(4))
+        check(
+            size in NIFTI_PLACES and len(data) >= size,
+            f"{path} has no readable header of NIfTI; copy or download it again",
+        )
+        values = [struct.unpack_from(order + form, data, place) for form, place in NIFTI_PLACES[size]]
+        dim, (bits,), pixdim, (start,), (slope, intercept), codes, quaternion, rows = values
+        return cls(
+            voxel_bytes=bits // 8,
+            start=max(int(start), size + 4),
+            slope=slope,
+            intercept=intercept,
+            pixdim=pixdim[1:4],
+            qform=_affine_of(quaternion, pixdim) if codes[0] > 0 else None,
+            sform=np.reshape(rows, (3, 4)) if codes[1] > 0 else None,
+            size=dim[1:4],
+        )
+
+
+def _affine_of(quaternion: Sequence[float], pixdim: Sequence[float]) -> np.ndarray:
+    """(3, 4) affine of NIfTI's b, c, d and offset, by its definition."""
+    b, c, d, *offset = quaternion
+    a = math.sqrt(max(1 - b * b - c * c - d * d, 0))
+    rotation = np.array(
+        [
+            [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
+            [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
+            [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
+        ]
+    )
+    steps = np.asarray(pixdim[1:4]) * [1, 1, -1 if pixdim[0] < 0 else 1]
+    return np.column_stack([rotation * steps, offset])
+
+
 class NiftiReader(ScanReader):
-    """NIfTI in one file, compressed or not."""
+    """NIfTI in one file, compressed or not.
+
+    ITK takes the origin for 0 where no position is stated, one of two affines that disagree, and a spacing of 1 for 0.
+    """
 
     suffixes = (".nii", ".nii.gz")
+    image_io = "NiftiImageIO"
+
+    def read_header(self, path: Path) -> ScanHeader:
+        """Checks that the header states one place for each voxel."""
+        own = NiftiHeader.read(path)
+        self._check_places(path, own)
+        return ScanHeader(super().read_header(path).geometry, own.voxel_bytes)
+
+    def _check_places(self, path: Path, header: NiftiHeader) -> None:
+        """Raises InputError where positions in mm would be a guess."""
+        check(
+            all(map(math.isfinite, header.pixdim)) and min(header.pixdim) > 0,
+            f"{path}: pixdim must be three positive voxel sizes, not {list(header.pixdim)}; write it from its source",
+        )
+        affines = [affine for affine in (header.qform, header.sform) if affine is not None]
+        check(
+            bool(affines),
+            f"{path} does not say where its voxels lie (qform_code and sform_code are 0): positions in mm would be a "
+            "guess; convert the scan from its source again (dcm2niix sets them), or set a code that you know is right",
+        )
+        corners = np.array([[*corner, 1] for corner in np.ndindex(2, 2, 2)]) * [*np.subtract(header.size, 1), 1]
+        apart = float(np.abs(corners @ (affines[0] - affines[-1]).T).max())
+        check(
+            apart <= MAX_NIFTI_GAP,
+            f"{path}: qform and sform put the same voxel {apart:.1f} units apart; set both to the one that is right "
+            "(nibabel: image.set_qform(affine, 1); image.set_sform(affine, 1))",
+        )
+        steps = np.linalg.norm(affines[-1][:, :3], axis=0)
+        check(
+            np.allclose(steps, header.pixdim, rtol=1e-2),
+            f"{path}: its sform has voxels of {np.round(steps, 4).tolist()}, its pixdim {list(header.pixdim)}; "
+            "convert it from its source again",
+        )
+        cosines = affines[-1][:, :3] / steps
+        check(
+            np.allclose(cosines.T @ cosines, np.eye(3), atol=1e-3),
+            f"{path}: its axes are not at right angles; resample it to a grid whose axes are, e.g. in 3D Slicer "
+            "(Resample Scalar Volume)",
+        )
 
     def check_voxels(self, path: Path, expected: int) -> None:
         """The file may hold more than the voxels, such as extensions of the header."""
         super().check_voxels(path, expected)
-        size = path.stat().st_size
-        is_compressed = path.suffix.lower() == ".gz"
-        held = (_inflated_size(path, 0, expected + size) if is_compressed else size) - NIFTI_HEADER_BYTES
+        size, is_compressed = path.stat().st_size, _first_bytes(path)[:2] == GZIP_MAGIC
+        held = _inflated_size(path, 0, expected + size) if is_compressed else size
+        held -= NiftiHeader.read(path).start
         check(held >= expected, _wrong_size(path, expected, path, held))
+
+    def read_image(self, path: Path) -> sitk.Image:
+        """Values after slope and intercept, but for a slope of 0: by the standard it means none, for ITK it means 1."""
+        image, header = super().read_image(path), NiftiHeader.read(path)
+        if header.slope == 0 and math.isfinite(header.intercept) and header.intercept:
+            return image - header.intercept
+        return image
 
 
 class NrrdReader(ScanReader):
-    """NRRD in one file; ITK checks its size itself."""
+    """NRRD in one file.
+
+    ITK takes 1 and 0 for spacings and an origin that are absent, and ignores checksums.
+    """
 
     suffixes = (".nrrd",)
+    image_io = "NrrdImageIO"
 
     def read_header(self, path: Path) -> ScanHeader:
-        """Refuses a header whose voxels lie in another file."""
-        header = _first_bytes(path).split(b"\n\n")[0].split(b"\r\n\r\n")[0].lower()
+        """Refuses a header whose voxels lie in another file, or at no stated place."""
+        check(_first_bytes(path)[:4] == b"NRRD", f"{path} has no readable header of NRRD; copy or download it again")
+        fields, _ = self._fields(path)
         check(
-            b"\ndata file:" not in header and b"\ndatafile:" not in header,
+            "data file" not in fields and "datafile" not in fields,
             f"{path} keeps its voxels in another file; convert it to one self-contained .nrrd",
         )
+        missing = [name for name in ("space", "space directions", "space origin") if name not in fields]
+        check(
+            not missing,
+            f"{path} has no {' and no '.join(missing)}: positions in mm would be a guess; convert it from its source "
+            "again, or add the fields that you know",
+        )
         return super().read_header(path)
+
+    def check_voxels(self, path: Path, expected: int) -> None:
+        """The checksum of compressed voxels must be right; ITK checks the size of others itself."""
+        super().check_voxels(path, expected)
+        fields, start = self._fields(path)
+        if fields.get("encoding", "raw").lower() in ("gzip", "gz"):
+            held = _inflated_size(path, start, expected)
+            check(held == expected, _wrong_size(path, expected, path, held))
+
+    def _fields(self, path: Path) -> tuple[dict[str, str], int]:
+        """Fields of the header, in lower case, and its length in bytes."""
+        fields, length = {}, 0
+        for line in _first_bytes(path).split(b"\n"):
+            length += len(line) + 1
+            if not line.strip():
+                break
+            name, colon, value = _decode(line).partition(":")
+            if colon and not value.startswith("="):  # := stands before a comment of the writer
+                fields[name.strip().lower()] = value.strip()
+        return fields, length
 
 
 SCAN_READERS: list[ScanReader] = [MetaImageReader(), NiftiReader(), NrrdReader()]
@@ -573,6 +756,14 @@ def _first_bytes(path: Path) -> bytes:
         return file.read(65536)
 
 
+def _decode(text: bytes) -> str:
+    """Text as UTF-8 or, where it is none, as Latin-1."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return text.decode("latin-1")
+
+
 def _last_line(error: Exception) -> str:
     return str(error).strip().split("\n")[-1].strip()
 
@@ -586,7 +777,8 @@ def _is_finite(text: str) -> bool:
 
 
 def _wrong_size(path: Path, expected: int, file: Path, held: int) -> str:
-    return f"{path}: the header needs {expected:,} bytes of voxels but {file.name} holds {held:,}; download it again"
+    remedy = "download it again" if held < expected else "is the header another scan's? correct it or download both"
+    return f"{path}: the header needs {expected:,} bytes of voxels but {file.name} holds {held:,}; {remedy}"
 
 
 def _check_geometry(path: Path, geometry: Geometry) -> None:
@@ -603,13 +795,20 @@ def _check_geometry(path: Path, geometry: Geometry) -> None:
 
 
 def _inflated_size(path: Path, start: int, limit: int) -> int:
-    """Bytes in a zlib or gzip stream, whose checksum is verified; stops early above ``limit``."""
+    """Bytes in a zlib or gzip stream, whose checksums are verified; stops early above ``limit``.
+
+    A gzip may have several members, one after the other, and zeros behind them.
+    """
     decoder, size = zlib.decompressobj(wbits=47), 0  # 47: zlib or gzip, whichever the header says
     try:
         with open(path, "rb") as file:
             file.seek(start)
             while (block := file.read(1 << 20)) and size <= limit:
-                size += len(decoder.decompress(block))
+                while block:
+                    size += len(decoder.decompress(block))
+                    block = decoder.unused_data.lstrip(b"\0") if decoder.eof else b""
+                    if block:
+                        decoder = zlib.decompressobj(wbits=31)
     except zlib.error as error:
         raise InputError(f"{path} is damaged ({error}); download it again") from error
     if size <= limit and not decoder.eof:
@@ -1054,7 +1253,7 @@ def read_processed_list(data_dir: str | Path) -> list[str]:
     path = Path(data_dir) / "processed_files.txt"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run python preprocess.py first")
-    uids = path.read_text(encoding="utf-8").split()
+    uids = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]  # names may have spaces
     if not uids:
         raise InputError(f"{path} lists no scan; see failed_files.csv beside it and run python preprocess.py again")
     return uids

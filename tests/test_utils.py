@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import logging
@@ -10,6 +11,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -617,6 +619,200 @@ def test_fingerprint_changes_with_the_size_of_the_voxel_file(tmp_path):
     before = fingerprint_of(path)
     (tmp_path / "scan.raw").write_bytes(b"")
     assert fingerprint_of(path) != before
+
+
+def flipped_values() -> np.ndarray:
+    return sitk.GetArrayFromImage(flipped_scan())
+
+
+@pytest.mark.parametrize("name", ["SCAN.MHD", "SCAN.MHA", "SCAN.NII", "SCAN.NII.GZ", "SCAN.NRRD"])
+def test_suffix_in_capitals_is_read(tmp_path, name):
+    saved(tmp_path / name.lower()).rename(tmp_path / name)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read_scan(tmp_path / name)), flipped_values())
+
+
+@pytest.mark.parametrize("name", ["scan one", "größe", "肺", "a$1^$b", "[x], #;"])
+@pytest.mark.parametrize("suffix", [".mhd", ".nii.gz"])
+def test_any_character_in_a_name_is_read(tmp_path, name, suffix):
+    path = saved(tmp_path / f"{name}{suffix}")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read_scan(path)), flipped_values())
+    assert scan_name(path) == name
+
+
+def test_header_in_latin_1_names_its_data_file(tmp_path):
+    path = write_header(tmp_path, ElementDataFile="gr\xf6\xdfe.raw")
+    path.write_bytes(path.read_text().encode("latin-1"))
+    with pytest.raises(FileNotFoundError, match=r"größe\.raw, which does not exist"):
+        read_scan(path)
+
+
+@pytest.mark.parametrize("suffix", [".mhd", ".mha"])
+def test_voxels_behind_the_header_are_read(tmp_path, suffix):
+    path = write_header(tmp_path, ElementDataFile="LOCAL")
+    path.write_bytes(path.read_bytes() + (tmp_path / "scan.raw").read_bytes())
+    (tmp_path / "scan.raw").unlink()
+    image = read_scan(path.rename(tmp_path / f"other{suffix}"))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image).ravel(), np.arange(24))
+
+
+@pytest.mark.parametrize("size", ["100", "-1"])
+def test_bytes_before_the_voxels_are_skipped(tmp_path, size):
+    fields = {"HeaderSize": size, "ElementDataFile": None}
+    path = write_header(tmp_path, **fields)
+    path.write_text(path.read_text() + "ElementDataFile = scan.raw\n")
+    (tmp_path / "scan.raw").write_bytes(b"x" * 100 + (tmp_path / "scan.raw").read_bytes())
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read_scan(path)).ravel(), np.arange(24))
+
+
+@pytest.mark.parametrize("size", ["99", "ten", "-2"])
+def test_wrong_number_of_bytes_before_the_voxels_is_refused(tmp_path, size):
+    path = write_header(tmp_path, HeaderSize=size, ElementDataFile=None)
+    path.write_text(path.read_text() + "ElementDataFile = scan.raw\n")
+    with pytest.raises(ValueError, match=r"HeaderSize must be|needs 48 bytes of voxels but scan\.raw holds"):
+        read_scan(path)
+
+
+def test_bytes_behind_the_voxels_are_told(tmp_path):
+    path = write_header(tmp_path, np.arange(30, dtype=np.int16))
+    with pytest.raises(ValueError, match="is the header another scan's"):
+        read_scan(path)
+
+
+# Places in a NIfTI-1 header.
+SLOPE, QFORM_CODE, SFORM_CODE, PIXDIM_Z, SFORM = 112, 252, 254, 88, 280
+
+
+def nifti(folder: Path, *changes: tuple[int, str, tuple[float, ...]], name: str = "scan.nii") -> Path:
+    """The flipped scan as NIfTI with some bytes of its header set: place, format, values."""
+    path = saved(folder / name)
+    data = bytearray(path.read_bytes())
+    for place, form, values in changes:
+        struct.pack_into(form, data, place, *values)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("slope", "intercept", "expected"),
+    [
+        (1.0, -1024.0, lambda stored: stored - 1024.0),  # as dcm2niix stores a DICOM series
+        (2.5, 0.0, lambda stored: stored * 2.5),
+        (0.0, -1024.0, lambda stored: stored),  # a slope of 0 means no scaling
+        (math.nan, 0.0, lambda stored: stored),
+    ],
+)
+@pytest.mark.parametrize("compress", [False, True])
+def test_stored_values_are_scaled_as_the_standard_says(tmp_path, slope, intercept, expected, compress):
+    path = nifti(tmp_path, (SLOPE, "<2f", (slope, intercept)))
+    if compress:
+        (tmp_path / "scan.nii.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path = tmp_path / "scan.nii.gz"
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read_scan(path)), expected(flipped_values().astype(float)))
+    assert scan_reader(path).header(path).num_bytes == 2 * 10 * 8 * 6
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
+def test_scaled_values_of_any_type_are_read(tmp_path, kind):
+    stored = (np.arange(48) % 40).astype(kind).reshape(2, 4, 6)
+    path = saved(tmp_path / "scan.nii", image=sitk.GetImageFromArray(stored))
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<2f", data, SLOPE, 2.0, -1024.0)
+    path.write_bytes(data)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read_scan(path)), stored * 2.0 - 1024.0)
+
+
+def test_gzip_of_several_members_is_read(tmp_path):
+    data = saved(tmp_path / "scan.nii").read_bytes()
+    members = [gzip.compress(data[start : start + 300]) for start in range(0, len(data), 300)]
+    (tmp_path / "scan.nii.gz").write_bytes(b"".join(members))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read_scan(tmp_path / "scan.nii.gz")), flipped_values())
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
+def test_damaged_member_of_a_gzip_is_refused(tmp_path, damage):
+    data = saved(tmp_path / "scan.nii").read_bytes()
+    members = [gzip.compress(data[start : start + 300]) for start in range(0, len(data), 300)]
+    if damage == "flip":
+        members[1] = members[1][:40] + bytes([members[1][40] ^ 0x10]) + members[1][41:]
+    elif damage == "cut":
+        members[-1] = members[-1][:-30]
+    else:
+        members.pop()
+    (tmp_path / "scan.nii.gz").write_bytes(b"".join(members))
+    with pytest.raises(ValueError, match="download it again"):
+        read_scan(tmp_path / "scan.nii.gz")
+
+
+def test_plain_file_that_is_named_as_compressed_is_read(tmp_path):
+    path = saved(tmp_path / "scan.nii").rename(tmp_path / "scan.nii.gz")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read_scan(path)), flipped_values())
+
+
+def test_compressed_file_that_is_named_as_plain_is_told(tmp_path):
+    path = saved(tmp_path / "scan.nii.gz").rename(tmp_path / "scan.nii")
+    with pytest.raises(ValueError, match=r"is compressed; name it \.nii\.gz"):
+        read_scan(path)
+
+
+def test_nifti_that_states_no_position_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="does not say where its voxels lie"):
+        read_scan(nifti(tmp_path, (QFORM_CODE, "<2h", (0, 0))))
+
+
+@pytest.mark.parametrize("codes", [(1, 0), (0, 1), (0, 2), (1, 1)])
+def test_one_stated_position_is_enough(tmp_path, codes):
+    image = read_scan(nifti(tmp_path, (QFORM_CODE, "<2h", codes)))
+    expected = flipped_scan()
+    np.testing.assert_allclose(image.GetOrigin(), expected.GetOrigin(), atol=1e-4)
+    np.testing.assert_allclose(image.GetDirection(), expected.GetDirection(), atol=1e-6)
+
+
+@pytest.mark.parametrize("codes", [(1, 1), (1, 2), (2, 1)])
+def test_two_positions_that_disagree_are_refused(tmp_path, codes):
+    with pytest.raises(ValueError, match=r"qform and sform put the same voxel 30\.0 units apart"):
+        x = struct.unpack_from("<f", saved(tmp_path / "scan.nii").read_bytes(), SFORM + 12)[0]
+        read_scan(nifti(tmp_path, (QFORM_CODE, "<2h", codes), (SFORM + 12, "<f", (x + 30,))))
+
+
+@pytest.mark.parametrize("size", [0.0, -1.0, math.nan])
+def test_nifti_without_a_voxel_size_is_refused(tmp_path, size):
+    with pytest.raises(ValueError, match="pixdim must be three positive voxel sizes"):
+        read_scan(nifti(tmp_path, (PIXDIM_Z, "<f", (size,))))
+
+
+def test_voxel_size_that_the_sform_contradicts_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"its sform has voxels of .* its pixdim"):
+        read_scan(nifti(tmp_path, (QFORM_CODE, "<h", (0,)), (PIXDIM_Z, "<f", (5.0,))))
+
+
+def test_sheared_sform_names_a_remedy(tmp_path):
+    with pytest.raises(ValueError, match="not at right angles; resample it"):
+        read_scan(nifti(tmp_path, (QFORM_CODE, "<h", (0,)), (SFORM + 4, "<f", (0.02,))))
+
+
+def bare_nrrd(path: Path, without: str) -> Path:
+    """The flipped scan with a field of its header left out."""
+    header, voxels = saved(path).read_bytes().split(b"\n\n", 1)
+    lines = [line for line in header.split(b"\n") if not line.startswith(f"{without}:".encode())]
+    path.write_bytes(b"\n".join(lines) + b"\n\n" + voxels)
+    return path
+
+
+@pytest.mark.parametrize("field", ["space", "space directions", "space origin"])
+def test_nrrd_that_states_no_position_is_refused(tmp_path, field):
+    with pytest.raises(ValueError, match=f"has no {field}: positions in mm would be a guess"):
+        read_scan(bare_nrrd(tmp_path / "scan.nrrd", field))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_damage_in_a_compressed_nrrd_is_noticed(tmp_path, share):
+    path = saved(tmp_path / "scan.nrrd", compress=True)
+    data = bytearray(path.read_bytes())
+    start = data.index(b"\n\n") + 2
+    data[start + 10 + int((len(data) - start - 14) * share)] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"scan\.nrrd"):
+        read_scan(path)
 
 
 # ------------------------------------------------------------------------------------------------------------- files
