@@ -57,6 +57,7 @@ from utils import (
     run_main,
     scan_reader,
     signed_distance,
+    without_repeats,
     write_array,
     write_csv,
     write_metadata,
@@ -629,7 +630,7 @@ def luna16_cases(raw_data_dir: Path, annotations_path: Path, lung_masks_dir: Pat
         ValueError: A scan lies in two places, or the table of annotations is damaged.
     """
     scans = find_scans(raw_data_dir)
-    table = read_table(annotations_path, ANNOTATION_COLUMNS)
+    table = without_repeats(read_table(annotations_path, ANNOTATION_COLUMNS), str(annotations_path))
     check(bool((table["diameter_mm"] > 0).all()), f"{annotations_path}: diameter_mm must be positive")
     absent = table[~table["seriesuid"].isin(scans)]
     if len(absent):

@@ -6,11 +6,14 @@ LUNA16's ``annotations.csv`` and of ITK. The order changes in ``Geometry`` and i
 
 from __future__ import annotations
 
+import codecs
+import csv
 import gc
 import gzip
 import hashlib
 import importlib.util
 import inspect
+import io
 import json
 import logging
 import math
@@ -1000,25 +1003,60 @@ def write_objects(path: str | Path, values: Any) -> None:
     write_json(path.with_suffix(".json"), values)  # last, since it is what counts
 
 
+def read_text(path: str | Path) -> str:
+    """Text of a file, or of a .gz, as people's programs write it: UTF-8, UTF-16 with its mark, or else Latin-1.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: It is no text.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist (see data/README.md for where each file goes)")
+    data = path.read_bytes()
+    if data[:2] == GZIP_MAGIC:
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{path} is damaged ({error}); download it again") from error
+    try:
+        text = data.decode("utf-16") if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else _decode(data)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is cut off or no text ({error}); save it as UTF-8") from error
+    check("\0" not in text, f"{path} is no text; save it as CSV, UTF-8")
+    return text.removeprefix("\ufeff")
+
+
+def _separator(line: str) -> str:
+    """What separates the columns of a table, by its first line."""
+    return max(",;\t", key=line.count)  # the comma, where there is none
+
+
 def read_table(path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
     """Reads a CSV file (also .csv.gz) of LUNA16's kind; ``seriesuid`` is text, other asked-for columns are numbers.
+
+    Columns may be separated by commas, semicolons (then numbers may have a decimal comma) or tabs.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: A column is missing, or a value is no finite number.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist (see data/README.md for where each file goes)")
+    path, (header, *rows) = Path(path), read_text(path).lstrip().splitlines() or [""]
+    separator = _separator(header)
+    text = "\n".join([re.sub(rf"\s*{separator}\s*", separator, header), *rows])
+    decimal = "," if separator == ";" else "."
     try:
-        table = pd.read_csv(path, dtype={"seriesuid": str})
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        table = pd.read_csv(
+            io.StringIO(text), sep=separator, decimal=decimal, dtype={"seriesuid": str}, skipinitialspace=True
+        )
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise InputError(f"{path} is no CSV table: {error}") from error
     missing = [name for name in columns if name not in table.columns]
     if missing:
         raise InputError(f"{path} must have the columns {', '.join(columns)}; missing: {', '.join(missing)}")
     for name in columns:
         if name == "seriesuid":
+            table[name] = table[name].astype("string").str.strip().astype(object)
             bad = table[name].isna()
         else:
             table[name] = pd.to_numeric(table[name], errors="coerce").astype(float)
@@ -1026,6 +1064,50 @@ def read_table(path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
         if bad.any():
             raise InputError(f"{path}, row {int(np.argmax(bad)) + 1}: {name} is empty or no number; correct that row")
     return table
+
+
+def read_seriesuids(path: str | Path) -> list[str]:
+    """Series UIDs of a list such as LUNA16's seriesuids.csv: one a line, with or without a heading, or a table.
+
+    A first line that is no UID above others that are (digits and dots) is a heading.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: It is a table of several columns of which none is named seriesuid.
+    """
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    separator = _separator(lines[0]) if lines else ","
+    rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=separator, skipinitialspace=True)]
+    headings = ["".join(filter(str.isalnum, cell)).lower() for cell in rows[0]] if rows else []
+    column = next((headings.index(name) for name in ("seriesuid", "seriesinstanceuid") if name in headings), None)
+    check(
+        column is not None or len(headings) <= 1 or not any(rows[0][1:]),
+        f"{path} has {len(headings)} columns, none of them named seriesuid; keep the one with the series UIDs",
+    )
+    names = [row[column or 0] for row in rows]
+    is_uid = [re.fullmatch(r"\d+(\.\d+)+", name) is not None for name in names]
+    has_heading = column is not None or (len(names) > 1 and not is_uid[0] and all(is_uid[1:]))
+    return names[1:] if has_heading else names
+
+
+def without_repeats(annotations: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Annotations without those that say again what one above them says: the same scan, and the same place to 0.01 mm.
+
+    Args:
+        annotations: With the columns of ``POSITION_COLUMNS`` and seriesuid.
+        where: Names them in the warning.
+    """
+    places = annotations[list(POSITION_COLUMNS)].astype(float).round(2).assign(seriesuid=annotations["seriesuid"])
+    repeated = places.duplicated()
+    if repeated.any():
+        logger.warning(
+            "%s: %d of %d nodules are listed twice and count once, such as one in %s",
+            where,
+            int(repeated.sum()),
+            len(annotations),
+            annotations.loc[repeated, "seriesuid"].iloc[0],
+        )
+    return annotations[~repeated]
 
 
 # ------------------------------------------------------------------------------------------- processed scans, splits

@@ -69,10 +69,12 @@ from utils import (
     read_json,
     read_metadata,
     read_processed,
+    read_seriesuids,
     read_split,
     read_table,
     refuse_options,
     run_main,
+    without_repeats,
     write_csv,
     write_json,
 )
@@ -799,7 +801,7 @@ def froc(
     if max_marks < 1:
         raise InputError(f"max_marks must be at least 1, not {max_marks}; LUNA16 uses 100")
     marks = _check_points(predictions, "predictions", "probability")
-    nodules = _check_points(annotations, "annotations", "diameter_mm")
+    nodules = without_repeats(_check_points(annotations, "annotations", "diameter_mm"), "annotations")
     findings = _check_points(annotations[:0] if excluded is None else excluded, "excluded", "diameter_mm")
     scans = _check_scans(pd.concat([marks, nodules])["seriesuid"].unique() if seriesuids is None else seriesuids)
     marks, nodules, findings = (_in_scans(points, scans) for points in (marks, nodules, findings))
@@ -807,6 +809,11 @@ def froc(
         listed = f"none of the {len(annotations)} lies in the {len(scans)} scans of seriesuids"
         raise InputError(f"there must be an annotation in a listed scan, but {listed}; compare their seriesuid columns")
     if unlisted := len(predictions) - len(marks):
+        check(
+            len(marks) > 0,
+            f"none of the {len(predictions)} marks lies in a listed scan: theirs is "
+            f"{predictions['seriesuid'].iloc[0]!r}, the list's {scans[0]!r}; compare their seriesuid columns",
+        )
         logger.warning("ignored %d of %d marks: their scans are not in seriesuids", unlisted, len(predictions))
     kept = _most_probable(marks, max_marks)
     nodules["probability"], is_fp, counts = _match_marks(kept, nodules, findings)
@@ -1014,11 +1021,7 @@ def _read_scans(seriesuids_path: str | Path | None, predictions: Sequence[Path])
     """Series UIDs of the scans that were searched."""
     if seriesuids_path is None:
         return [uid for path in predictions for uid in _scans_beside(path)]
-    try:
-        names = Path(seriesuids_path).read_text(encoding="utf-8").split()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{seriesuids_path} must be a text file with one series UID a line ({error})") from error
-    return [name for name in names if name != "seriesuid"]  # a heading
+    return read_seriesuids(seriesuids_path)
 
 
 def _annotations_of(path: str | Path, scans: Sequence[str]) -> pd.DataFrame:

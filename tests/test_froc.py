@@ -62,6 +62,17 @@ def test_mark_in_another_scan_is_no_hit() -> None:
     assert tp_fp_fn(score(marks(("b", 0.0, 0.9)), seriesuids=["a", "b"])) == (0, 1, 1)
 
 
+def test_marks_of_which_none_lies_in_a_listed_scan_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"none of the 2 marks .* theirs is 'a\.mhd', the list's 'a'"):
+        score(marks(("a.mhd", 0.0, 0.9), ("b.mhd", 0.0, 0.9)))
+    assert tp_fp_fn(score(marks())) == (0, 0, 1)  # no marks at all are a result
+
+
+def test_nodule_listed_twice_counts_once() -> None:
+    result = score(marks(("a", 0.0, 0.9)), annotations=findings(("a", 0.0, 10.0), ("a", 0.0, 10.0), ("a", 50.0, 10.0)))
+    assert tp_fp_fn(result) == (1, 0, 1)
+
+
 def test_further_hits_on_a_nodule_are_ignored() -> None:
     result = score(marks(("a", 0.0, 0.9), ("a", 1.0, 0.8), ("a", 2.0, 0.7)))
     assert tp_fp_fn(result) == (1, 0, 0)

@@ -44,6 +44,7 @@ from utils import (
     read_processed,
     read_processed_list,
     read_scan,
+    read_seriesuids,
     read_split,
     read_table,
     resample,
@@ -51,6 +52,7 @@ from utils import (
     scan_name,
     scan_reader,
     select_device,
+    without_repeats,
     write_array,
     write_csv,
     write_json,
@@ -958,6 +960,86 @@ def test_table_names_the_line_and_column_of_a_bad_number(tmp_path, value):
 def test_table_without_a_uid_is_refused(tmp_path):
     with pytest.raises(ValueError, match="row 1: seriesuid is empty"):
         read_table(annotation_file(tmp_path, ",1,2,3,4"), ANNOTATION_COLUMNS)
+
+
+TABLE = "seriesuid,coordX,coordY,coordZ,diameter_mm\n1.10,1.5,-2,3.5,6\n1.2,7,8,9.25,10\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "encoding"),
+    [
+        (lambda text: text, "utf-8-sig"),
+        (lambda text: text, "utf-16"),
+        (lambda text: text.replace("\n", "\r\n"), "utf-8"),
+        (lambda text: text.replace(",", ";").replace(".5", ",5").replace(".25", ",25"), "utf-8-sig"),
+        (lambda text: text.replace(",", ";"), "utf-8"),
+        (lambda text: text.replace(",", "\t"), "utf-16"),
+        (lambda text: text.replace(",", " , "), "utf-8"),
+        (lambda text: re.sub(r"[^,\n]+", r'"\g<0>"', text), "utf-8"),
+        (lambda text: text.replace("coordX", '"coordX"').replace("\n1", "\n 1"), "latin-1"),
+        (lambda text: "\n" + text + "\n\n", "utf-8"),
+    ],
+)
+def test_table_is_read_as_people_write_it(tmp_path, change, encoding):
+    (tmp_path / "a.csv").write_bytes(change(TABLE).encode(encoding))
+    table = read_table(tmp_path / "a.csv", ANNOTATION_COLUMNS)
+    assert table[list(ANNOTATION_COLUMNS)].to_numpy().tolist() == [["1.10", 1.5, -2, 3.5, 6], ["1.2", 7, 8, 9.25, 10]]
+
+
+def test_table_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\xff\xfea")
+    with pytest.raises(ValueError, match="is cut off or no text"):
+        read_table(tmp_path / "a.csv", ANNOTATION_COLUMNS)
+    (tmp_path / "a.csv").write_bytes(TABLE.encode("utf-16-le"))
+    with pytest.raises(ValueError, match="is no text; save it as CSV, UTF-8"):
+        read_table(tmp_path / "a.csv", ANNOTATION_COLUMNS)
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(TABLE.encode())[:-20])
+    with pytest.raises(ValueError, match="is damaged"):
+        read_table(tmp_path / "a.csv.gz", ANNOTATION_COLUMNS)
+
+
+UIDS = "1.2.3\n1.2.10\n1.2.4\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        UIDS,
+        "\ufeff" + UIDS,
+        "seriesuid\n" + UIDS,
+        "\ufeffseriesuid\n" + UIDS,
+        "SeriesInstanceUID\n" + UIDS,
+        "Series Instance UID\n" + UIDS,
+        "scans of fold 1\n" + UIDS,
+        UIDS.replace("\n", "\r\n\r\n"),
+        '"1.2.3"\n"1.2.10"\n"1.2.4"\n',
+        " 1.2.3 \n\t1.2.10\n1.2.4",
+        UIDS.replace("\n", ";\n"),
+        "patient;seriesuid;fold\n" + "".join(f"p;{uid};0\n" for uid in UIDS.split()),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_list_of_series_uids_is_read_as_people_write_it(tmp_path, text, encoding):
+    (tmp_path / "seriesuids.csv").write_bytes(text.encode(encoding))
+    assert read_seriesuids(tmp_path / "seriesuids.csv") == ["1.2.3", "1.2.10", "1.2.4"]
+
+
+def test_names_that_are_no_uids_are_all_scans(tmp_path):
+    (tmp_path / "seriesuids.csv").write_text("scan one\nb\nc\n")
+    assert read_seriesuids(tmp_path / "seriesuids.csv") == ["scan one", "b", "c"]
+
+
+def test_list_of_several_columns_must_name_the_one_with_the_uids(tmp_path):
+    (tmp_path / "seriesuids.csv").write_text("1.2.3,a\n1.2.4,b\n")
+    with pytest.raises(ValueError, match="has 2 columns, none of them named seriesuid"):
+        read_seriesuids(tmp_path / "seriesuids.csv")
+
+
+def test_nodule_listed_twice_counts_once_and_is_told(tmp_path, caplog):
+    rows = ["1.1,1,2,3,6", "1.1,1,2,9,6", "1.2,1,2,3,6", "1.1,1.001,2,3,5"]
+    table = without_repeats(read_table(annotation_file(tmp_path, *rows), ANNOTATION_COLUMNS), "annotations.csv")
+    assert table.index.tolist() == [0, 1, 2]
+    assert "annotations.csv: 1 of 4 nodules are listed twice and count once, such as one in 1.1" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------- processed scans, splits
