@@ -1036,7 +1036,7 @@ def draw_overlay(
     shown = rows[:most] or [("axial, no nodule found", _placeholder_finding(image.shape))]
     figure = Figure(figsize=(15, 0.9 + 3.9 * len(shown)), dpi=100, layout="constrained", facecolor="white")
     more = f" (the first {most} of {len(rows)} findings)" if len(rows) > most else ""
-    figure.suptitle(f"{title}\n{counted}{more}", fontsize=12)
+    figure.suptitle(f"{title}\n{counted}{more}", fontsize=12, parse_math=False)  # names may have a $
     lines = [Line2D([], [], color=PREDICTION_COLOR, label="prediction")]
     if truth is not None:
         lines.append(Line2D([], [], color=TRUTH_COLOR, label="annotation"))

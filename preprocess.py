@@ -46,10 +46,13 @@ from utils import (
     Vector,
     check,
     count_cores,
+    is_of_macos,
     metadata_path,
     noting,
     parse_command_line,
+    read_lung_points,
     read_metadata,
+    read_processed,
     read_scan,
     read_table,
     reason_of,
@@ -82,6 +85,10 @@ SECONDS_PER_MEGAVOXEL = 0.05  # of scan and grid together, on one core; measured
 LUNG_POINTS = 1000  # voxels a scan that patches are drawn around
 CLUSTER_TIMEOUT_S = 30
 KILLED = "its process was killed, probably for lack of memory"
+UNGUARDED = (
+    "worker processes do not start; in a script of your own, what starts them must stand under "
+    'if __name__ == "__main__":'
+)
 SLAB_VOXELS = 32_000_000  # the resampler's working memory: float32, 128 MB
 
 
@@ -598,6 +605,8 @@ def find_scans(folder: str | Path) -> dict[str, Path]:
         raise FileNotFoundError(f"{folder} is not a folder; put LUNA16's .mhd/.raw files there (see data/README.md)")
     found: dict[str, Path] = {}
     for path in sorted([*folder.glob("*.mhd"), *folder.glob("subset*/*.mhd")]):
+        if is_of_macos(path):
+            continue
         if path.stem in found:
             first, second = (place.parent.name + "/" for place in (found[path.stem], path))
             raise InputError(
@@ -684,7 +693,7 @@ class ScanTask:
         return self.case.seriesuid
 
     def fingerprint(self) -> str:
-        """Hash of all that decides the result: settings, what is known of the case, the files' headers and sizes."""
+        """Hash of all that decides the result: settings, the case, and the files' headers, sizes and time stamps."""
         case = self.case
         files = [scan_reader(path).fingerprint(path) for path in (case.scan_path, case.lungs_path) if path]
         known = [case.nodules, case.lung_labels, case.patient, case.fold, self.mask_source, self.lidc_readers]
@@ -698,11 +707,13 @@ class ScanTask:
 
     def is_done(self) -> bool:
         """Whether the output folder holds this very result already."""
-        arrays = [self.output_dir / kind / f"{self.seriesuid}.npy" for kind in ARRAYS]
-        if not all(path.is_file() for path in [*arrays, *self.metadata_files()]):
+        if not all(path.is_file() for path in self.metadata_files()):
             return False
         try:
-            return read_metadata(self.output_dir, self.seriesuid).fingerprint == self.fingerprint()
+            metadata = read_metadata(self.output_dir, self.seriesuid)
+            read_processed(self.output_dir, self.seriesuid, metadata=metadata)  # whole, by their sizes
+            read_lung_points(self.output_dir, self.seriesuid)
+            return metadata.fingerprint == self.fingerprint()
         except (ValueError, OSError):
             return False
 
@@ -890,8 +901,9 @@ class LUNA16Preprocessor:
     def process_all(self, scheduler: str | None = None) -> ProcessingSummary:
         """Prepares every scan of the data set that is not done with the same settings already.
 
-        Writes ``processed_files.txt`` (usable scans), ``failed_files.csv`` (the others, with the reason) and
-        ``annotation_problems.csv`` (annotations of usable scans that are not, or not wholly, in a mask).
+        Writes ``processed_files.txt`` (usable scans of the folder, also those of earlier runs over other raw folders),
+        ``failed_files.csv`` (the others, with the reason) and ``annotation_problems.csv`` (annotations of usable scans
+        that are not, or not wholly, in a mask).
 
         Args:
             scheduler: Address of a Dask cluster, e.g. 'tcp://10.0.0.1:8786', whose workers do the work instead of
@@ -922,7 +934,7 @@ class LUNA16Preprocessor:
             "%d scans: %d done before, %d to do in %d processes", len(tasks), len(skipped), len(todo), processes
         )
         failed = _run_tasks(todo, processes) if client is None else _run_on_cluster(todo, client)
-        usable = sorted({task.seriesuid for task in tasks} - set(failed))
+        usable = sorted({task.seriesuid for task in tasks} - set(failed) | self._done_elsewhere({*self.cases}))
         write_csv(
             self.output_dir / "failed_files.csv", pd.DataFrame(sorted(failed.items()), columns=["seriesuid", "reason"])
         )
@@ -937,6 +949,29 @@ class LUNA16Preprocessor:
             {scan.seriesuid: sum(nodule.voxels > 0 for nodule in scan.nodules) for scan in metadata},
             time.monotonic() - start_s,
         )
+
+    def _done_elsewhere(self, own: set[str]) -> set[str]:
+        """Scans that earlier runs over other raw folders left in the output folder; the log says which are listed."""
+        listed: dict[bool, set[str]] = {True: set(), False: set()}
+        for path in self.output_dir.glob("*_metadata.json"):
+            uid = path.name.removesuffix("_metadata.json")
+            if uid in own or is_of_macos(path):
+                continue
+            try:
+                scan = read_processed(self.output_dir, uid)
+                listed[scan.metadata.preprocessing == self.settings.to_dict()].add(uid)
+            except (ValueError, OSError) as error:
+                logger.warning("%s of an earlier run is left out: %s", uid, error)
+        if listed[True]:
+            logger.info("%d scans of earlier runs over other raw folders are listed, too", len(listed[True]))
+        if listed[False]:
+            logger.warning(
+                "%d scans of earlier runs in %s were made with other settings and are not listed, such as %s",
+                len(listed[False]),
+                self.output_dir,
+                min(listed[False]),
+            )
+        return listed[True]
 
     def _warn_of_ignored(self) -> None:
         """Warns of settings that the others leave without effect."""
@@ -1081,6 +1116,10 @@ def _run_pool(
     futures: dict[Future, ScanTask] = {}
     done: set[str] = set()
     with ProcessPoolExecutor(processes, initializer=_start_worker) as pool:
+        try:
+            pool.submit(os.getpid).result()
+        except BrokenProcessPool as error:
+            raise UserError(UNGUARDED) from error
         with suppress(BrokenProcessPool):  # a process may die before all tasks are handed over
             for task in tasks:
                 futures[pool.submit(process_scan, task)] = task

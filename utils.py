@@ -364,15 +364,16 @@ class ScanReader:
             raise FileNotFoundError(f"scan {path} does not exist")
         return (path,)
 
-    def fingerprint(self, path: Path) -> tuple[str, list[int]]:
-        """What differs between scans and is read in no time: the first 64 KB, and the sizes of the files.
+    def fingerprint(self, path: Path) -> tuple[str, list[tuple[int, int]]]:
+        """What differs between scans and is read in no time: the first 64 KB, and size and time stamp of each file.
 
         Raises:
             FileNotFoundError: A file is missing.
             InputError: The header cannot be read.
         """
         files = self.files(path)
-        return _first_bytes(files[0]).decode("latin-1"), [file.stat().st_size for file in files]
+        states = [file.stat() for file in files]
+        return _first_bytes(files[0]).decode("latin-1"), [(state.st_size, state.st_mtime_ns) for state in states]
 
     def header(self, path: Path) -> ScanHeader:
         """Reads and checks the header.
@@ -724,6 +725,11 @@ def scan_reader(path: str | Path) -> ScanReader:
         f"a scan must be one of {suffixes}, not {path.name!r}; write a DICOM series as one file "
         "first, e.g. by dcm2niix -z y FOLDER"
     )
+
+
+def is_of_macos(path: Path) -> bool:
+    """Whether a file is one that macOS puts beside another for its own attributes, named alike."""
+    return path.name.startswith("._")
 
 
 def scan_name(path: str | Path) -> str:

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sqlite3
+import subprocess
 import sys
 import threading
 import time
@@ -974,6 +975,78 @@ def test_scan_with_damaged_metadata_is_redone(raw_dir):
     small(raw_dir).process_all()
     (raw_dir.parent / "processed" / "1.2_metadata.json").write_text('{"finger')
     assert small(raw_dir).process_all().processed == ["1.2"]
+
+
+@pytest.mark.parametrize("kind", ["images", "masks", "points"])
+@pytest.mark.parametrize("keep", [0, 60, -1])
+def test_scan_with_a_cut_off_array_is_redone(raw_dir, kind, keep):
+    small(raw_dir).process_all()
+    path = raw_dir.parent / "processed" / kind / "1.2.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep])
+    assert small(raw_dir).process_all().processed == ["1.2"]
+    assert path.read_bytes() == whole
+
+
+def test_voxels_that_change_in_place_are_noticed(raw_dir):
+    small(raw_dir).process_all()
+    before = np.load(raw_dir.parent / "processed" / "images" / "1.2.npy")
+    voxels = np.fromfile(raw_dir / "1.2.raw", np.int16)
+    (voxels - 200).tofile(raw_dir / "1.2.raw")  # of the same size, under the same header
+    assert small(raw_dir).process_all().processed == ["1.2"]
+    assert (np.load(raw_dir.parent / "processed" / "images" / "1.2.npy") != before).any()
+
+
+def test_scans_of_an_earlier_run_over_another_folder_stay_listed(raw_dir, caplog):
+    other = raw_dir.parent / "other"
+    other.mkdir()
+    for path in raw_dir.glob("1.3.*"):
+        path.rename(other / path.name)
+    (other / "annotations.csv").write_text((raw_dir / "annotations.csv").read_text())
+    small(raw_dir).process_all()
+    caplog.set_level(logging.INFO)
+    summary = small(other).process_all()
+    assert (summary.processed, listed(raw_dir)) == (["1.3"], UIDS)
+    assert "2 scans of earlier runs over other raw folders are listed, too" in caplog.messages
+
+
+def test_scans_of_other_settings_are_not_listed_beside_new_ones(raw_dir, caplog):
+    small(raw_dir).process_all()
+    for path in raw_dir.glob("1.1.*"):
+        path.unlink()
+    small(raw_dir, hu_max=300.0).process_all()
+    assert listed(raw_dir) == ["1.2", "1.3"]
+    assert "were made with other settings and are not listed, such as 1.1" in caplog.text
+
+
+def test_scan_of_an_earlier_run_that_lost_a_file_is_not_listed(raw_dir, caplog):
+    small(raw_dir).process_all()
+    (raw_dir / "1.1.mhd").unlink()
+    (raw_dir.parent / "processed" / "images" / "1.1.npy").unlink()
+    small(raw_dir).process_all()
+    assert listed(raw_dir) == ["1.2", "1.3"]
+    assert "1.1 of an earlier run is left out" in caplog.text
+
+
+def test_files_that_macos_lays_beside_others_are_left_out(raw_dir):
+    (raw_dir / "._1.1.mhd").write_bytes(b"\0\5\x16\7")
+    assert list(small(raw_dir).scans) == UIDS
+
+
+def test_script_without_a_main_guard_is_told_so(tmp_path, raw_dir):
+    words = {"raw_data_dir": raw_dir, "annotations_path": raw_dir / "annotations.csv", "output_dir": tmp_path / "new"}
+    given = ", ".join(f"{name}={str(value)!r}" for name, value in words.items())
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(preprocess.__file__).parent)!r})\n"
+        "import multiprocessing; multiprocessing.set_start_method('spawn', force=True)\n"
+        "from preprocess import LUNA16Preprocessor\n"
+        f"LUNA16Preprocessor({given}, num_processes=1).process_all()\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 1
+    assert 'must stand under if __name__ == "__main__":' in done.stderr.splitlines()[-1]
+    assert "lack of memory" not in done.stderr
 
 
 def test_settings_given_as_lists_work_like_tuples(raw_dir):

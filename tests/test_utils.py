@@ -596,7 +596,7 @@ def test_reader_knows_the_files_of_a_scan(tmp_path, name, compress, files):
     assert scan_reader(path).files(path) == tuple(tmp_path / file for file in files)
 
 
-def fingerprint_of(path: Path) -> tuple[str, list[int]]:
+def fingerprint_of(path: Path) -> tuple[str, list[tuple[int, int]]]:
     return scan_reader(path).fingerprint(path)
 
 
@@ -607,13 +607,17 @@ def test_fingerprint_is_that_of_the_same_scan_only(tmp_path, name, compress):
         path.parent.mkdir()
     same = [saved(path, compress) for path in paths[:2]]
     other = saved(paths[2], compress, flipped_scan()[1:])
+    for path in tmp_path.rglob("scan.*"):
+        os.utime(path, (0, 0))
     assert fingerprint_of(same[0]) == fingerprint_of(same[1]) != fingerprint_of(other)
+    os.utime(scan_reader(same[0]).files(same[0])[-1], (0, 1))
+    assert fingerprint_of(same[0]) != fingerprint_of(same[1])
 
 
 def test_fingerprint_of_a_large_file_is_short(tmp_path):
     path = saved(tmp_path / "scan.mha", image=sitk.GetImageFromArray(np.zeros((64, 64, 64), np.int16)))
     text, sizes = scan_reader(path).fingerprint(path)
-    assert len(text) < 100_000 < sizes[0] == path.stat().st_size
+    assert len(text) < 100_000 < sizes[0][0] == path.stat().st_size
 
 
 def test_fingerprint_changes_with_the_size_of_the_voxel_file(tmp_path):
