@@ -858,12 +858,34 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     # Unique among processes and machines. The suffix stays, because writers choose the format by it.
     temporary = path.with_name(f"{PARTIAL}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
     try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
+        with _naming(path, temporary):
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path, temporary: Path) -> Iterator[None]:
+    """Lets an error of writing name the file; a full disk names none, and torch calls it a RuntimeError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        is_of_torch = isinstance(error, RuntimeError) and "inline_container" in str(error)
+        file, number = getattr(error, "filename", None), getattr(error, "errno", None)
+        is_nameless = isinstance(error, OSError) and (file is None or Path(file) == temporary)
+        is_ours = number is None and str(path) in str(error)
+        if is_ours or not (is_nameless or is_of_torch):
+            raise
+        kind = OSError if is_of_torch else type(error)
+        reason = os.strerror(number) if number else "is the disk full?" if is_of_torch else _last_line(error)
+        free = shutil.disk_usage(path.parent).free / 1e6
+        raise kind(
+            f"{path} could not be written ({reason}; {free:,.0f} MB are free); what was there before is intact. Make "
+            "room or name another folder, then run the same command again"
+        ) from error
 
 
 def _flush(path: Path) -> None:
@@ -973,7 +995,7 @@ def append_csv(path: Path, table: pd.DataFrame) -> None:
 
     Half a row at its end, which a killed process left, is cut off.
     """
-    with open(path, "rb+") as file:
+    with _naming(path, path), open(path, "rb+") as file:
         file.seek(max(0, path.stat().st_size - MAX_ROW_BYTES))
         tail = file.read()
         file.seek(tail.rfind(b"\n") + 1 - len(tail), os.SEEK_END)

@@ -15,7 +15,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -834,6 +834,52 @@ def test_atomic_path_writes_the_file_and_nothing_else(tmp_path):
     with atomic_path(tmp_path / "new" / "a.txt") as temporary:
         temporary.write_text("done")
     assert [path.read_text() for path in (tmp_path / "new").iterdir()] == ["done"]
+
+
+@pytest.fixture
+def disk_that_is_nearly_full() -> Iterator[None]:
+    """Lets no file grow above 10 kB; to a writer that looks like a disk without room."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def save_with_torch(path: Path) -> None:
+    with atomic_path(path) as temporary:
+        torch.save({"weights": torch.zeros(100_000)}, temporary)
+
+
+def append_rows(path: Path) -> None:
+    utils.append_csv(path, pd.DataFrame({"a": range(10_000)}))
+
+
+@pytest.mark.usefixtures("disk_that_is_nearly_full")
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.npy", lambda path: write_array(path, np.zeros(100_000))),
+        ("a.json", lambda path: write_json(path, list(range(10_000)))),
+        ("a.csv", lambda path: write_csv(path, pd.DataFrame({"a": range(10_000)}))),
+        ("log.csv", append_rows),
+        ("a.pth", save_with_torch),
+    ],
+)
+def test_full_disk_names_the_file_and_leaves_what_was_there(tmp_path, name, write):
+    (tmp_path / name).write_text("a\n1\n")
+    with pytest.raises(
+        OSError, match=rf"{name} could not be written \(.* MB are free\); what was there before is intact"
+    ):
+        write(tmp_path / name)
+    assert (tmp_path / name).read_text().startswith("a\n1\n")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_folder_that_cannot_be_written_names_the_file(tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(OSError, match=r"a\.txt could not be written"):
+        write_text(tmp_path / "a.txt", "new")
 
 
 def test_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
