@@ -760,7 +760,7 @@ def test_help_lists_the_registered_networks_and_losses(monkeypatch, capsys):
 def test_network_starts_from_the_share_of_nodules_in_its_data(processed_dir, tmp_path):
     def start(**options) -> torch.Tensor:
         trainer = Trainer(processed_dir, tmp_path, **CPU | options)
-        return torch.sigmoid(trainer.network.unet.model[-1].head.bias)
+        return torch.sigmoid(trainer.network.logit_gain * trainer.network.unet.model[-1].head.bias)
 
     split = Trainer(processed_dir, tmp_path, **CPU).split
     masks = [read_processed(processed_dir, uid) for uid in split.train]
