@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -836,14 +837,16 @@ def test_atomic_path_writes_the_file_and_nothing_else(tmp_path):
     assert [path.read_text() for path in (tmp_path / "new").iterdir()] == ["done"]
 
 
-@pytest.fixture
-def disk_that_is_nearly_full() -> Iterator[None]:
-    """Lets no file grow above 10 kB; to a writer that looks like a disk without room."""
+@contextmanager
+def nearly_full_disk() -> Iterator[None]:
+    """Lets no file grow above 10 kB, that of pytest's own words neither; to a writer it is a disk without room."""
     resource = pytest.importorskip("resource", reason="Windows has no such limit")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def save_with_torch(path: Path) -> None:
@@ -855,7 +858,6 @@ def append_rows(path: Path) -> None:
     utils.append_csv(path, pd.DataFrame({"a": range(10_000)}))
 
 
-@pytest.mark.usefixtures("disk_that_is_nearly_full")
 @pytest.mark.parametrize(
     ("name", "write"),
     [
