@@ -870,9 +870,8 @@ def append_rows(path: Path) -> None:
 )
 def test_full_disk_names_the_file_and_leaves_what_was_there(tmp_path, name, write):
     (tmp_path / name).write_text("a\n1\n")
-    with pytest.raises(
-        OSError, match=rf"{name} could not be written \(.* MB are free\); what was there before is intact"
-    ):
+    told = rf"{name} could not be written \(.* MB are free\); what was there before is intact"
+    with pytest.raises(OSError, match=told), nearly_full_disk():
         write(tmp_path / name)
     assert (tmp_path / name).read_text().startswith("a\n1\n")
     assert [path.name for path in tmp_path.iterdir()] == [name]
