@@ -191,10 +191,10 @@ class LungNodule3DUNet(SegmentationNetwork):
         down, skip, _ = unet.model.children()
         end = SubpixelEnd(features, finest, given["out_channels"], given["strides"][0])
         unet.model = nn.Sequential(down, skip, end)
-        for module in unet.modules():
-            if isinstance(module, Convolution) and hasattr(module, "adn") and hasattr(module.adn, "N"):
-                module.conv.weight.data *= START_SHARE
-                module.conv.bias.data *= START_SHARE
+        for name, module in unet.named_modules():
+            if name.endswith("adn") and hasattr(module, "N"):
+                for weights in unet.get_submodule(name.removesuffix("adn") + "conv").parameters():
+                    weights.data *= START_SHARE
         end.head.weight.data /= LOGIT_GAIN
         return unet
 
