@@ -1069,9 +1069,9 @@ def read_table(path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
         FileNotFoundError: There is no such file.
         ValueError: A column is missing, or a value is no finite number.
     """
-    path, (header, *rows) = Path(path), read_text(path).lstrip().splitlines() or [""]
+    path, (header, *rows) = Path(path), read_text(path).lstrip("\r\n ").splitlines() or [""]
     separator = _separator(header)
-    text = "\n".join([re.sub(rf"\s*{separator}\s*", separator, header), *rows])
+    text = "\n".join([re.sub(rf" *{separator} *", separator, header), *rows])
     decimal = "," if separator == ";" else "."
     try:
         table = pd.read_csv(

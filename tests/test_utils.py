@@ -1037,6 +1037,14 @@ def test_table_is_read_as_people_write_it(tmp_path, change, encoding):
     assert table[list(ANNOTATION_COLUMNS)].to_numpy().tolist() == [["1.10", 1.5, -2, 3.5, 6], ["1.2", 7, 8, 9.25, 10]]
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_columns_without_a_name_move_no_other_column(tmp_path, separator):
+    rows = [["", "seriesuid", "", "coordX", "coordY", "coordZ", "diameter_mm"], ["0", "1.10", "x", "1", "2", "3", "4"]]
+    (tmp_path / "a.csv").write_text("\n".join(separator.join(row) for row in rows))
+    table = read_table(tmp_path / "a.csv", ANNOTATION_COLUMNS)
+    assert table.loc[0, list(ANNOTATION_COLUMNS)].tolist() == ["1.10", 1, 2, 3, 4]
+
+
 def test_table_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"\xff\xfea")
     with pytest.raises(ValueError, match="is cut off or no text"):
