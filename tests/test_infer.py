@@ -1274,6 +1274,13 @@ def test_specks_in_one_place_share_a_row_of_the_picture(processed_dir):
     assert sum("and 2 more here" in title for title in titles) == 1
 
 
+def test_any_character_of_a_name_is_drawn(tmp_path):
+    pixels = np.zeros((8, 16, 16), np.float32)
+    grid = Geometry(pixels.shape, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    infer.draw_overlay(pixels, grid, pixels.astype(np.uint8), [], title="a$1^$b_{x").savefig(tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 0
+
+
 def test_picture_of_a_missed_nodule_says_so(processed_dir):
     scan = read_processed(processed_dir, read_processed_list(processed_dir)[0])
     truth = np.zeros(scan.mask.shape, np.uint8)
