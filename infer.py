@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before torch is loaded
 
     restart_with_patient_threads()
 
+import hashlib
 import logging
 import math
 import sys
@@ -42,6 +43,7 @@ from model import InferenceSettings, SegmentationNetwork, load_checkpoint, to_de
 from preprocess import PreparedScan, Preprocessing
 from utils import (
     CANDIDATE_COLUMNS,
+    UID,
     Box,
     Geometry,
     InputError,
@@ -62,8 +64,10 @@ from utils import (
     free_memory,
     gather_objects,
     join_processes,
+    list_scans,
     noting,
     now,
+    origin_of,
     parse_command_line,
     parts_of,
     process_count,
@@ -962,7 +966,9 @@ def format_nodules(nodules: pd.DataFrame) -> str:
         return "no nodule found"
     columns = {"coordX": "x mm", "coordY": "y mm", "coordZ": "z mm", "diameter_mm": "diameter mm", "volume_mm3": "mm3"}
     shown = nodules[list(columns)].rename(columns=columns).round(1)
-    shown.insert(0, "nodule", range(1, len(nodules) + 1))
+    shown.insert(0, "nodule", nodules.groupby("seriesuid").cumcount() + 1)
+    if nodules["seriesuid"].nunique() > 1:
+        shown.insert(0, "scan", nodules["seriesuid"].map(_shorten))
     shown["score"] = nodules["probability"].map("{:.2f}".format)
     return shown.to_string(index=False)
 
@@ -1149,6 +1155,47 @@ def _point_at(axes: Axes, x: float, y: float, diameter: float, label: str) -> No
 # ---------------------------------------------------------------------------------------------------- scans and folders
 
 
+@dataclass(frozen=True)
+class RawScan:
+    """A scan outside the data set.
+
+    Args:
+        path: As ``read_scan`` takes it.
+        name: What its results are called.
+        source: Where it comes from, as the results say it.
+        hidden: Parts of its path that no result may show, since they may be a patient's name.
+    """
+
+    path: Path
+    name: str
+    source: str
+    hidden: tuple[str, ...] = ()
+
+    def hide(self, message: str) -> str:
+        """A message without what must not be shown."""
+        for text in self.hidden:
+            message = message.replace(text, self.name)
+        return message.removeprefix(f"{self.name}: ")
+
+
+def raw_scan(path: Path, names: bool, number: int) -> RawScan:
+    """A scan by the name of its file, or by its series UID or number."""
+    name, origin = scan_name(path), origin_of(path)
+    is_series = UID.fullmatch(name) is not None
+    if names:
+        return RawScan(path, f"{path.parent.name}-{name}" if is_series and not path.exists() else name, origin)
+    secret = hashlib.sha256(origin.encode()).hexdigest()[:16]
+    hidden = (str(path), str(path.parent), path.name) if not is_series else (str(path), str(path.parent))
+    return RawScan(path, name if is_series else f"scan_{number:03d}", f"sha256 of its path: {secret}", hidden)
+
+
+def only_scan(path: str | Path) -> RawScan:
+    """The one scan that a path names, called by its file or series."""
+    scans = list_scans(path)
+    check(len(scans) == 1, f"{path} holds {len(scans)} scans; name one, such as {scans[0]}")
+    return RawScan(scans[0], scan_name(scans[0]), origin_of(scans[0]))
+
+
 class NoduleInferencer:
     """Finds nodules in processed arrays and in raw scans.
 
@@ -1307,7 +1354,8 @@ class NoduleInferencer:
         """Finds the nodules of a raw scan, and writes files, picture and the mask in the scan's own grid.
 
         Args:
-            path: .mhd, .mha, .nii, .nii.gz or .nrrd file of a chest CT in HU.
+            path: A chest CT in HU, as ``read_scan`` takes it: .mhd, .mha, .nii, .nii.gz or .nrrd file, or a DICOM
+                series.
 
         Returns:
             The nodules, as ``extract_nodule_candidates`` gives them.
@@ -1317,18 +1365,72 @@ class NoduleInferencer:
             InputError: The scan cannot be used.
             RuntimeError: This inferencer has a live model and so does not know how to prepare a scan.
         """
-        return [nodule.to_dict() for nodule in self._infer_scan(path).found.nodules]
+        return [nodule.to_dict() for nodule in self._infer_scan(only_scan(path)).found.nodules]
 
-    def _infer_scan(self, path: str | Path) -> ScanResult:
+    def infer_scans(self, paths: Iterable[str | Path], series: str | None = None, names: bool = False) -> pd.DataFrame:
+        """Does as ``infer_scan`` with all scans at some paths; those that cannot be used stand in ``failed``.
+
+        Args:
+            paths: Scans, and folders and .zip archives of scans.
+            series: SeriesInstanceUID of the one DICOM series to take; None takes all.
+            names: Name the results of all scans by their files. A file that ``paths`` names is called by its own name
+                in any case, and a DICOM series by its UID. Other scans of a folder, whose name may be a patient's, get
+                a number.
+
+        Returns:
+            One row a nodule.
+
+        Raises:
+            FileExistsError: output_dir holds the results of another checkpoint, setting or data set.
+            InputError: There is no such series.
+            RuntimeError: This inferencer has a live model and so does not know how to prepare a scan.
+        """
+        scans, self.failed = self._name_scans(paths, series, names)
+        self.folder.claim(None, None, {})  # a folder that cannot be used is told once, not for each scan
+        tables = []
+        for name, scan in scans.items():
+            failures: dict[str, Exception] = {}
+            with noting(failures, name, scan.hide):
+                tables.append(nodule_table(name, self._infer_scan(scan).found.nodules))
+            self.failed |= {name: scan.hide(reason_of(error)) for name, error in failures.items()}
+        write_failures(self.output_dir, self.failed)
+        found = [table for table in tables if len(table)]
+        return pd.concat(found, ignore_index=True) if found else nodule_table("", [])
+
+    def _name_scans(
+        self, paths: Iterable[str | Path], series: str | None, names: bool
+    ) -> tuple[dict[str, RawScan], dict[str, str]]:
+        """The scans at some paths by the names of their results, and why other paths have none."""
+        found: list[RawScan] = []
+        failures: dict[str, Exception] = {}
+        failed: dict[str, str] = {}
+        for number, given in enumerate(map(Path, paths), start=1):
+            with noting(failures, name := f"input_{number}"):
+                listed = [path for path in list_scans(given) if not path.is_relative_to(self.output_dir)]
+                found += [raw_scan(path, names or path == given, len(found) + k) for k, path in enumerate(listed, 1)]
+            if name in failures:
+                failed[name] = reason_of(failures[name]).replace(str(given), name)
+        check(bool(found), "none of the inputs is a scan")
+        if series is not None:
+            known = ", ".join(scan.path.name for scan in found)
+            found = [scan for scan in found if scan.path.name == series]
+            check(bool(found), f"there is no series {series} among {known or 'these files'}")
+        scans: dict[str, RawScan] = {}
+        for scan in found:
+            copies = sum(1 for other in scans.values() if other.name == scan.name)
+            scans[f"{scan.name}_{copies + 1}" if copies else scan.name] = scan
+        return {name: replace(scan, name=name) for name, scan in scans.items()}, failed
+
+    def _infer_scan(self, raw: RawScan) -> ScanResult:
         """What ``infer_scan`` does."""
         if self.preprocessing is None:
             raise RuntimeError("a raw scan needs the preprocessing of a checkpoint; build NoduleInferencer from one")
-        name, source = scan_name(path), str(Path(path).resolve())
-        scan = read_scan(path)
+        name, source = raw.name, raw.source
+        scan = read_scan(raw.path)
         is_again = self.folder.claim(None, None, {name: source})
-        part = self._part_of(name)
+        part = self._part_of(scan_name(raw.path))
         prepared = self.preprocessing.prepare(scan)
-        self._tell_prepared(path, prepared)
+        self._tell_prepared(name, prepared)
         probability = self.predict_probability(prepared.array)
         found = self.segment(probability, prepared.grid)
         result = ScanResult(name, part, source, found, float(probability.max()))
@@ -1344,49 +1446,58 @@ class NoduleInferencer:
         return result
 
     def _part_of(self, name: str) -> str:
-        """Part of the split that a raw scan of this name belongs to; a training scan is warned of."""
+        """Part of the split that a raw scan of this series belongs to; a training scan is warned of."""
         part = parts_of([name], self.checkpoint_path)[name]
         if part == "train":
             logger.warning("%s is a training scan of this network: what it finds there says nothing of new scans", name)
         return part
 
-    def _tell_prepared(self, path: str | Path, prepared: PreparedScan) -> None:
+    def _tell_prepared(self, name: str, prepared: PreparedScan) -> None:
         """Says how the lungs were found and what grid the network sees."""
         if prepared.lung_source == "none" and self.preprocessing is not None and self.preprocessing.mask_lungs:
-            logger.warning("%s: no lungs were found, so that the whole scan is searched; is it a chest CT in HU?", path)
+            logger.warning("%s: no lungs were found, so that the whole scan is searched; is it a chest CT in HU?", name)
         lungs = "no lungs used" if prepared.lung_source == "none" else f"lungs by {prepared.lung_source}"
         if prepared.lungs is not None:
             litres = np.count_nonzero(prepared.lungs) * prepared.grid.voxel_volume_mm3 / 1e6
             lungs += f" ({litres:.1f} litres with their margin)"
         size = " x ".join(map(str, prepared.grid.shape_zyx))
         step = " x ".join(f"{mm:.2g}" for mm in prepared.grid.spacing_zyx)
-        tell(f"{Path(path).name}: {lungs}; grid of {size} voxels of {step} mm (z, y, x)")
+        tell(f"{name}: {lungs}; grid of {size} voxels of {step} mm (z, y, x)")
 
     def run(
-        self, input: Path | None = None, data_dir: str | Path | None = None, subset: Subset | None = None
+        self,
+        input: list[Path] | None = None,
+        series: str | None = None,
+        names: bool = False,
+        data_dir: str | Path | None = None,
+        subset: Subset | None = None,
     ) -> pd.DataFrame:
-        """What ``python infer.py`` does: one raw scan, or the scans of a processed folder.
+        """What ``python infer.py`` does: raw scans, or the scans of a processed folder.
 
         Args:
-            input: Raw scan (.mhd, .mha, .nii, .nii.gz, .nrrd) outside the data set; it need not be preprocessed.
+            input: Raw scans outside the data set, which need not be preprocessed: .mhd, .mha, .nii, .nii.gz or .nrrd
+                files, DICOM series, and folders or .zip archives of all these.
+            series: SeriesInstanceUID of the one DICOM series of the input to take; null takes all.
+            names: Name the results of an input folder's scans by their files, not by number: such names are often those
+                of patients.
             data_dir: Folder that preprocess.py wrote; null takes data/LUNA16/processed. Not with an input.
             subset: 'validation', 'test', 'train' or 'all' scans of the split beside the checkpoint, or 'new' ones that
                 training never saw; null takes 'validation'. Not with an input.
 
         Returns:
-            One row a nodule of the raw scan, or one row a scan of the folder.
+            One row a nodule of the raw scans, or one row a scan of the folder.
 
         Raises:
-            InputError: Data set and raw scan are mixed up.
+            InputError: Data set and raw scans are mixed up, or the only scan cannot be used.
         """
         given = {name: value for name, value in (("data_dir", data_dir), ("subset", subset)) if value is not None}
         if input is None:
+            check(series is None and not names, "series and names are for raw scans; name them with input")
             return self.infer_dataset(**given)  # type: ignore[arg-type]
         check(not given, f"leave out {' and '.join(given)} with input: it is for the scans of a data set")
         if process_rank():
-            return pd.DataFrame()  # one scan is the first process's work
-        result = self._infer_scan(input)
-        return nodule_table(result.seriesuid, result.found.nodules)
+            return pd.DataFrame()  # raw scans are the first process's work
+        return self.infer_scans(input, series, names)
 
     def check_prepared_alike(self, data_dir: str | Path, seriesuids: Sequence[str]) -> None:
         """Raises InputError when processed scans were prepared otherwise than the checkpoint's training data.

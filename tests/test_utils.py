@@ -564,7 +564,7 @@ def test_scan_of_a_reader_from_outside_is_checked_like_any_other(tmp_path):
 
 
 def test_folder_that_no_reader_takes_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"must be one of \.mhd, \.mha, \.nii, \.nii\.gz, \.nrrd, not '1\.2-stack'"):
+    with pytest.raises(ValueError, match=r"must be one of \.mhd.*, or a folder or \.zip of DICOM.*not '1\.2-stack'"):
         read_scan(write_stack(tmp_path / "1.2-stack", flipped_scan()))
 
 

@@ -121,6 +121,7 @@ TRIALS = {
     "screening, nothing pasted": recipe("--augmentation.paste_prob", "0", epochs=SCREENING, **HALVES),
     "20 epochs": recipe(epochs=20),
     "20 epochs, dropout 0.1": recipe("--dropout", "0.1", epochs=20),
+    "20 epochs, unet": recipe("--network", "unet", epochs=20),
     "20 epochs, unet, dropout 0.1": recipe("--dropout", "0.1", "--network", "unet", epochs=20),
     "recipe": recipe(epochs=96, tests=NAMED_BEFOREHAND, seeds=(0, 1, 2)),
     "defaults, subpixel": defaults("--network", "subpixel"),
