@@ -1619,7 +1619,9 @@ def tell_noise(found: Sequence[Segmentation]) -> None:
 def report_failures(failed: dict[str, str], output_dir: Path) -> int:
     """Prints how many scans could not be used, and returns the exit status."""
     if failed:
-        print(f"{len(failed)} scans could not be used: {output_dir / 'failed_scans.csv'} says why")
+        print(
+            f"{len(failed)} scan{'s' * (len(failed) > 1)} could not be used: {output_dir / 'failed_scans.csv'} says why"
+        )
     return 1 if failed else 0
 
 
@@ -1629,7 +1631,10 @@ def _command(argv: list[str] | None) -> int:
     found = inferencer.run(**run_options)
     if process_rank():
         return 0
-    print(format_nodules(found) if run_options["input"] else format_scans(found))
+    if run_options["input"] is None:
+        print(format_scans(found))
+    elif len(found) or not inferencer.failed:
+        print(format_nodules(found))
     print(f"files and pictures: {inferencer.output_dir}")
     return report_failures(inferencer.failed, inferencer.output_dir)
 

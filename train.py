@@ -75,6 +75,7 @@ from utils import (
     gather_objects,
     is_distributed,
     join_processes,
+    naming,
     own_gpu,
     parse_command_line,
     process_count,
@@ -510,7 +511,8 @@ class Trainer:
                     raise
         finally:
             if self.writer is not None:
-                self.writer.close()
+                with naming(logs):
+                    self.writer.close()
         return pd.DataFrame(self.log)
 
     def _keep_last_epoch(self) -> str:
@@ -738,12 +740,15 @@ class Trainer:
         if self.writer is None:
             return
         write_csv(self.output_dir / "log.csv", pd.DataFrame(self.log))
-        for name, value in self.log[-1].items():
-            if name != "epoch" and not name.endswith("_seconds") and math.isfinite(value):
-                self.writer.add_scalar(name, value, self.epoch)
-        if result is not None and (self.epoch % self.checkpoint_interval == 0 or self.epoch in (1, self.num_epochs)):
-            self.writer.add_image("validation", _render(self.validator.draw_example()), self.epoch, dataformats="HWC")
-        self.writer.flush()
+        with naming(Path(self.writer.log_dir)):
+            for name, value in self.log[-1].items():
+                if name != "epoch" and not name.endswith("_seconds") and math.isfinite(value):
+                    self.writer.add_scalar(name, value, self.epoch)
+            is_kept = self.epoch % self.checkpoint_interval == 0 or self.epoch in (1, self.num_epochs)
+            if result is not None and is_kept:
+                picture = _render(self.validator.draw_example())
+                self.writer.add_image("validation", picture, self.epoch, dataformats="HWC")
+            self.writer.flush()
 
     def _describe_epoch(self, row: dict[str, float]) -> str:
         text = f"epoch {self.epoch}/{self.num_epochs}: loss {row['train_loss']:.4f}"

@@ -27,6 +27,7 @@ import struct
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import zipfile
 import zlib
@@ -964,7 +965,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     # Unique among processes and machines. The suffix stays, because writers choose the format by it.
     temporary = path.with_name(f"{PARTIAL}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
     try:
-        with _naming(path, temporary):
+        with naming(path, temporary):
             yield temporary
             _flush(temporary)
             os.replace(temporary, path)
@@ -974,8 +975,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _naming(path: Path, temporary: Path) -> Iterator[None]:
-    """Lets an error of writing name the file; a full disk names none, and torch calls it a RuntimeError."""
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Lets an error of writing name the file or folder; a full disk names none, and torch calls it a RuntimeError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -1101,7 +1102,7 @@ def append_csv(path: Path, table: pd.DataFrame) -> None:
 
     Half a row at its end, which a killed process left, is cut off.
     """
-    with _naming(path, path), open(path, "rb+") as file:
+    with naming(path, path), open(path, "rb+") as file:
         file.seek(max(0, path.stat().st_size - MAX_ROW_BYTES))
         tail = file.read()
         file.seek(tail.rfind(b"\n") + 1 - len(tail), os.SEEK_END)
@@ -2179,6 +2180,12 @@ def refuse_options(names: Iterable[str], why: str) -> None:
         raise InputError(f"{given} would be ignored: {why}")
 
 
+def _hide_mendable(thrown: threading.ExceptHookArgs) -> None:
+    """What a user can mend is raised again where its thread is waited for, such as TensorBoard's writer."""
+    if thrown.exc_value is None or not is_mendable(thrown.exc_value):
+        threading.__excepthook__(thrown)
+
+
 def run_main(work: Callable[[list[str] | None], int], argv: list[str] | None) -> int:
     """Runs a script's work and returns its exit status.
 
@@ -2190,6 +2197,7 @@ def run_main(work: Callable[[list[str] | None], int], argv: list[str] | None) ->
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s")  # to stderr
     logging.captureWarnings(True)
     logger.setLevel(logging.NOTSET)  # until parse_command_line meets --debug
+    threading.excepthook = _hide_mendable
     try:
         status = work(argv)
         leave_processes()

@@ -41,6 +41,7 @@ from utils import (
     Box,
     Geometry,
     InputError,
+    NiftiHeader,
     choose_scans,
     read_metadata,
     read_processed,
@@ -1133,7 +1134,7 @@ def test_one_bad_scan_costs_none_of_the_others(run_dir, processed_dir, tmp_path,
     assert "does not exist; run python preprocess.py first" in failed["reason"]
     table = pd.read_csv(tmp_path / "out" / "inference_summary.csv", dtype={"seriesuid": str})
     assert table["seriesuid"].tolist() == [uid for uid in uids if uid != uids[2]]
-    assert "1 scans could not be used" in capsys.readouterr().out
+    assert "1 scan could not be used" in capsys.readouterr().out
 
 
 class Marker(nn.Module):
@@ -1421,6 +1422,18 @@ def test_mask_of_a_raw_scan_lies_on_its_own_grid(chest_runs, flipped):
 
 
 @pytest.mark.parametrize("flipped", [False, True])
+def test_written_mask_lies_alike_for_those_who_read_qform_or_sform(chest_runs, flipped):
+    scan, _, _, folder = chest_runs[flipped]
+    header = NiftiHeader.read(folder / "predicted_masks" / "chest.nii.gz")
+    assert header.qform is not None
+    np.testing.assert_allclose(header.qform, header.sform, atol=1e-4)
+    to_lps = np.diag([-1.0, -1.0, 1.0])
+    np.testing.assert_allclose(to_lps @ header.sform[:, 3], scan.GetOrigin(), atol=1e-4)
+    expected = np.reshape(scan.GetDirection(), (3, 3)) * scan.GetSpacing()
+    np.testing.assert_allclose(to_lps @ header.sform[:, :3], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
 def test_mask_of_a_raw_scan_covers_the_ball(chest_runs, flipped):
     scan, mask, _, _ = chest_runs[flipped]
     found, ball = sitk.GetArrayFromImage(mask) > 0, sitk.GetArrayFromImage(scan) == 400
@@ -1608,6 +1621,19 @@ def test_raw_scan_needs_a_checkpoint(live, tmp_path):
 def test_file_that_is_no_scan_is_refused(trained, tmp_path):
     with pytest.raises(ValueError, match=r"a scan must be one of \.mhd.*not 'picture\.png'"):
         trained().infer_scan(tmp_path / "picture.png")
+
+
+def test_command_line_takes_several_paths_and_tells_no_result_where_nothing_was_searched(run_dir, tmp_path, capsys):
+    command = ["--checkpoint_path", str(run_dir / "checkpoints" / "best_model.pth"), "--device", "cpu", "--input"]
+    paths = [str(write_chest(tmp_path / f"{name}.mha")) for name in ("a", "b")]
+    assert infer.main([*command, *paths, "--output_dir", str(tmp_path / "out")]) == 0
+    assert {p.name for p in (tmp_path / "out" / "predicted_masks").glob("*.nii.gz")} == {"a.nii.gz", "b.nii.gz"}
+    capsys.readouterr()
+    (tmp_path / "c.mha").write_text("no scan")
+    assert infer.main([*command, str(tmp_path / "c.mha"), "--output_dir", str(tmp_path / "none")]) == 1
+    told = capsys.readouterr().out
+    assert "no nodule found" not in told
+    assert "1 scan could not be used" in told
 
 
 def test_folder_without_a_scan_is_refused(trained, tmp_path):

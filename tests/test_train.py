@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import math
@@ -20,6 +21,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import TINY
+from torch.utils.tensorboard import SummaryWriter
 
 import infer
 import model
@@ -70,6 +72,19 @@ def test_writes_checkpoints_split_log_and_tensorboard(run_dir):
     assert names == {"best_model.pth", "checkpoint_epoch_2.pth", "split.json"}
     assert pd.read_csv(run_dir / "log.csv")["epoch"].tolist() == [1, 2]
     assert list(run_dir.glob("logs_*/events*"))
+
+
+def test_full_disk_under_tensorboard_is_named_and_the_epoch_kept(processed_dir, tmp_path, monkeypatch, caplog):
+    class Full(SummaryWriter):
+        def flush(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(train, "SummaryWriter", Full)
+    caplog.set_level("INFO")
+    with pytest.raises(OSError, match=r"run.logs_\S+ could not be written \(No space left on device"):
+        Trainer(processed_dir, tmp_path / "run", num_epochs=1, **CPU).train()
+    assert "epoch 1 is kept in" in caplog.text
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint_epoch_1.pth").is_file()
 
 
 def test_split_covers_all_scans_once(run_dir, processed_dir):

@@ -715,7 +715,7 @@ def test_one_bad_scan_costs_none_of_the_others(copied_run, damaged_data, tmp_pat
     summary = json.loads((tmp_path / "out" / "validation_summary.json").read_text())
     assert (summary["scans"], summary["failed_scans"]) == (3, 1)
     assert (tmp_path / "out" / "froc.csv").is_file()
-    assert "1 scans could not be used" in capsys.readouterr().out
+    assert "1 scan could not be used" in capsys.readouterr().out
     assert uid in caplog.text
 
 
