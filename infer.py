@@ -17,6 +17,8 @@ if __name__ == "__main__":  # before torch is loaded
 import hashlib
 import logging
 import math
+import os
+import re
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,10 +65,12 @@ from utils import (
     folder_lock,
     free_memory,
     gather_objects,
+    is_zip,
     join_processes,
     list_scans,
     noting,
     now,
+    only_scan,
     origin_of,
     parse_command_line,
     parts_of,
@@ -83,6 +87,8 @@ from utils import (
     select_device,
     signed_distance,
     tell,
+    unpack,
+    walk,
     write_array,
     write_csv,
     write_json,
@@ -1161,39 +1167,40 @@ class RawScan:
 
     Args:
         path: As ``read_scan`` takes it.
-        name: What its results are called.
+        name: What its results are called; '' wants a number.
         source: Where it comes from, as the results say it.
-        hidden: Parts of its path that no result may show, since they may be a patient's name.
+        private: File or folder below which all names may be those of patients, and must not be shown; None: they may.
     """
 
     path: Path
     name: str
     source: str
-    hidden: tuple[str, ...] = ()
+    private: Path | None = None
 
     def hide(self, message: str) -> str:
         """A message without what must not be shown."""
-        for text in self.hidden:
-            message = message.replace(text, self.name)
+        if self.private is None:
+            return message
+        message = message.replace(str(self.path), self.name)
+        folder = unpack(self.private) if is_zip(self.private) else self.private
+        names = {text for path in walk(folder) for text in (path.name, path.stem)} | {*self.private.absolute().parts}
+        for name in sorted(names, key=len, reverse=True):
+            if len(name) > 2 and not UID.fullmatch(name) and not (name.isascii() and name.isalpha() and name.islower()):
+                message = message.replace(name, "...")
+        message = re.sub(r"\S*/\S*", "...", message)  # a word in lower case is shown, but not as a part of a path
         return message.removeprefix(f"{self.name}: ")
 
 
-def raw_scan(path: Path, names: bool, number: int) -> RawScan:
-    """A scan by the name of its file, or by its series UID or number."""
+def raw_scan(path: Path, given: Path, names: bool) -> RawScan:
+    """A scan that was found at a given path, by its series UID, by the name of its file, or without a name."""
     name, origin = scan_name(path), origin_of(path)
-    is_series = UID.fullmatch(name) is not None
-    if names:
-        return RawScan(path, f"{path.parent.name}-{name}" if is_series and not path.exists() else name, origin)
-    secret = hashlib.sha256(origin.encode()).hexdigest()[:16]
-    hidden = (str(path), str(path.parent), path.name) if not is_series else (str(path), str(path.parent))
-    return RawScan(path, name if is_series else f"scan_{number:03d}", f"sha256 of its path: {secret}", hidden)
-
-
-def only_scan(path: str | Path) -> RawScan:
-    """The one scan that a path names, called by its file or series."""
-    scans = list_scans(path)
-    check(len(scans) == 1, f"{path} holds {len(scans)} scans; name one, such as {scans[0]}")
-    return RawScan(scans[0], scan_name(scans[0]), origin_of(scans[0]))
+    is_series = name != origin.name and origin.name.endswith(name)  # the address of a DICOM series
+    if names and is_series:
+        name = f"{origin.parent.name.removesuffix('.zip')}-{name}"
+    if names or path == given:
+        return RawScan(path, name, str(origin))
+    source = f"sha256 of its path: {hashlib.sha256(os.fsencode(origin)).hexdigest()[:16]}"
+    return RawScan(path, name if is_series or UID.fullmatch(name) else "", source, given)
 
 
 class NoduleInferencer:
@@ -1365,7 +1372,8 @@ class NoduleInferencer:
             InputError: The scan cannot be used.
             RuntimeError: This inferencer has a live model and so does not know how to prepare a scan.
         """
-        return [nodule.to_dict() for nodule in self._infer_scan(only_scan(path)).found.nodules]
+        scan = only_scan(path)
+        return [nodule.to_dict() for nodule in self._infer_scan(raw_scan(scan, scan, names=False)).found.nodules]
 
     def infer_scans(self, paths: Iterable[str | Path], series: str | None = None, names: bool = False) -> pd.DataFrame:
         """Does as ``infer_scan`` with all scans at some paths; those that cannot be used stand in ``failed``.
@@ -1385,41 +1393,56 @@ class NoduleInferencer:
             InputError: There is no such series.
             RuntimeError: This inferencer has a live model and so does not know how to prepare a scan.
         """
-        scans, self.failed = self._name_scans(paths, series, names)
+        scans, self.failed = self._name_scans(list(map(Path, paths)), series, names)
         self.folder.claim(None, None, {})  # a folder that cannot be used is told once, not for each scan
         tables = []
-        for name, scan in scans.items():
+        for scan in scans:
             failures: dict[str, Exception] = {}
-            with noting(failures, name, scan.hide):
-                tables.append(nodule_table(name, self._infer_scan(scan).found.nodules))
+            with noting(failures, scan.name, scan.hide):
+                tables.append(nodule_table(scan.name, self._infer_scan(scan).found.nodules))
             self.failed |= {name: scan.hide(reason_of(error)) for name, error in failures.items()}
         write_failures(self.output_dir, self.failed)
+        check(bool(scans), "none of the inputs is a scan that can be read")
         found = [table for table in tables if len(table)]
         return pd.concat(found, ignore_index=True) if found else nodule_table("", [])
 
     def _name_scans(
-        self, paths: Iterable[str | Path], series: str | None, names: bool
-    ) -> tuple[dict[str, RawScan], dict[str, str]]:
-        """The scans at some paths by the names of their results, and why other paths have none."""
+        self, paths: Sequence[Path], series: str | None, names: bool
+    ) -> tuple[list[RawScan], dict[str, str]]:
+        """The scans at some paths with the names of their results, and why other paths have none."""
         found: list[RawScan] = []
-        failures: dict[str, Exception] = {}
         failed: dict[str, str] = {}
-        for number, given in enumerate(map(Path, paths), start=1):
-            with noting(failures, name := f"input_{number}"):
-                listed = [path for path in list_scans(given) if not path.is_relative_to(self.output_dir)]
-                found += [raw_scan(path, names or path == given, len(found) + k) for k, path in enumerate(listed, 1)]
-            if name in failures:
-                failed[name] = reason_of(failures[name]).replace(str(given), name)
-        check(bool(found), "none of the inputs is a scan")
+        for number, given in enumerate(paths, start=1):
+            failures: dict[str, Exception] = {}
+            whole = RawScan(given, f"input_{number}", "", None if names else given)
+            with noting(failures, whole.name, whole.hide):
+                archives: dict[str, Exception] = {}
+                own = self.output_dir.resolve()
+                listed = [scan for scan in list_scans(given, archives) if own not in scan.resolve().parents]
+                found += [raw_scan(scan, given, names) for scan in listed]
+                for count, error in enumerate(archives.values(), start=1):
+                    with noting(failures, f"{whole.name}_archive_{count}", whole.hide):
+                        raise error
+            failed |= {name: whole.hide(reason_of(error)) for name, error in failures.items()}
         if series is not None:
-            known = ", ".join(scan.path.name for scan in found)
-            found = [scan for scan in found if scan.path.name == series]
-            check(bool(found), f"there is no series {series} among {known or 'these files'}")
-        scans: dict[str, RawScan] = {}
-        for scan in found:
-            copies = sum(1 for other in scans.values() if other.name == scan.name)
-            scans[f"{scan.name}_{copies + 1}" if copies else scan.name] = scan
-        return {name: replace(scan, name=name) for name, scan in scans.items()}, failed
+            uids = sorted({scan_name(scan.path) for scan in found if not scan.path.exists()})  # addresses of series
+            found = [scan for scan in found if scan_name(scan.path) == series]
+            check(bool(found), f"there is no series {series}, but {', '.join(uids) or 'no other one either'}")
+        return self._number_scans(found), failed
+
+    def _number_scans(self, scans: Sequence[RawScan]) -> list[RawScan]:
+        """Gives each scan a name that no other has, and that of an earlier run to one that is done again."""
+        path = self.output_dir / "inference.json"
+        earlier = {source: name for name, source in (read_json(path)["scans"] if path.is_file() else {}).items()}
+        names: list[str] = []
+        for scan in scans:
+            wanted, count = earlier.get(scan.source, scan.name), 1
+            name = wanted or "scan_001"
+            while name in names or (not wanted and name in earlier.values()):
+                count += 1
+                name = f"{wanted}_{count}" if wanted else f"scan_{count:03d}"
+            names.append(name)
+        return [replace(scan, name=name) for scan, name in zip(scans, names, strict=True)]
 
     def _infer_scan(self, raw: RawScan) -> ScanResult:
         """What ``infer_scan`` does."""

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import sqlite3
@@ -50,6 +51,7 @@ from utils import (
     list_scans,
     metadata_path,
     noting,
+    origin_of,
     parse_command_line,
     read_lung_points,
     read_metadata,
@@ -613,13 +615,15 @@ def find_scans(folder: str | Path, masks_dir: str | Path = "") -> dict[str, Path
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; put the scans there (see data/README.md)")
     found: dict[str, Path] = {}
+    masks = Path(masks_dir).absolute() if masks_dir else None
     for path in list_scans(folder):
-        if masks_dir and path.absolute().is_relative_to(Path(masks_dir).absolute()):
+        origin = origin_of(path)
+        if masks is not None and any(place in (masks, masks.with_suffix(".zip")) for place in origin.parents):
             continue
         name = scan_name(path)
         if name in found:
-            places = " and ".join(f"{place.parent.relative_to(folder)}/" for place in (found[name], path))
-            raise InputError(f"scan {name} lies in two places, {places} of {folder}; remove one of them")
+            places = " and ".join(f"{origin_of(place).parent}/" for place in (found[name], path))
+            raise InputError(f"scan {name} lies in two places, {places}; remove one of them")
         found[name] = path
     if not found:
         raise FileNotFoundError(f"no scan in {folder} but those in {masks_dir}, which are lung masks")
@@ -670,16 +674,16 @@ def luna16_cases(raw_data_dir: Path, annotations_path: Path, lung_masks_dir: Pat
                 LUNG_LABELS,
                 tuple((x, y, z, diameter) for x, y, z, diameter in nodules[uid].tolist()) if uid in nodules else (),
                 patients.get(uid) or scan_reader(path).patient(path) or None,
-                _fold_of(path.relative_to(raw_data_dir)) if path.is_relative_to(raw_data_dir) else None,
+                _fold_of(origin_of(path).relative_to(raw_data_dir.absolute())),
             )
         )
     return cases
 
 
 def _fold_of(path: Path) -> int | None:
-    """The n of the innermost folder subset<n> that a scan lies in."""
-    numbers = [part.removeprefix("subset") for part in path.parts[:-1] if part.startswith("subset")]
-    return next((int(number) for number in reversed(numbers) if number.isdecimal()), None)
+    """The n of the innermost folder or archive subset<n> that a scan lies in."""
+    folds = (re.fullmatch(r"subset(\d+)(\.zip)?", part) for part in reversed(path.parts[:-1]))
+    return next((int(fold[1]) for fold in folds if fold), None)
 
 
 # Each takes raw_data_dir, annotations_path and lung_masks_dir, and makes of them what its data set needs.

@@ -62,7 +62,7 @@ CANDIDATE_COLUMNS = ("seriesuid", *POSITION_COLUMNS, "probability")
 MAX_DEFLATE_RATIO = 1100
 MAX_NIFTI_GAP = 0.1  # between a voxel's two places, in the header's unit
 GZIP_MAGIC = b"\x1f\x8b"
-UID = re.compile(r"[0-9]+(\.[0-9]+)+")  # of a series
+UID = re.compile(r"[0-2](\.(0|[1-9][0-9]*)){3,}")  # of a series; no date is one
 # By the length of a NIfTI header, formats and places of: dim, bitpix, pixdim, vox_offset, slope and intercept,
 # qform_code and sform_code, quaternion and offset, sform (nifti.nimh.nih.gov: NIfTI-1, NIfTI-2).
 NIFTI_PLACES = {
@@ -342,7 +342,8 @@ class ScanReader:
 
     As it stands, it reads one file by ITK. A subclass names its suffixes and adds what ITK would let pass. One for
     scans of another kind, such as folders, says itself which paths it accepts, which files these are, and how their
-    header and voxels are read; an instance of it in ``SCAN_READERS`` is all that ``read_scan`` needs.
+    header and voxels are read; an instance of it in ``SCAN_READERS`` is all that ``read_scan`` needs. DICOM's, which is
+    built upon this module, joins them in ``scan_reader``.
     """
 
     suffixes: tuple[str, ...] = ()
@@ -350,7 +351,7 @@ class ScanReader:
 
     def accepts(self, path: Path) -> bool:
         """Whether a path is for this reader, by its name or by what is there; a missing file has a reader, too."""
-        return path.name.lower().endswith(self.suffixes)
+        return path.name.lower().endswith(self.suffixes) and not path.is_dir()
 
     def advice(self, path: Path) -> str:
         """What to do with a path that no reader accepts, where this reader knows it; else empty."""
@@ -365,11 +366,13 @@ class ScanReader:
         """Whose scan it is, under another name than the patient's own; '' where its files do not say."""
         return ""
 
-    def find(self, path: Path) -> list[Path]:
-        """The scans that a path stands for: itself, or all of this format in a folder, sorted."""
-        if self.accepts(path):
-            return [path]
-        return [scan for scan in sorted(path.rglob("*")) if self.accepts(scan) and not is_of_macos(scan)]
+    def expand(self, path: Path) -> list[Path]:
+        """The scans that a path of this format stands for: itself, where it cannot hold several."""
+        return [path]
+
+    def search(self, paths: Iterable[Path]) -> list[Path]:
+        """Those of the paths in a folder that are scans of this format."""
+        return [path for path in paths if self.accepts(path)]
 
     def files(self, path: Path) -> tuple[Path, ...]:
         """The files that a scan consists of: the one with the header first, those with the voxels alone after it.
@@ -722,6 +725,7 @@ class NrrdReader(ScanReader):
         return fields, length
 
 
+NO_SCAN = "no scan in {}: no .mhd, .mha, .nii, .nii.gz or .nrrd file, no DICOM series, and no .zip of them"
 SCAN_READERS: list[ScanReader] = [MetaImageReader(), NiftiReader(), NrrdReader()]
 
 
@@ -746,48 +750,80 @@ def scan_reader(path: str | Path) -> ScanReader:
     for reader in readers:
         if advice := reader.advice(path):
             raise InputError(advice)
+    if path.is_dir():
+        raise FileNotFoundError(NO_SCAN.format(path))
     if not path.suffix and not path.exists():
         raise FileNotFoundError(f"scan {path} does not exist")
     suffixes = ", ".join(suffix for reader in readers for suffix in reader.suffixes)
     raise InputError(f"a scan must be one of {suffixes}, or a folder or .zip of DICOM files, not {path.name!r}")
 
 
-def list_scans(path: str | Path) -> list[Path]:
+def list_scans(path: str | Path, failed: dict[str, Exception] | None = None) -> list[Path]:
     """The scans that a path stands for, each as ``read_scan`` takes it.
 
     Args:
-        path: A scan; or a folder or .zip of scans of any formats, wherever they lie in it.
+        path: A scan; or a folder or .zip of scans of any formats, wherever they lie in it. An archive in a folder is
+            passed over where a folder of its name lies beside it.
+        failed: Takes {path: error} of the archives in a folder that cannot be unpacked. None raises the first of them.
 
     Returns:
-        Files, and addresses of DICOM series: the path of their folder with the SeriesInstanceUID behind.
+        Files, and addresses of DICOM series (see ``data/dicom.py``), sorted for each format.
 
     Raises:
         FileNotFoundError: Nothing is there, or no scan.
-        InputError: There is no CT, or the archive cannot be unpacked.
+        InputError: There is no CT, or an archive cannot be unpacked.
     """
-    path = Path(path)
-    if is_zip(path):
-        return list_scans(unpack(path))
-    if not path.is_dir():
-        return scan_reader(path).find(path)
-    found = [scan for reader in _scan_readers() for scan in reader.find(path)]
-    for archive in filter(is_zip, sorted(path.rglob("*"))):
-        found += list_scans(unpack(archive))
-    for reader in () if found else _scan_readers():
-        check(not (advice := reader.advice(path)), advice)
-    if not found:
-        raise FileNotFoundError(
-            f"no scan in {path}: no .mhd, .mha, .nii, .nii.gz or .nrrd file, no DICOM series, and no .zip of them"
-        )
+    path, readers = Path(path), _scan_readers()
+    folder = unpack(path) if is_zip(path) else path
+    if not folder.is_dir():
+        return scan_reader(folder).expand(folder)
+    paths, failed_before = list(walk(folder)), len(failed or ())
+    found = [scan for reader in readers for scan in reader.search(paths)]
+    for archive in filter(is_zip, paths):
+        if archive.with_suffix("").is_dir():
+            continue
+        try:
+            found += list_scans(archive, failed)
+        except FileNotFoundError:
+            logger.info(
+                "an archive holds no scan: %s", archive.name if failed is None else "one of those in the folder"
+            )
+        except InputError as error:
+            if failed is None:
+                raise
+            failed[str(archive)] = error
+    if not found and len(failed or ()) == failed_before:
+        advice = next(filter(None, (reader.advice(folder) for reader in readers)), "")
+        check(not advice, advice.replace(str(folder), str(path)))
+        raise FileNotFoundError(NO_SCAN.format(path))
     return found
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Itself and all folders and files below, sorted; links are followed, each folder once; without macOS's ``._*``."""
+    seen: set[tuple[int, int]] = set()
+
+    def tell_unreadable(error: OSError) -> None:
+        logger.warning("a folder cannot be looked into (%s)", error.strerror)
+
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=tell_unreadable):
+        state = Path(place).stat()
+        if (state.st_dev, state.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        folders.sort()
+        yield Path(place)
+        yield from (Path(place, name) for name in sorted(files) if not is_of_macos(Path(name)))
 
 
 def is_zip(path: Path) -> bool:
     """Whether a file is a .zip archive, by its name."""
-    return path.suffix.lower() == ".zip" and path.is_file() and not is_of_macos(path)
+    return path.suffix.lower() == ".zip" and path.is_file()
 
 
-UNPACKED: dict[Path, Path] = {}  # folders of archives that this process has unpacked: {folder: archive}
+UNPACKED: dict[tuple[Path, int, int], Path] = {}  # {(archive, its size, its time stamp): folder}, of this process
+UNPACKED_NAME = "scans-{}-{}-"  # the machine, and the process
 
 
 def unpack(archive: Path) -> Path:
@@ -796,16 +832,13 @@ def unpack(archive: Path) -> Path:
     Raises:
         InputError: The archive is damaged, has a password, or is larger than the disk.
     """
-    for folder, of_archive in UNPACKED.items():
-        if of_archive == archive.absolute():
-            return folder
-    folder, owner = Path(tempfile.mkdtemp(prefix="scans-")), os.getpid()
-
-    def clean() -> None:
-        if os.getpid() == owner:  # not a process that was forked
-            shutil.rmtree(folder, ignore_errors=True)
-
-    atexit.register(clean)
+    archive, state = archive.absolute(), archive.stat()
+    key = (archive, state.st_size, state.st_mtime_ns)
+    if key in UNPACKED:
+        return UNPACKED[key]
+    _delete_unpacked_of_dead_processes()
+    folder = Path(tempfile.mkdtemp(prefix=UNPACKED_NAME.format(_machine(), os.getpid())))
+    atexit.register(_delete_unpacked, folder, os.getpid())
     try:
         with zipfile.ZipFile(archive) as file:
             needed, free = sum(member.file_size for member in file.infolist()), shutil.disk_usage(folder).free
@@ -813,19 +846,42 @@ def unpack(archive: Path) -> Path:
             file.extractall(folder)
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, zlib.error, EOFError) as error:
         raise InputError(f"{archive} cannot be unpacked ({error}); unpack it yourself and name its folder") from error
-    stamp = archive.stat().st_mtime_ns
-    for path in folder.rglob("*"):
-        os.utime(path, ns=(stamp, stamp))
-    UNPACKED[folder] = archive.absolute()
+    for path in walk(folder):
+        os.utime(path, ns=(state.st_mtime_ns, state.st_mtime_ns))
+    UNPACKED[key] = folder
     return folder
 
 
-def origin_of(path: Path) -> str:
+def _delete_unpacked(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not a process that was forked
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _delete_unpacked_of_dead_processes() -> None:
+    """Deletes what killed processes of this machine have left; it may be patients' images."""
+    import psutil
+
+    for folder in Path(tempfile.gettempdir()).glob(UNPACKED_NAME.format(_machine(), "*") + "*"):
+        pid = folder.name.split("-")[2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def origin_of(path: Path) -> Path:
     """Where a scan comes from: its absolute path, or its place in the archive that it was unpacked from."""
-    for folder, archive in UNPACKED.items():
+    for (archive, *_), folder in UNPACKED.items():
         if path.is_relative_to(folder):
-            return str(archive / path.relative_to(folder))
-    return str(path.absolute())
+            return archive / path.relative_to(folder)
+    return path.absolute()
+
+
+def is_readable_name(name: str | Path) -> bool:
+    """Whether a name is UTF-8: at another one ITK ends the process."""
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_of_macos(path: Path) -> bool:
@@ -836,6 +892,17 @@ def is_of_macos(path: Path) -> bool:
 def scan_name(path: str | Path) -> str:
     """Name of a scan: that of its file without suffix; for LUNA16 the series UID."""
     return scan_reader(path).name(Path(path))
+
+
+def only_scan(path: str | Path) -> Path:
+    """The one scan that a path stands for.
+
+    Raises:
+        InputError: It stands for several.
+    """
+    scans = list_scans(path)
+    check(len(scans) == 1, f"{path} holds {len(scans)} scans; name one: {', '.join(scan.name for scan in scans[:5])}")
+    return scans[0]
 
 
 def read_scan(path: str | Path, *, constant: bool = False) -> sitk.Image:
@@ -853,12 +920,8 @@ def read_scan(path: str | Path, *, constant: bool = False) -> sitk.Image:
         FileNotFoundError: The file, or the data file its header names, is missing.
         ValueError: Header and data contradict each other, or the image is no 3-D scalar volume.
     """
-    path = Path(path)
-    if is_zip(path):
-        path, *others = list_scans(path)
-        check(
-            not others, f"the archive holds {1 + len(others)} scans; name one: {path.name}, {others and others[0].name}"
-        )
+    path = only_scan(path) if is_zip(Path(path)) else Path(path)
+    check(is_readable_name(path), f"the name {os.fsencode(path).decode(errors='replace')} is no UTF-8; rename it")
     reader = scan_reader(path)
     reader.check_voxels(path, reader.header(path).num_bytes)
     image = reader.read_image(path)

@@ -1,7 +1,7 @@
 """DICOM series as scans: finds them, puts their slices in order by position, and refuses what is no whole volume.
 
-The address of a series is the path of its folder with its SeriesInstanceUID behind: ``read_scan("ward/1.2.840.1")``.
-Where a folder holds one series alone, or one file of it is named, the address may be that folder or file.
+The address of a series is the path of its folder with 'dicom:' and its SeriesInstanceUID behind, as in
+``ward/dicom:1.2.840.1``. A folder stands for its series where it holds one alone, and so does one file of it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import importlib.util
 import itertools
 import logging
 import math
+import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ import SimpleITK as sitk
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import UID, VOXEL_BYTES, Geometry, InputError, ScanHeader, ScanReader, UserError, check, is_of_macos
+from utils import VOXEL_BYTES, Geometry, InputError, ScanHeader, ScanReader, UserError, check, is_readable_name, walk
 
 logger = logging.getLogger(__name__)
 
-CT = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")  # classes of objects
-DIRECTORY = "1.2.840.10008.1.3.10"
+MARK = "dicom:"  # before the UID in the address of a series
+DIRECTORY = "1.2.840.10008.1.3.10"  # class of the table of contents of a medium
 OTHER_OBJECTS = {  # beginnings of classes, of which none is a slice
     "1.2.840.10008.5.1.4.1.1.7": "secondary capture",
     "1.2.840.10008.5.1.4.1.1.11": "presentation state",
@@ -40,18 +41,20 @@ OTHER_OBJECTS = {  # beginnings of classes, of which none is a slice
     "1.2.840.10008.5.1.4.1.1.104": "document",
     "1.2.840.10008.5.1.4.1.1.481": "radiotherapy",
 }
-UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
+UNREADABLE = "unreadable file"
+UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")  # transfer syntaxes
+SUFFIXES = (".dcm", ".ima", ".dicom")
+FIRST_ELEMENT = re.compile(rb"[\x02\x08]\0.\0([A-Z]{2}|..\0\0)", re.DOTALL)  # of a file without a preamble
+UID = re.compile(r"[0-9]+(\.[0-9]+)+")
 SCOUTS = {"LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "REF_SURVIEW"}  # as ImageType says it
 MEASURES = {"PERFUSION", "RCBF", "RCBV", "RMTT", "TTP", "MTT", "CBF", "CBV"}  # likewise
+HU = ("", "HU", "HOUNSFIELD", "US")  # as RescaleType says it; US is 'unspecified', as many scanners say of HU
 MIN_SLICES = 2
 MAX_SHIFT_MM = 0.1  # a slice may lie so far from its place in an even stack, or ...
 MAX_SHIFT_STEPS = 0.05  # ... this share of a step, if that is more
 GAP_STEPS = 1.5  # a step so many times the usual one is a gap
 OUTSIDE_HU = -1024.0  # where nothing was measured
-BROKEN = "unreadable file"
 PYDICOM = "pydicom>=3.0.2"
-SUFFIXES = (".dcm", ".ima", ".dicom")
-FIRST_ELEMENT = re.compile(rb"[\x02\x08]\0.\0([A-Z]{2}|..\0\0)", re.DOTALL)  # of a file without a preamble
 
 
 @dataclass(frozen=True)
@@ -61,42 +64,57 @@ class Slice:
     Args:
         path: Its file.
         series: SeriesInstanceUID.
-        patient: Hash of PatientID; '' where there is none.
+        study: StudyInstanceUID.
+        patient: Short hash of PatientID; '' where there is none.
         description: SeriesDescription.
         number: InstanceNumber, or '' where there is none.
+        acquisition: AcquisitionNumber, or ''.
         size: Rows and columns.
         spacing: Distance of its columns and of its rows in mm; empty where it is not stated.
         position: Centre of its first voxel (x, y, z) in mm; empty where it is not stated.
         orientation: Direction of its rows, then of its columns; empty where it is not stated.
-        scale: RescaleSlope and RescaleIntercept.
-        padding: Lowest and highest value of voxels that were not measured, after scaling; empty without such voxels.
+        location: SliceLocation, mm along the table; empty where it is not stated.
+        scale: RescaleSlope and RescaleIntercept; empty where neither is stated.
+        padding: Lowest and highest stored value of voxels that were not measured; empty without such voxels.
         pixel: ITK's type of the scaled voxels.
         frames: Images in its file.
         stored_bytes: What its voxels take in a file that is not compressed.
-        location: SliceLocation, mm along the table; empty where it is not stated.
         kind: Why it is no slice of a CT, such as 'scout'; empty for one that is.
     """
 
     path: Path
     series: str
+    study: str
     patient: str
     description: str
     number: str
+    acquisition: str
     size: tuple[int, int]
     spacing: tuple[float, ...]
     position: tuple[float, ...]
     orientation: tuple[float, ...]
+    location: tuple[float, ...]
     scale: tuple[float, ...]
-    padding: tuple[float, ...] = ()
-    pixel: int = sitk.sitkInt16
-    frames: int = 1
-    stored_bytes: int = 0
-    location: tuple[float, ...] = ()
-    kind: str = ""
+    padding: tuple[float, ...]
+    pixel: int
+    frames: int
+    stored_bytes: int
+    kind: str
 
     def __str__(self) -> str:
-        place = f" at {self.position[2]:g} mm" if self.position else ""
-        return f"image {self.number or self.path.name}{place}"
+        number = f" {self.number}" if self.number else ""
+        return f"image{number} at {self.position[2]:g} mm" if self.position else f"image{number} without a position"
+
+    @property
+    def to_hu(self) -> tuple[float, float]:
+        """Factor and summand that make HU of stored values."""
+        return (self.scale[0], self.scale[1]) if self.scale else (1.0, 0.0)
+
+    @property
+    def unmeasured(self) -> tuple[float, ...]:
+        """Lowest and highest HU of the voxels that were not measured."""
+        factor, summand = self.to_hu
+        return tuple(sorted(factor * value + summand for value in self.padding))
 
 
 @dataclass(frozen=True)
@@ -119,28 +137,30 @@ class DicomReader(ScanReader):
     """A series of CT images, or one multi-frame image.
 
     ITK only warns of a missing slice, moves the scan at one that is there twice, and takes a tilted gantry for upright.
+    An object of this class reads one scan: what it has found out of the files is not found out again.
     """
 
     suffixes = SUFFIXES
 
+    def __init__(self) -> None:
+        self._found: dict[Path, list[Slice]] = {}
+
     def accepts(self, path: Path) -> bool:
         """A folder with DICOM in it, a DICOM file of any name, or the address of a series."""
         if path.is_dir():
-            return any(_is_dicom(file) for file in _files(path))
+            return any(file.is_file() and _meta(file, *_state(file)) for file in walk(path))
         if path.is_file():
-            return super().accepts(path) or _is_dicom(path)
-        return super().accepts(path) or UID.fullmatch(path.name) is not None
+            return super().accepts(path) or _meta(path, *_state(path)) is not None
+        return super().accepts(path) or path.name.startswith(MARK) or UID.fullmatch(path.name) is not None
 
     def advice(self, path: Path) -> str:
         """Of a folder without a CT: what is there instead."""
-        left_out = Index.of(path).left_out() if path.is_dir() else ""
+        left_out = Index.of(walk(path)).left_out() if path.is_dir() else ""
         return f"{path} holds no CT, but {left_out}" if left_out else ""
 
     def name(self, path: Path) -> str:
         """The SeriesInstanceUID."""
-        if not path.exists() and UID.fullmatch(path.name):
-            return path.name
-        return self._series(path)[0].series
+        return _address(path)[1] or self._series(path)[0].series
 
     def patient(self, path: Path) -> str:
         """A hash of PatientID."""
@@ -148,14 +168,18 @@ class DicomReader(ScanReader):
             return self._series(path)[0].patient
         return ""
 
-    def find(self, path: Path) -> list[Path]:
-        """The addresses of the series of CT images at a path; what is left out is told."""
-        if not path.is_dir() and not is_directory_file(path):
-            return [_common_folder(series := self._series(path)) / series[0].series]
-        index = Index.of(path if path.is_dir() else path.parent)
+    def expand(self, path: Path) -> list[Path]:
+        """A folder, and the table of contents of a medium, stand for all series there."""
+        folder = path.parent if _is_directory(path) else path
+        return self.search(walk(folder)) if folder.is_dir() else [path]
+
+    def search(self, paths: Iterable[Path]) -> list[Path]:
+        """The addresses of the series of CT images among files; what is left out is told."""
+        index = Index.of(paths)
         if left_out := index.left_out():
             logger.info("left out of the DICOM files: %s", left_out)
-        return [_common_folder(slices) / uid for uid, slices in index.series().items()]
+        addresses = {_common_folder(images) / (MARK + images[0].series) for images in index.series()}
+        return sorted(addresses)
 
     def files(self, path: Path) -> tuple[Path, ...]:
         """The files of the series."""
@@ -163,7 +187,7 @@ class DicomReader(ScanReader):
 
     def read_header(self, path: Path) -> ScanHeader:
         """Where the voxels lie, after the slices are found to be one even stack."""
-        stack = self._stack(path)
+        stack = _stack_of(str(path), self._series(path))
         pixel = _pixel_of(stack.slices) if stack.to_index is None else sitk.sitkFloat32
         return ScanHeader(stack.geometry, VOXEL_BYTES[pixel])
 
@@ -177,30 +201,16 @@ class DicomReader(ScanReader):
 
     def read_image(self, path: Path) -> sitk.Image:
         """The voxels in HU, on the scan's grid; one askew is brought to an upright grid."""
-        stack = self._stack(path)
-        try:
-            image = _read_by_itk(stack.slices) if stack.slices[0].frames == 1 else _read_by_pydicom(stack.slices)
-        except RuntimeError as error:
-            image = self._read_otherwise(path, stack, error)
-        image = _without_padding(image, stack.slices)
+        stack = _stack_of(str(path), self._series(path))
+        if any(not image.scale for image in stack.slices):
+            logger.warning("%s states no RescaleIntercept: its stored values are taken for HU", self.name(path))
+        image = _without_padding(_read_voxels(path, stack.slices), stack.slices)
         if stack.to_index is not None:
             return _upright(image, stack)
         image.SetOrigin(stack.geometry.origin)
         image.SetSpacing(stack.geometry.spacing)
         image.SetDirection(stack.geometry.direction)
         return image
-
-    def _read_otherwise(self, path: Path, stack: Stack, error: RuntimeError) -> sitk.Image:
-        """What ITK cannot decode, read by pydicom where it is installed."""
-        if isinstance(error, UserError):
-            raise error
-        reason = str(error).strip().split("\n")[-1].strip()
-        if importlib.util.find_spec("pydicom") is None:
-            raise InputError(f"{path} cannot be read ({reason}); copy it again, or pip install '{PYDICOM}'") from error
-        try:
-            return _read_by_pydicom(stack.slices)
-        except (RuntimeError, AttributeError, ValueError) as second:
-            raise InputError(f"{path} cannot be read; copy or download it again ({reason}; {second})") from second
 
     def _series(self, path: Path) -> list[Slice]:
         """The images of the one series that a path means.
@@ -209,67 +219,78 @@ class DicomReader(ScanReader):
             FileNotFoundError: Nothing is there.
             InputError: There is no such series, or there are several, or a file of it cannot be read.
         """
-        folder, wanted = path if path.is_dir() else path.parent, ""
-        if path.is_file() and not is_directory_file(path):
-            check(_is_dicom(path), f"{path} is no DICOM file; copy or download it again")
-            image = _read(path, *_state(path))
-            check(isinstance(image, Slice), f"{path} is no image of a CT, or cannot be read ({image or 'a directory'})")
-            wanted = image.series if isinstance(image, Slice) else ""
-        elif not path.exists():
-            wanted = path.name
-        if not folder.is_dir() or (wanted and not UID.fullmatch(wanted)):
-            raise FileNotFoundError(f"scan {path} does not exist")
-        index = Index.of(folder)
-        series = {uid: images for uid, images in index.series().items() if wanted in ("", uid)}
-        check(bool(series), f"{folder} holds no CT series {wanted}: {index.left_out() or 'no DICOM at all'}")
-        check(len(series) == 1, f"{path} holds {len(series)} series; choose one: {_sum_up(series)}")
-        (images,) = series.values()
-        folders = {image.path.parent for image in images}
-        broken = next((file for file in index.broken if file.parent in folders), None)
-        check(
-            broken is None,
-            f"{path}: {broken} beside its images cannot be read, and may be one of them; copy or download it again, or "
-            "remove it",
-        )
-        return images
-
-    def _stack(self, path: Path) -> Stack:
-        return _stack_of(str(path), self._series(path))
+        if path not in self._found:
+            self._found[path] = _series_at(path)
+        return self._found[path]
 
 
-def is_directory_file(path: Path) -> bool:
-    """Whether a file is the table of contents of a DICOM medium, often named DICOMDIR."""
-    return path.is_file() and (_meta(path, *_state(path)) or ("", ""))[0] == DIRECTORY
+def _address(path: Path) -> tuple[Path, str]:
+    """The folder that a path means, and the UID of the series; '' for the only one in it.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        InputError: A file is no image of a CT.
+    """
+    if path.name.startswith(MARK):
+        return path.parent, path.name.removeprefix(MARK)
+    if path.is_dir():
+        return path, ""
+    if _is_directory(path):
+        return path.parent, ""
+    if path.is_file():
+        check(_meta(path, *_state(path)) is not None, f"{path} is no DICOM file; copy or download it again")
+        image = _read(path, *_state(path))
+        if isinstance(image, Slice) and not image.kind:
+            return path.parent, image.series
+        raise InputError(f"{path} is no image of a CT ({image.kind if isinstance(image, Slice) else image})")
+    if UID.fullmatch(path.name) and path.parent.is_dir():
+        return path.parent, path.name
+    raise FileNotFoundError(f"scan {path} does not exist")
 
 
-def _syntax(path: Path) -> str:
-    return (_meta(path, *_state(path)) or ("", ""))[1]
+def _series_at(path: Path) -> list[Slice]:
+    """What ``DicomReader._series`` says."""
+    folder, wanted = _address(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"scan {path} does not exist")
+    index = Index.of(walk(folder))
+    series = [images for images in index.series() if wanted in ("", images[0].series)]
+    what = f"CT series {wanted}".strip()
+    check(bool(series), f"{folder} holds no {what}: {index.left_out() or 'no other object of DICOM either'}")
+    patients = Counter(images[0].series for images in series)
+    shared = next((uid for uid, count in patients.items() if count > 1), None)
+    check(
+        shared is None,
+        f"{folder} holds images of several patients or studies that have one SeriesInstanceUID, {shared}; put those of "
+        "each into a folder of their own",
+    )
+    check(len(series) == 1, f"{path} holds {len(series)} series; choose one: {_sum_up(series)}")
+    (images,) = series
+    folders = {image.path.parent for image in images}
+    broken = next((file for file in index.unreadable if file.parent in folders), None)
+    check(
+        broken is None,
+        f"{path}: {broken} beside its images cannot be read, and may be one of them; copy or download it again, or "
+        "remove it",
+    )
+    return images
 
 
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder that may be DICOM, in the order of their names."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not is_of_macos(path):
-            yield path
-
-
-def _is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM, of whatever kind."""
-    return _meta(path, *_state(path)) is not None
-
-
-@lru_cache(maxsize=50_000)
+@cache  # some hundred bytes a file
 def _meta(path: Path, size: int, time: int) -> tuple[str, str] | None:
     """Class of the object and transfer syntax, as the start of its file states them ('' where it does not).
 
     None for a file that is no DICOM: without the mark behind the preamble, and without a name and a first element as
     files without a preamble have them. A file is read again once its size or time stamp has changed.
     """
-    with open(path, "rb") as file:
-        head = file.read(2048)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(2048)
+    except OSError:
+        return None
     is_bare = path.suffix.lower() in ("", *SUFFIXES) and FIRST_ELEMENT.match(head)
     if head[128:132] != b"DICM" and not is_bare:
         return None
@@ -279,103 +300,141 @@ def _meta(path: Path, size: int, time: int) -> tuple[str, str] | None:
 
 
 def _state(path: Path) -> tuple[int, int]:
+    """Size and time stamp."""
     state = path.stat()
     return state.st_size, state.st_mtime_ns
 
 
-@dataclass
+def _is_directory(path: Path) -> bool:
+    """Whether a file is the table of contents of a DICOM medium, often named DICOMDIR."""
+    return path.is_file() and (_meta(path, *_state(path)) or ("", ""))[0] == DIRECTORY
+
+
+def _syntax(path: Path) -> str:
+    return (_meta(path, *_state(path)) or ("", ""))[1]
+
+
+@dataclass(frozen=True)
 class Index:
-    """All DICOM below a folder.
+    """The DICOM among some files.
 
     Args:
-        images: {series UID: images}, also those that are no slices of a CT.
+        images: All images, also those that are no slices of a CT.
         others: What kinds of other objects there are.
-        broken: Files that cannot be read.
+        unreadable: Files that cannot be read.
     """
 
-    images: dict[str, list[Slice]]
+    images: list[Slice]
     others: list[str]
-    broken: list[Path]
+    unreadable: list[Path]
 
     @classmethod
-    def of(cls, folder: Path) -> Index:
-        """Reads the headers of all files."""
-        index = cls(defaultdict(list), [], [])
-        for path in _files(folder):
+    def of(cls, paths: Iterable[Path]) -> Index:
+        """Reads the headers of the files."""
+        index = cls([], [], [])
+        for path in paths:
+            if not path.is_file():
+                continue
             image = _read(path, *_state(path))
             if isinstance(image, Slice):
-                index.images[image.series].append(image)
-            elif image == BROKEN:
-                index.broken.append(path)
+                index.images.append(image)
+            elif image == UNREADABLE:
+                index.unreadable.append(path)
             elif image:
                 index.others.append(image)
         return index
 
-    def series(self) -> dict[str, list[Slice]]:
-        """{series UID: slices of a CT}."""
-        slices = {uid: [image for image in images if not image.kind] for uid, images in sorted(self.images.items())}
-        return {uid: images for uid, images in slices.items() if images}
+    def series(self) -> list[list[Slice]]:
+        """The slices of CTs, those of one series, study and patient together."""
+        groups: dict[tuple[str, ...], list[Slice]] = defaultdict(list)
+        for image in self.images:
+            if not image.kind:
+                groups[image.series, image.study, image.patient].append(image)
+        return [images for _, images in sorted(groups.items())]
 
     def left_out(self) -> str:
         """How many objects of which kind are no slices of a CT; '' for none."""
-        kinds = [image.kind for images in self.images.values() for image in images if image.kind]
-        counts = Counter([*kinds, *self.others, *(BROKEN for _ in self.broken)])
-        return ", ".join(f"{number} x {kind}" for kind, number in sorted(counts.items()))
+        kinds = [
+            *self.others,
+            *(image.kind for image in self.images if image.kind),
+            *(UNREADABLE for _ in self.unreadable),
+        ]
+        return ", ".join(f"{number} x {kind}" for kind, number in sorted(Counter(kinds).items()))
 
 
-@lru_cache(maxsize=50_000)
+@cache  # about 1 KB a file
 def _read(path: Path, size: int, time: int) -> Slice | str:
-    """The header of an image, read once while its file stays as it is; or what else it is, '' for a directory."""
-    of_class, _ = _meta(path, size, time) or (DIRECTORY, "")
-    if of_class == DIRECTORY:
+    """The header of an image, or what else a file is: '' for no DICOM and for a table of contents.
+
+    A file is read again once its size or time stamp has changed.
+    """
+    meta = _meta(path, size, time)
+    if meta is None:
+        is_meant = path.suffix.lower() in SUFFIXES or not os.access(path, os.R_OK)
+        return UNREADABLE if is_meant else ""
+    if meta[0] == DIRECTORY:
         return ""
-    kind = _kind_of(of_class)
+    kind = _kind_of(meta[0])
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
     reader.SetImageIO("GDCMImageIO")
     try:
+        check(is_readable_name(path), "ITK ends the process at such a name")
+        reader.SetFileName(str(path))
         reader.ReadImageInformation()
-    except RuntimeError:
-        if kind:
-            return kind
-        return BROKEN
+    except (RuntimeError, InputError):
+        return kind or UNREADABLE
 
     def text(tag: str) -> str:
-        return reader.GetMetaData(tag).strip().strip("\0").strip() if reader.HasMetaDataKey(tag) else ""
+        """An element as text; what is no UTF-8 is most often Latin-1."""
+        value = reader.GetMetaData(tag) if reader.HasMetaDataKey(tag) else ""
+        return os.fsencode(value).decode("utf-8" if is_readable_name(value) else "latin-1").strip().strip("\0").strip()
 
     def numbers(tag: str, count: int) -> tuple[float, ...]:
-        try:
-            values = tuple(float(value) for value in text(tag).split("\\"))
-        except ValueError:
-            return ()
-        return values if len(values) == count and all(map(math.isfinite, values)) else ()
+        return _finite(text(tag).split("\\"), count)
 
-    kind = (
-        kind or _kind_of(text("0008|0016")) or _kind_of_image(text("0008|0060"), text("0008|0008"), text("0028|1054"))
-    )
+    kind = kind or _kind_of(text("0008|0016"))
+    kind = kind or _kind_of_image(text("0008|0060"), text("0008|0008"), text("0028|1054"))
     if not kind and (reader.GetNumberOfComponents() > 1 or reader.GetPixelID() not in VOXEL_BYTES):
         kind = "colour image"
+    if not kind and text("0028|0004") == "MONOCHROME1":
+        kind = "inverted image (MONOCHROME1)"
     columns, rows, *frames = reader.GetSize()
-    row_step, column_step = numbers("0028|0030", 2) or (0.0, 0.0)
-    scale = (*(numbers("0028|1053", 1) or (1.0,)), *(numbers("0028|1052", 1) or (0.0,)))
+    (bits,) = numbers("0028|0100", 1) or (16.0,)
+    slope, intercept = numbers("0028|1053", 1), numbers("0028|1052", 1)
+    spacing = numbers("0028|0030", 2)
+    padding = (*numbers("0028|0120", 1), *numbers("0028|0121", 1))
+    patient = text("0010|0020")
+    unnamed = f"of folder {hashlib.sha256(os.fsencode(path.parent)).hexdigest()[:8]}"
+    scale = (slope[0] if slope and slope[0] else 1.0, intercept[0] if intercept else 0.0)
     return Slice(
-        path,
-        text("0020|000e") or "0.0",
-        hashlib.sha256(patient.encode()).hexdigest()[:16] if (patient := text("0010|0020")) else "",
-        text("0008|103e"),
-        text("0020|0013"),
-        (rows, columns),
-        (column_step, row_step) if min(row_step, column_step) > 0 else (),
-        numbers("0020|0032", 3),
-        numbers("0020|0037", 6),
-        scale,
-        _padding(numbers("0028|0120", 1), numbers("0028|0121", 1), text("0028|0103") == "1", scale),
-        reader.GetPixelID(),
-        max(frames, default=1),
-        rows * columns * max(frames, default=1) * int(*numbers("0028|0100", 1) or (0,)) // 8,
-        numbers("0020|1041", 1),
-        kind,
+        path=path,
+        series=(text("0020|000e") or unnamed).replace("/", "_"),
+        study=text("0020|000d"),
+        patient=hashlib.sha256(patient.encode()).hexdigest()[:5] if patient else "",  # too short to be guessed back
+        description=text("0008|103e"),
+        number=text("0020|0013"),
+        acquisition=text("0020|0012"),
+        size=(rows, columns),
+        spacing=spacing[::-1] if min(spacing, default=0) > 0 else (),
+        position=numbers("0020|0032", 3),
+        orientation=numbers("0020|0037", 6),
+        location=numbers("0020|1041", 1),
+        scale=scale if slope or intercept else (),
+        padding=_as_stored(padding, int(bits), text("0028|0103") == "1"),
+        pixel=reader.GetPixelID(),
+        frames=max(frames, default=1),
+        stored_bytes=rows * columns * max(frames, default=1) * int(bits) // 8,
+        kind=kind,
     )
+
+
+def _finite(values: Sequence[Any], count: int) -> tuple[float, ...]:
+    """So many finite numbers; empty for anything else."""
+    try:
+        found = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        return ()
+    return found if len(found) == count and all(map(math.isfinite, found)) else ()
 
 
 def _kind_of(of_class: str) -> str:
@@ -388,23 +447,21 @@ def _kind_of(of_class: str) -> str:
 
 def _kind_of_image(modality: str, image_type: str, unit: str) -> str:
     """What an image is by its header, where it is no CT in HU."""
-    if modality != "CT":
-        return f"{modality or 'image without modality'}"
+    if modality.upper() != "CT":
+        return modality or "image without modality"
     words = set(image_type.upper().split("\\"))
     if words & SCOUTS:
         return "scout"
-    if words & MEASURES or unit not in ("", "HU", "US"):  # US: unspecified, as many scanners say of HU
+    if words & MEASURES or unit.upper() not in HU:
         return f"map of another measure ({unit or image_type})"
     return ""
 
 
-def _padding(
-    value: tuple[float, ...], limit: tuple[float, ...], is_signed: bool, scale: tuple[float, ...]
-) -> tuple[float, ...]:
-    """Range of the values of voxels that were not measured, after scaling."""
-    stored = [number - 65536 if is_signed and number > 32767 else number for number in (*value, *limit)]
-    scaled = [number * scale[0] + scale[1] for number in stored]
-    return (min(scaled), max(scaled)) if value else ()
+def _as_stored(padding: tuple[float, ...], bits: int, is_signed: bool) -> tuple[float, ...]:
+    """Padding as the numbers that the voxels hold; writers take its sign for another than the voxels' at times."""
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if is_signed else (0, 2**bits)
+    stored = [value + 2**bits * ((value < low) - (value >= high)) for value in padding]
+    return (min(stored), max(stored)) if stored else ()
 
 
 def _common_folder(images: Sequence[Slice]) -> Path:
@@ -413,9 +470,9 @@ def _common_folder(images: Sequence[Slice]) -> Path:
     return next(folder for folder in (first, *first.parents) if all(other.is_relative_to(folder) for other in others))
 
 
-def _sum_up(series: dict[str, list[Slice]]) -> str:
+def _sum_up(series: Sequence[Sequence[Slice]]) -> str:
     """What series there are, in words."""
-    words = [(uid, f"{len(images)} images", images[0].description) for uid, images in series.items()]
+    words = [(images[0].series, f"{len(images)} images", images[0].description) for images in series]
     return "; ".join(f"{uid} ({', '.join(filter(None, what))})" for uid, *what in words)
 
 
@@ -429,36 +486,25 @@ def _stack_of(name: str, images: Sequence[Slice]) -> Stack:
         InputError: They are no even stack of parallel images of one size, with the reason and the slice.
     """
     if images[0].frames > 1:
-        check(len(images) == 1, f"{name} holds {len(images)} multi-frame images; choose one file")
+        check(len(images) == 1, f"{name} holds {len(images)} multi-frame images; put each into a folder of its own")
         images = _frames_of(images[0])
     check(len(images) >= MIN_SLICES, f"{name} has one image; a scan has several")
     for image in images:
         missing = [what for what in ("position", "orientation", "spacing") if not getattr(image, what)]
         check(not missing, f"{name}: {image} states no {' and no '.join(missing)}; export the series again")
+    _check_alike(name, images)
     first = images[0]
-    for image in images:
-        check(image.size == first.size, f"{name}: {image} has {image.size} pixels, {first} has {first.size}")
-    for what, tolerance in (("spacing", 1e-3), ("orientation", 1e-3)):
-        values = np.array([getattr(image, what) for image in images])
-        apart = np.abs(values - values[0]).max(axis=1)
-        other = images[int(apart.argmax())]
-        check(
-            bool(apart.max() <= tolerance),
-            f"{name}: {other} has another {what} than {first} ({getattr(other, what)}, not {getattr(first, what)}); "
-            "these are several scans in one series",
-        )
     rows, columns = np.reshape(first.orientation, (2, 3))
-    lengths = np.linalg.norm([rows, columns], axis=1)
     check(
-        np.allclose(lengths, 1, atol=1e-3) and abs(rows @ columns) < 1e-3,
+        np.allclose(np.linalg.norm([rows, columns], axis=1), 1, atol=1e-3) and abs(rows @ columns) < 1e-3,
         f"{name}: the rows and columns of {first} are not at right angles",
     )
     normal = np.cross(rows, columns)
     normal /= np.linalg.norm(normal)
     images = sorted(images, key=lambda image: float(normal @ image.position))
     places = np.array([image.position for image in images])
-    heights = places @ normal
-    _check_steps(name, images, heights)
+    _check_acquisitions(name, images)
+    _check_steps(name, images, places @ normal)
     _check_locations(name, images)
     step = (places[-1] - places[0]) / (len(images) - 1)
     shifts = np.linalg.norm(places - places[0] - np.outer(np.arange(len(images)), step), axis=1)
@@ -469,25 +515,54 @@ def _stack_of(name: str, images: Sequence[Slice]) -> Stack:
         f"{name}: {images[worst]} lies {shifts[worst]:.2f} mm beside its place in an even stack of steps of "
         f"{normal @ step:.3f} mm; resample the series by a program that knows uneven steps",
     )
-    size = (len(images), *first.size)
-    (dx, dy), origin = first.spacing, places[0]
+    shape_zyx, (dx, dy), origin = (len(images), *first.size), first.spacing, places[0]
     aside = step - (normal @ step) * normal
     if np.linalg.norm(aside) * (len(images) - 1) <= allowed:
         direction = np.column_stack([rows, np.cross(normal, rows), normal])
-        return Stack(tuple(images), _geometry(size, origin, (dx, dy, float(normal @ step)), direction))
-    return _askew(tuple(images), size, origin, np.column_stack([dx * rows, dy * columns, step]))
+        return Stack(tuple(images), _geometry(shape_zyx, origin, (dx, dy, float(normal @ step)), direction))
+    return _askew(tuple(images), shape_zyx, origin, np.column_stack([dx * rows, dy * columns, step]))
+
+
+def _check_alike(name: str, images: Sequence[Slice]) -> None:
+    """Raises InputError where images of one series differ in size, spacing or direction."""
+    first = images[0]
+    for what in ("size", "spacing", "orientation"):
+        values = np.array([getattr(image, what) for image in images])
+        apart = np.abs(values - values[0]).max(axis=1)
+        other = images[int(apart.argmax())]
+        check(
+            bool(apart.max() <= 1e-3),
+            f"{name}: {other} has another {what} than {first} ({getattr(other, what)}, not {getattr(first, what)}); "
+            "these are several scans in one series",
+        )
+
+
+def _check_acquisitions(name: str, images: Sequence[Slice]) -> None:
+    """Raises InputError where several acquisitions of one region are laid into each other."""
+    changes = [
+        image.acquisition
+        for image, before in zip(images, [None, *images], strict=False)
+        if before is None or image.acquisition != before.acquisition
+    ]
+    again = next((number for number, count in Counter(changes).items() if number and count > 1), None)
+    check(
+        again is None,
+        f"{name} holds several acquisitions of the same region (acquisition {again} is one); export each as a series",
+    )
 
 
 def _check_steps(name: str, images: Sequence[Slice], heights: np.ndarray) -> None:
     """Raises InputError where an image is there twice, or one is missing."""
     steps = np.diff(heights)
     usual = float(np.median(steps))
-    for (image, following), step in zip(itertools.pairwise(images), steps, strict=True):
+    pairs = list(zip(itertools.pairwise(images), steps, strict=True))
+    for (image, following), step in pairs:
         check(
             step > max(0.01, 0.1 * usual),
-            f"{name}: {image} and {following} lie at the same place; is one a copy? remove it",
+            f"{name}: {image} and {following} lie at the same place ({image.path.name} and {following.path.name}); is "
+            "one a copy? remove it",
         )
-    for (image, following), step in zip(itertools.pairwise(images), steps, strict=True):
+    for (image, following), step in pairs:
         check(
             step < GAP_STEPS * usual,
             f"{name}: {round(step / usual) - 1 or 'some'} image(s) missing between {image} and {following}: a step of "
@@ -497,16 +572,20 @@ def _check_steps(name: str, images: Sequence[Slice], heights: np.ndarray) -> Non
 
 def _check_locations(name: str, images: Sequence[Slice]) -> None:
     """Raises InputError where the locations on the table are uneven, though the positions are not."""
-    locations = [image.location[0] for image in images if image.location]
-    steps = np.abs(np.diff(locations))
-    if len(locations) < len(images) or not steps.min() > 0.01:  # some programs write one number into all
+    locations = np.array([image.location[0] for image in images if image.location])
+    order = np.arange(len(locations))
+    if len(locations) < len(images) or len(locations) < 3 or np.ptp(locations) < 0.01:
+        return  # some programs write one number into all
+    slope, start = np.polyfit(order, locations, 1)
+    apart = np.abs(locations - start - slope * order)
+    if np.abs(np.corrcoef(order, locations)[0, 1]) < 0.9:  # no locations, but something else
         return
-    uneven = int(np.abs(steps - np.median(steps)).argmax())
+    worst = int(apart.argmax())
     check(
-        steps.max() < GAP_STEPS * steps.min(),
-        f"{name}: uneven steps: SliceLocation goes on by {steps[uneven]:.2f} mm from {images[uneven]} to "
-        f"{images[uneven + 1]}, and by {np.median(steps):.2f} mm elsewhere, which its positions do not; one of the two "
-        "is wrong; ask where the series comes from, or export it again",
+        apart[worst] <= 0.5 * abs(slope) + MAX_SHIFT_MM,
+        f"{name}: uneven steps: by its SliceLocation, {images[worst]} lies {apart[worst]:.1f} mm beside its place in "
+        f"an even stack of steps of {abs(slope):.2f} mm, by its position it does not; one of the two is wrong; ask "
+        "where the series comes from, or export it again",
     )
 
 
@@ -516,12 +595,12 @@ def _geometry(size: Sequence[int], origin: np.ndarray, spacing: Sequence[float],
     return Geometry((size[0], size[1], size[2]), (x, y, z), (dx, dy, dz), tuple(direction.ravel().tolist()))
 
 
-def _askew(images: tuple[Slice, ...], size: tuple[int, int, int], origin: np.ndarray, axes: np.ndarray) -> Stack:
+def _askew(images: tuple[Slice, ...], shape_zyx: tuple[int, int, int], origin: np.ndarray, axes: np.ndarray) -> Stack:
     """The stack of a tilted gantry, whose slices step sideways, with an upright grid around it.
 
     Args:
         images: In order.
-        size: (z, y, x).
+        shape_zyx: Number of voxels.
         origin: Centre of the first voxel.
         axes: (3, 3), whose columns are the steps from voxel to voxel along x, y and z.
     """
@@ -530,14 +609,15 @@ def _askew(images: tuple[Slice, ...], size: tuple[int, int, int], origin: np.nda
     across = axes[:, 0] - (axes[:, 0] @ up) * up
     across /= np.linalg.norm(across)
     direction = np.column_stack([across, np.cross(up, across), up])
-    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(size[::-1]) - 1)
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape_zyx[::-1]) - 1)
     places = (corners @ axes.T) @ direction  # mm along the axes of the upright grid, from the origin
     low, high = places.min(axis=0), places.max(axis=0)
     grid_size = np.ceil((high - low) / spacing - 1e-6).astype(int) + 1
     inverse = np.linalg.inv(axes)
     to_index = np.column_stack([inverse, -inverse @ origin])
-    size = grid_size[::-1].tolist()
-    return Stack(images, _geometry(size, origin + direction @ low, spacing.tolist(), direction), to_index)
+    return Stack(
+        images, _geometry(grid_size[::-1].tolist(), origin + direction @ low, spacing.tolist(), direction), to_index
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ voxels
@@ -550,25 +630,53 @@ def _pixel_of(images: Sequence[Slice]) -> int:
     return sitk.sitkFloat32
 
 
-def _read_by_itk(images: Sequence[Slice]) -> sitk.Image:
-    """The images in their order, scaled; raises RuntimeError where ITK cannot decode them."""
+def _read_voxels(path: Path, images: Sequence[Slice]) -> sitk.Image:
+    """The scaled voxels of the images in their order; what ITK cannot decode, pydicom may.
+
+    Raises:
+        InputError: Neither can read them.
+        UserError: pydicom is missing.
+    """
+    if images[0].frames > 1:
+        return _read_by_pydicom(images)
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames([str(image.path) for image in images])
     reader.SetImageIO("GDCMImageIO")
     reader.SetOutputPixelType(_pixel_of(images))
-    return reader.Execute()
+    try:
+        return reader.Execute()
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[-1].strip()
+        if importlib.util.find_spec("pydicom") is None:
+            raise InputError(f"{path} cannot be read ({reason}); copy it again, or pip install '{PYDICOM}'") from error
+        return _read_by_pydicom(images)
+
+
+def _read_by_pydicom(images: Sequence[Slice]) -> sitk.Image:
+    """The images, or the frames of one, in their order and scaled."""
+    pydicom = _pydicom()
+    array = np.empty((len(images), *images[0].size), np.float32)
+    try:
+        stored = pydicom.dcmread(images[0].path).pixel_array if images[0].frames > 1 else None
+        for number, image in enumerate(images):
+            pixels = pydicom.dcmread(image.path).pixel_array if stored is None else stored[int(image.number) - 1]
+            factor, summand = image.to_hu
+            array[number] = pixels * factor + summand
+    except (RuntimeError, AttributeError, ValueError) as error:
+        raise InputError(f"{images[0].path} cannot be read; copy or download it again ({error})") from error
+    pixel = _pixel_of(images)
+    return sitk.GetImageFromArray(array if pixel == sitk.sitkFloat32 else array.astype(np.int32))
 
 
 def _without_padding(image: sitk.Image, images: Sequence[Slice]) -> sitk.Image:
     """Air instead of voxels that were not measured, where their value could be taken for tissue."""
-    paddings = {padded.padding for padded in images if padded.padding and padded.padding[1] > -1000}
-    if not paddings:
+    padded = [number for number, one in enumerate(images) if one.unmeasured and one.unmeasured[1] > -1000]
+    if not padded:
         return image
-    array = sitk.GetArrayFromImage(image)
-    for number, padded in enumerate(images):
-        if padded.padding in paddings:
-            low, high = padded.padding
-            array[number][(array[number] >= low) & (array[number] <= high)] = OUTSIDE_HU
+    array = sitk.GetArrayFromImage(sitk.Cast(image, sitk.sitkFloat32))
+    for number in padded:
+        low, high = images[number].unmeasured
+        array[number][(array[number] >= low) & (array[number] <= high)] = OUTSIDE_HU
     return sitk.GetImageFromArray(array)
 
 
@@ -617,36 +725,21 @@ def _frames_of(image: Slice) -> list[Slice]:
 
     slices = []
     for number, group in enumerate(groups, start=1):
-        unit = value(group, "PixelValueTransformationSequence", "RescaleType", "HU")
         frame_type = value(group, "CTImageFrameTypeSequence", "FrameType", ["ORIGINAL"])
+        unit = value(group, "PixelValueTransformationSequence", "RescaleType", "HU")
         kind = _kind_of_image("CT", "\\".join(frame_type), unit)
         check(not kind, f"{image.path}: frame {number} is a {kind}, no CT in HU")
-        spacing = tuple(map(float, value(group, "PixelMeasuresSequence", "PixelSpacing")))
-        slope, intercept = (
-            float(value(group, "PixelValueTransformationSequence", name, default))
-            for name, default in (("RescaleSlope", 1), ("RescaleIntercept", 0))
-        )
+        rescale = ("RescaleSlope", "RescaleIntercept")
+        scale = [value(group, "PixelValueTransformationSequence", name, None) for name in rescale]
         slices.append(
             replace(
                 image,
                 number=f"{number}",
-                spacing=spacing[::-1],
-                position=tuple(map(float, value(group, "PlanePositionSequence", "ImagePositionPatient"))),
-                orientation=tuple(map(float, value(group, "PlaneOrientationSequence", "ImageOrientationPatient"))),
-                scale=(slope, intercept),
+                spacing=_finite(value(group, "PixelMeasuresSequence", "PixelSpacing"), 2)[::-1],
+                position=_finite(value(group, "PlanePositionSequence", "ImagePositionPatient"), 3),
+                orientation=_finite(value(group, "PlaneOrientationSequence", "ImageOrientationPatient"), 6),
+                scale=_finite(scale, 2),
                 pixel=sitk.sitkFloat32,
             )
         )
     return slices
-
-
-def _read_by_pydicom(images: Sequence[Slice]) -> sitk.Image:
-    """The images, or the frames of one, in their order and scaled."""
-    pydicom = _pydicom()
-    stored = {path: pydicom.dcmread(path).pixel_array for path in {image.path for image in images}}
-    scaled = []
-    for image in images:
-        pixels = stored[image.path] if image.frames == 1 else stored[image.path][int(image.number) - 1]
-        scaled.append(pixels * image.scale[0] + image.scale[1])
-    array = np.stack(scaled)
-    return sitk.GetImageFromArray(array.astype(np.float32 if _pixel_of(images) == sitk.sitkFloat32 else np.int32))
