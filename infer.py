@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model import InferenceSettings, SegmentationNetwork, load_checkpoint, to_device
-from preprocess import PreparedScan, Preprocessing
+from preprocess import LUNG_METHOD, PreparedScan, Preprocessing
 from utils import (
     CANDIDATE_COLUMNS,
     UID,
@@ -753,6 +753,7 @@ class ScanResult:
         source: File or folder that the scan was read from.
         found: All that was found.
         highest_probability: Of any voxel.
+        lungs: What is to be said of the lungs that were found in a raw scan.
     """
 
     seriesuid: str
@@ -760,6 +761,7 @@ class ScanResult:
     source: str
     found: Segmentation
     highest_probability: float
+    lungs: str = ""
 
     def row(self) -> dict[str, Any]:
         """What the summary says of the scan."""
@@ -773,6 +775,7 @@ class ScanResult:
             "nodule_volume_mm3": sum(n.volume_mm3 for n in nodules),
             "faint_marks": len(self.found.candidates) - len(nodules),
             "highest_voxel_probability": self.highest_probability,
+            "lungs": self.lungs,
         }
 
     def __str__(self) -> str:
@@ -1248,6 +1251,7 @@ class NoduleInferencer:
             checkpoint = load_checkpoint(self.checkpoint_path)
             self.checkpoint_sha256 = checkpoint.sha256
             self.preprocessing = Preprocessing.from_dict(checkpoint.preprocessing)
+            self.lung_method = checkpoint.preprocessing.get("lung_method", 1)
             settings = checkpoint.inference
         self.settings = _override(settings or InferenceSettings(), threshold, min_score, mirrors)
         self.predictor = Predictor(model or checkpoint.build_network(), self.settings, device, mixed_precision)
@@ -1351,7 +1355,8 @@ class NoduleInferencer:
     def _finish(self, parts: dict[str, str], source: str, scan: ProcessedScan, probability: np.ndarray) -> ScanResult:
         """Nodules, files and picture of a processed scan."""
         uid, found = scan.seriesuid, self.segment(probability, scan.geometry)
-        result = ScanResult(uid, parts[uid], source, found, float(probability.max()))
+        lungs = scan.metadata.lung_note or f"by {scan.metadata.lung_source}"
+        result = ScanResult(uid, parts[uid], source, found, float(probability.max()), lungs)
         image, annotated = np.asarray(scan.image, np.float32), scan.metadata.nodules
         figure = draw_overlay(image, scan.geometry, found.mask, found.nodules, scan.mask, uid, annotated=annotated)
         self.folder.write_scan(result, figure)
@@ -1456,10 +1461,11 @@ class NoduleInferencer:
         self._tell_prepared(name, prepared)
         probability = self.predict_probability(prepared.array)
         found = self.segment(probability, prepared.grid)
-        result = ScanResult(name, part, source, found, float(probability.max()))
+        result = ScanResult(name, part, source, found, float(probability.max()), prepared.lung_note or "not found")
         # The CT itself, not what the network sees of it: a radiologist wants to see what lies around the lungs.
         ct = self.preprocessing.apply_hu_window(scan, prepared.grid).astype(np.float32)
-        figure = draw_overlay(ct, prepared.grid, found.mask, found.nodules, title=name)
+        title = name + (f"\nlungs: {prepared.lung_note}" if prepared.lung_note else "")
+        figure = draw_overlay(ct, prepared.grid, found.mask, found.nodules, title=title)
         own_mask = resample(
             prepared.grid.image(found.mask), Geometry.from_image(scan), linear=False, pixel_type=sitk.sitkUInt8
         )
@@ -1477,12 +1483,14 @@ class NoduleInferencer:
 
     def _tell_prepared(self, name: str, prepared: PreparedScan) -> None:
         """Says how the lungs were found and what grid the network sees."""
-        if prepared.lung_source == "none" and self.preprocessing is not None and self.preprocessing.mask_lungs:
+        assert self.preprocessing is not None
+        if prepared.lung_source == "none" and self.preprocessing.mask_lungs:
             logger.warning("%s: no lungs were found, so that the whole scan is searched; is it a chest CT in HU?", name)
+        if prepared.lung_source == "threshold" and self.lung_method != LUNG_METHOD:
+            logger.warning("%s: lungs are found otherwise than for the training of this checkpoint; train anew", name)
         lungs = "no lungs used" if prepared.lung_source == "none" else f"lungs by {prepared.lung_source}"
-        if prepared.lungs is not None:
-            litres = np.count_nonzero(prepared.lungs) * prepared.grid.voxel_volume_mm3 / 1e6
-            lungs += f" ({litres:.1f} litres with their margin)"
+        if prepared.lung_note:
+            lungs += f": {prepared.lung_note}"
         size = " x ".join(map(str, prepared.grid.shape_zyx))
         step = " x ".join(f"{mm:.2g}" for mm in prepared.grid.spacing_zyx)
         tell(f"{name}: {lungs}; grid of {size} voxels of {step} mm (z, y, x)")

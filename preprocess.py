@@ -32,7 +32,8 @@ import pandas as pd
 import psutil
 import SimpleITK as sitk
 from matplotlib.path import Path as PolygonPath
-from scipy import sparse
+from scipy import ndimage, sparse
+from scipy.spatial import ConvexHull, QhullError
 
 from utils import (
     ANNOTATION_COLUMNS,
@@ -77,7 +78,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Raised whenever the same settings begin to give other files, so that a second run redoes what an older version left.
-PROCESSING_VERSION = 5
+PROCESSING_VERSION = 6
 PROCESSED_DIR = "data/LUNA16/processed"  # what train.py reads by default
 ARRAYS = ("images", "masks", "points")  # folders that hold one .npy file a scan
 MaskSource = Literal["sphere", "lidc"]
@@ -108,12 +109,14 @@ class PreparedScan:
         grid: Where its voxels lie; identity direction.
         lungs: bool (z, y, x), the widened lung mask, or None where no lungs were used.
         lung_source: 'seg-lungs', 'threshold' or 'none'.
+        lung_note: What is to be said of lungs found by threshold: how much there is, what is cut, left out, in doubt.
     """
 
     array: np.ndarray
     grid: Geometry
     lungs: np.ndarray | None
     lung_source: str
+    lung_note: str = ""
 
     def lung_points(self) -> np.ndarray:
         """Voxels spread at random over the lungs, or the whole array, for patch sampling; int32 (n, 3) (z, y, x)."""
@@ -179,11 +182,12 @@ class Preprocessing:
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
         """Takes back what ``to_dict`` gave."""
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        arguments.pop("lung_method", None)
         return cls(**arguments)
 
     def to_dict(self) -> dict[str, Any]:
-        """Built-in types only, for JSON and checkpoints."""
-        return json.loads(json.dumps(asdict(self)))
+        """Built-in types only, for JSON and checkpoints, with the number of the method that finds lungs."""
+        return json.loads(json.dumps(asdict(self))) | {"lung_method": LUNG_METHOD}
 
     @property
     def uses_lungs(self) -> bool:
@@ -200,33 +204,45 @@ class Preprocessing:
             labels: Lung mask in the same patient space; None segments the lungs by threshold.
             lung_labels: Labels of the mask that are lung; None: all that is not 0.
         """
-        distance, source = self._lung_distance(scan, labels, lung_labels)
+        lungs, found = self._coarse_lungs(scan, labels, lung_labels)
+        source = "none" if lungs is None else "seg-lungs" if found is None else "threshold"
+        distance = None if lungs is None else widen(lungs, self.lung_closing_mm, self.lung_margin_mm)
         lower, upper = Geometry.from_image(scan).bounds()
-        if self.crop_to_lungs and distance is not None:
+        doubtful = None
+        if distance is not None:
             lung_lower, lung_upper = _mask_bounds(distance <= 0)
-            lower = np.maximum(lower, lung_lower - self.crop_margin_mm)
-            upper = np.minimum(upper, lung_upper + self.crop_margin_mm)
+            if found is not None and found.doubtful:
+                doubtful = found.doubtful_box(lower, upper, lung_lower, lung_upper)
+                lung_lower, lung_upper = np.minimum(lung_lower, doubtful[0]), np.maximum(lung_upper, doubtful[1])
+            if self.crop_to_lungs:
+                lower = np.maximum(lower, lung_lower - self.crop_margin_mm)
+                upper = np.minimum(upper, lung_upper + self.crop_margin_mm)
         grid = Geometry.covering(lower, upper, shape_zyx=self.target_size, spacing=self.target_spacing)
         array = self.apply_hu_window(scan, grid)
-        lungs = None
+        kept = None
         if distance is not None:
-            lungs = sitk.GetArrayFromImage(resample(distance, grid, fill=1e3)) <= 0
-            check(bool(lungs.any()), "the lung mask lies outside of the scan; is it another patient's?")
-        if self.mask_lungs and lungs is not None:
-            array[~lungs] = 0
-        return PreparedScan(array, grid, lungs, source)
+            kept = sitk.GetArrayFromImage(resample(distance, grid, fill=1e3)) <= 0
+            check(bool(kept.any()), "the lung mask lies outside of the scan; is it another patient's?")
+            if doubtful is not None:
+                first, last = (
+                    np.clip(np.rint(grid.index(corner)), 0, grid.shape_zyx).astype(int) for corner in doubtful
+                )
+                kept[Box(tuple(first.tolist()), tuple(last.tolist())).slices] = True
+        if self.mask_lungs and kept is not None:
+            array[~kept] = 0
+        return PreparedScan(array, grid, kept, source, "" if found is None else str(found))
 
-    def _lung_distance(
+    def _coarse_lungs(
         self, scan: sitk.Image, labels: sitk.Image | None, lung_labels: tuple[int, ...] | None
-    ) -> tuple[sitk.Image | None, str]:
+    ) -> tuple[sitk.Image | None, FoundLungs | None]:
+        """The lungs as a coarse mask, None without any, and what the threshold found, where it was asked."""
         if not self.uses_lungs:
-            return None, "none"
-        lungs, source = None if labels is None else select_lungs(labels, lung_labels), "seg-lungs"
-        if lungs is None:
-            lungs, source = segment_lungs(scan), "threshold"
-        if lungs is None:
-            return None, "none"
-        return widen(lungs, self.lung_closing_mm, self.lung_margin_mm), source
+            return None, None
+        lungs = None if labels is None else select_lungs(labels, lung_labels)
+        if lungs is not None:
+            return lungs, None
+        found = find_lungs(scan)
+        return (None, None) if found is None else (fill_dents(found), found)
 
     def apply_hu_window(self, scan: sitk.Image, grid: Geometry) -> np.ndarray:
         """HU window on the grid as float16 in [0, 1]; HU is clipped before anything is averaged."""
@@ -332,10 +348,23 @@ def _axis_weights(source: Geometry, slab: Geometry, axis: int, factor: int) -> t
 
 # ---------------------------------------------------------------------------------------------------------- lungs
 
+LUNG_METHOD = 2  # raised whenever other lungs are found in the same scan
 LUNG_GRID_MM = 3.0  # lungs are found and widened on voxels of about this size; distances between them stay exact
 LUNG_HU = -400  # lung parenchyma and air lie below
-GAS_HU = -920  # the mean of gas in bowel or stomach lies below, that of lungs above
-SMALLEST_LUNG_MM3 = 200_000
+PADDING_HU = -1100  # a mean of several voxels below was not measured
+GAS_HU = -950  # the mean of gas in bowel or stomach lies below, that of lungs above, also of those with emphysema
+BONE_HU = 180
+DARK_HU = -850  # the room around the patient is darker, also where it is noisy
+ROOM_HU = 60  # how far above the darkest of it the room still goes
+LEAST_LUNG_ML = 50  # smaller dark regions are airways, bowel or folds of skin
+LEAST_GAS_ML = 700  # so much plain air is a lung of plastic, or an inflated one beside a collapsed one
+LEAST_OVERLAP = 0.6  # share of a lung's height that lies beside another lung; bowel lies below
+MOST_TILT = 0.94  # cosine; a scan that is turned further is brought to the patient's axes
+LEAST_HULL = 0.4  # share of the outline's hull that is lung where the outline is looked at for dents
+LEAST_REACH = 0.35  # of the way from the middle of the chest to the hull; dents lie beyond
+FRONT_DEGREES = 15  # so near to the patient's middle plane lie heart and spine, no dents
+ONE_SIDED = 0.2  # of the larger lung; a smaller one is in doubt
+CROSS = ndimage.generate_binary_structure(3, 1)
 
 
 def _shrink(image: sitk.Image) -> sitk.Image:
@@ -359,38 +388,245 @@ def select_lungs(labels: sitk.Image, lung_labels: tuple[int, ...] | None = None)
     return lungs if inside.any() and sitk.GetArrayViewFromImage(lungs).any() else None
 
 
+@dataclass(frozen=True)
+class FoundLungs:
+    """The lungs of a scan, and what is to be said of them.
+
+    Args:
+        image: Binary mask, airways included, on a coarse grid along the patient's axes.
+        litres: Volume on the patient's right and left.
+        at_edge: Sides of the view at which the lungs are cut: 'right', 'left', 'front', 'back', 'bottom', 'top'.
+        left_out: Dark regions inside the patient that are no lung: (millilitres, why).
+        doubtful: 'right' or 'left' where a lung should be and little or none is, else ''.
+        middle: Index along x of the patient's middle plane.
+    """
+
+    image: sitk.Image
+    litres: tuple[float, float]
+    at_edge: tuple[str, ...]
+    left_out: tuple[tuple[float, str], ...]
+    doubtful: str
+    middle: int
+
+    def doubtful_box(self, *corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The box (x, y, z) in mm of the side in doubt: from the middle plane to the edge of the view.
+
+        Args:
+            corners: Lower and upper corner of the scan, then of the lungs.
+        """
+        scan_lower, scan_upper, lower, upper = (corner.copy() for corner in corners)
+        middle = Geometry.from_image(self.image).world([0, 0, self.middle])[0]
+        if self.doubtful == "right":
+            lower[0], upper[0] = scan_lower[0], middle
+        else:
+            lower[0], upper[0] = middle, scan_upper[0]
+        return lower, upper
+
+    def __str__(self) -> str:
+        text = f"{self.litres[0]:.1f} litres on the right, {self.litres[1]:.1f} on the left"
+        if self.at_edge:
+            text += f"; cut by the view's edge ({', '.join(self.at_edge)})"
+        if self.left_out:
+            text += "; no lung: " + ", ".join(f"{volume:.0f} ml {why}" for volume, why in self.left_out)
+        if self.doubtful:
+            text += f"; nearly no lung on the {self.doubtful}, so that side is searched whole"
+        return text
+
+
 def segment_lungs(scan: sitk.Image) -> sitk.Image | None:
-    """Lungs of a chest CT by threshold, after Hu et al. 2001 (doi 10.1109/42.929615).
+    """The mask of ``find_lungs``; None where no lungs are found."""
+    found = find_lungs(scan)
+    return None if found is None else found.image
+
+
+def find_lungs(scan: sitk.Image) -> FoundLungs | None:
+    """Lungs of a chest CT by threshold: the dark regions that the body surrounds, wherever the view ends.
 
     Args:
         scan: CT in HU, any direction.
 
     Returns:
-        Binary mask, airways included, on a coarse grid of the same physical space; None where no lungs are found.
+        The lungs; None where there are none.
     """
-    coarse = sitk.Cast(_shrink(sitk.Clamp(scan, scan.GetPixelID(), -1000, 400)), sitk.sitkFloat32)
-    regions = sitk.ConnectedComponent(_enclosed_air(coarse))
-    statistics = sitk.LabelIntensityStatisticsImageFilter()
-    statistics.Execute(regions, coarse)
-    found = [
-        (statistics.GetPhysicalSize(label), label)
-        for label in statistics.GetLabels()
-        if statistics.GetPhysicalSize(label) > SMALLEST_LUNG_MM3 and statistics.GetMean(label) > GAS_HU
-    ]
-    if not found:
+    hu, grid = _along_patient(scan)
+    view = ndimage.binary_fill_holes(~ndimage.binary_opening(hu < PADDING_HU, CROSS))  # holes in it are noise
+    dark = (hu < LUNG_HU) & view
+    body = _largest(ndimage.binary_opening(view & ~dark, CROSS))
+    if not body.any():
         return None
-    largest = max(found)[0]
-    chosen = [label for volume, label in sorted(found)[-2:] if volume > 0.05 * largest]
-    return Geometry.from_image(regions).image(np.isin(sitk.GetArrayViewFromImage(regions), chosen).astype(np.uint8))
+    room = _room(hu, view, dark, body)
+    inside = dark & ~room & (_directions_to(body | ~view, room, past_view=True) == 4)
+    regions, _ = ndimage.label(ndimage.binary_opening(inside, CROSS))
+    lungs, left_out = _choose_lungs(hu, regions, grid)
+    if not lungs:
+        return None
+    mask = ndimage.binary_dilation(np.isin(regions, lungs), CROSS, iterations=2, mask=inside)
+    at_edge = _cut_sides(mask, view, grid)
+    middle = _middle_plane(hu, body, is_halved=("right" in at_edge) != ("left" in at_edge))
+    right, left = (float(half.sum()) * grid.voxel_volume_mm3 / 1e6 for half in (mask[..., :middle], mask[..., middle:]))
+    seen = [body[..., :middle].sum(), body[..., middle:].sum()]
+    doubtful = ""
+    if min(right, left) < ONE_SIDED * max(right, left) and min(seen) > 0.5 * max(seen):  # both halves are in view
+        doubtful = "right" if right < left else "left"
+    image = grid.image(mask.astype(np.uint8))
+    return FoundLungs(image, (right, left), at_edge, left_out, doubtful, middle)
 
 
-def _enclosed_air(coarse: sitk.Image) -> sitk.Image:
-    """Air that tissue encloses within its slice: the room around the patient leaks into no slice of the lungs."""
-    tissue = coarse >= LUNG_HU
-    slices = [sitk.BinaryFillhole(tissue[:, :, z]) for z in range(tissue.GetDepth())]
-    filled = sitk.JoinSeries(slices)
-    filled.CopyInformation(tissue)
-    return sitk.And(filled, sitk.Not(tissue))
+def _along_patient(scan: sitk.Image) -> tuple[np.ndarray, Geometry]:
+    """Mean HU of coarse voxels, float32 (z, y, x): z to the head, y to the back, x to the patient's left."""
+    coarse = sitk.DICOMOrient(_shrink(sitk.Clamp(scan, sitk.sitkFloat32, -1200, 400)), "LPS")
+    grid = Geometry.from_image(coarse)
+    if np.diag(np.reshape(grid.direction, (3, 3))).min() < MOST_TILT:
+        grid = Geometry.covering(*grid.bounds(), shape_zyx=None, spacing=(LUNG_GRID_MM,) * 3)
+        coarse = resample(coarse, grid, fill=-1200.0)
+    return sitk.GetArrayFromImage(coarse), grid
+
+
+def _largest(mask: np.ndarray) -> np.ndarray:
+    """The largest connected part of a mask."""
+    labels, count = ndimage.label(mask)
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    sizes[0] = 0
+    return labels == sizes.argmax() if count else np.zeros(mask.shape, bool)
+
+
+def _room(hu: np.ndarray, view: np.ndarray, dark: np.ndarray, body: np.ndarray) -> np.ndarray:
+    """The air around the patient: plain air that reaches a side of the view, and that the body does not enclose.
+
+    A lung that the view cuts is enclosed on three sides, the room on two at most.
+    """
+    side = view & ~ndimage.binary_erosion(view, np.ones((1, 3, 3), bool))
+    darkest = hu[side & (hu < DARK_HU) & (hu > PADDING_HU)]
+    if not len(darkest):
+        return np.zeros(view.shape, bool)
+    level = float(np.percentile(darkest, 20))
+    smooth = ndimage.uniform_filter(np.where(view, np.maximum(hu, level), level), 3)
+    labels, count = ndimage.label((smooth < level + ROOM_HU) & view)
+    sizes = np.maximum(np.bincount(labels.ravel(), minlength=count + 1), 1)
+    enclosed = _directions_to(body, ~view, past_view=False) >= 3
+    share = np.bincount(labels.ravel(), enclosed.ravel(), count + 1) / sizes
+    is_room = (np.bincount(labels[side], minlength=count + 1) > 0) & (share < 0.5)
+    is_room[0] = False
+    return ndimage.binary_dilation(is_room[labels], CROSS, iterations=2, mask=dark)
+
+
+def _directions_to(wanted: np.ndarray, instead: np.ndarray, past_view: bool) -> np.ndarray:
+    """In how many of the four directions of the axial plane a voxel meets ``wanted`` before ``instead``.
+
+    Args:
+        wanted: bool (z, y, x).
+        instead: Likewise.
+        past_view: Whether what lies beyond the array counts as met.
+    """
+    total = np.zeros(wanted.shape, np.uint8)
+    for axis in (1, 2):
+        for order in (1, -1):
+            planes = [np.moveaxis(array, axis, 0)[::order] for array in (wanted, instead, total)]
+            met = np.full(planes[0].shape[1:], past_view)
+            for there, other, count in zip(*planes, strict=True):
+                met = (met | there) & ~other
+                count += met
+    return total
+
+
+def _choose_lungs(
+    hu: np.ndarray, regions: np.ndarray, grid: Geometry
+) -> tuple[list[int], tuple[tuple[float, str], ...]]:
+    """The labels of the regions that are lung, and what the larger of the others are."""
+    found = []  # (label, millilitres, lowest slice, slice above the highest)
+    left_out = []
+    for label, box in enumerate(ndimage.find_objects(regions), start=1):
+        inside = regions[box] == label
+        volume = float(inside.sum()) * grid.voxel_volume_mm3 / 1e3
+        is_gas = float(hu[box][inside].mean()) < GAS_HU
+        if volume >= (LEAST_GAS_ML if is_gas else LEAST_LUNG_ML):
+            found.append((label, volume, box[0].start, box[0].stop))
+        elif volume >= LEAST_LUNG_ML:
+            left_out.append((volume, "of plain air"))
+    if not found:
+        return [], ()
+    large = [region for region in found if region[1] >= 2 * LEAST_LUNG_ML] or found
+    top = max(stop for *_, stop in large)
+    near_top = 30 / grid.spacing_zyx[0]  # mm: lungs end at about one height
+    chosen = [max((region for region in large if region[3] >= top - near_top), key=lambda region: region[1])]
+    for region in sorted(found, key=lambda region: -region[1]):
+        if region in chosen:
+            continue
+        _, volume, start, stop = region
+        low, high = min(other[2] for other in chosen), max(other[3] for other in chosen)
+        if (min(high, stop) - max(low, start)) / (stop - start) >= LEAST_OVERLAP:
+            chosen.append(region)
+        else:
+            left_out.append((volume, "below the lungs" if start < low else "above the lungs"))
+    return [label for label, *_ in chosen], tuple(left_out)
+
+
+def _middle_plane(hu: np.ndarray, body: np.ndarray, is_halved: bool) -> int:
+    """Index along x of the spine: where the back half of the body holds most bone.
+
+    It lies in the middle half of the body, unless the view holds half a patient.
+    """
+    rows, columns = (np.flatnonzero(body.any(axis=axes)) for axes in ((0, 2), (0, 1)))
+    bone = ((hu > BONE_HU) & body)[:, (rows[0] + rows[-1]) // 2 :].sum(axis=(0, 1)).astype(float)
+    bone = ndimage.uniform_filter1d(bone, 9)
+    if not is_halved:
+        quarter = (columns[-1] - columns[0]) // 4
+        bone[: columns[0] + quarter] = bone[columns[-1] - quarter :] = 0
+    return int(bone.argmax()) if bone.any() else int((columns[0] + columns[-1]) // 2)
+
+
+def _cut_sides(mask: np.ndarray, view: np.ndarray, grid: Geometry) -> tuple[str, ...]:
+    """The sides of the view at which at least a square centimetre of a mask is cut."""
+    names = (("bottom", "top"), ("front", "back"), ("right", "left"))
+    found = []
+    for axis, pair in enumerate(names):
+        face = math.prod(step for other, step in enumerate(grid.spacing_zyx) if other != axis)
+        ahead = np.moveaxis(mask, axis, 0)
+        seen = np.moveaxis(view, axis, 0)
+        for name, order in zip(pair, (1, -1), strict=True):
+            planes, there = ahead[::order], seen[::order]
+            beyond = np.concatenate([np.zeros_like(there[:1]), there[:-1]])
+            if (planes & ~beyond).sum() * face >= 100:
+                found.append(name)
+    return tuple(name for pair in (names[2], names[1], names[0]) for name in pair if name in found)
+
+
+def fill_dents(found: FoundLungs) -> sitk.Image:
+    """The lungs with what dents them from outside, such as a mass at the chest wall.
+
+    In each axial slice the outline of either lung is compared with its convex hull. What lies between is taken in where
+    no lung lies beyond it, seen from the middle of the chest: so heart, spine and diaphragm stay out.
+    """
+    lungs = sitk.GetArrayFromImage(found.image) > 0
+    filled, (dy, dx) = lungs.copy(), found.image.GetSpacing()[1::-1]
+    columns = np.arange(lungs.shape[2])
+    at = np.moveaxis(np.indices(lungs.shape[1:]), 0, -1)
+    for side in (columns < found.middle, columns >= found.middle):
+        for z in np.flatnonzero(lungs[:, :, side].any(axis=(1, 2))):
+            lung = lungs[z] & side
+            hull = _convex_hull(lung)
+            if lung.sum() < LEAST_HULL * hull.sum():
+                continue
+            offset = (at - [np.argwhere(lung)[:, 0].mean(), found.middle]) * (dy, dx)
+            degrees = np.degrees(np.arctan2(offset[..., 0], offset[..., 1])).astype(int) % 360
+            reach = np.hypot(offset[..., 0], offset[..., 1])
+            of_lung, of_hull = (np.zeros(360), np.zeros(360))
+            np.maximum.at(of_lung, degrees[lung], reach[lung])
+            np.maximum.at(of_hull, degrees[hull], reach[hull])
+            beyond = (reach >= of_lung[degrees]) & (reach >= LEAST_REACH * of_hull[degrees])
+            filled[z] |= hull & beyond & (np.abs(degrees % 180 - 90) > FRONT_DEGREES)
+    return Geometry.from_image(found.image).image(filled.astype(np.uint8))
+
+
+def _convex_hull(plane: np.ndarray) -> np.ndarray:
+    """All pixels within the convex hull of those of a mask (y, x)."""
+    points = np.argwhere(plane & ~ndimage.binary_erosion(plane))
+    try:
+        corners = points[ConvexHull(points).vertices]
+    except QhullError:  # a line, or less than three pixels
+        return plane
+    pixels = np.moveaxis(np.indices(plane.shape), 0, -1).reshape(-1, 2)
+    return PolygonPath(corners).contains_points(pixels, radius=1e-6).reshape(plane.shape) | plane
 
 
 def widen(lungs: sitk.Image, closing_mm: float, margin_mm: float) -> sitk.Image:
@@ -753,6 +989,7 @@ def process_scan(task: ScanTask) -> ScanMetadata:
         fold=case.fold,
         patient=case.patient,
         lung_source=prepared.lung_source,
+        lung_note=prepared.lung_note,
         scan_geometry=Geometry.from_image(scan),
         preprocessing=task.settings.to_dict(),
         fingerprint=task.fingerprint(),

@@ -1374,6 +1374,7 @@ class ScanMetadata:
         fold: Fold of the data set's own cross-validation, from 0; None where it has none.
         patient: Whose scan it is; None where that is unknown.
         lung_source: Where the lungs came from: 'seg-lungs', 'threshold' or 'none'.
+        lung_note: What is to be said of lungs found by threshold; '' for a given mask.
         scan_geometry: Where the voxels of the raw scan lie.
         preprocessing: ``Preprocessing.to_dict()``.
         fingerprint: Hash of all that decided the result.
@@ -1385,6 +1386,7 @@ class ScanMetadata:
     fold: int | None
     patient: str | None
     lung_source: str
+    lung_note: str
     scan_geometry: Geometry
     preprocessing: dict[str, Any]
     fingerprint: str
@@ -1400,6 +1402,7 @@ class ScanMetadata:
             "subset": self.fold,
             "patient": self.patient,
             "lung_source": self.lung_source,
+            "lung_note": self.lung_note,
             "scan_geometry": self.scan_geometry.to_dict(),
             "preprocessing": self.preprocessing,
             "fingerprint": self.fingerprint,
@@ -1415,6 +1418,7 @@ class ScanMetadata:
             values["subset"],
             values["patient"],
             values["lung_source"],
+            values.get("lung_note", ""),
             Geometry.from_dict(values["scan_geometry"]),
             values["preprocessing"],
             values["fingerprint"],

@@ -36,7 +36,7 @@ def nodule_at(*index_zyx, diameter_mm=5.0, voxels=5):
 def metadata_of(*nodules, seriesuid="a", shape_zyx=(40, 40, 40), fold=None, patient=None):
     """Metadata of a scan on a grid of 1 mm from the origin."""
     grid = Geometry(shape_zyx, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    return ScanMetadata(seriesuid, grid, nodules, fold, patient, "none", grid, {}, "")
+    return ScanMetadata(seriesuid, grid, nodules, fold, patient, "none", "", grid, {}, "")
 
 
 @pytest.fixture(scope="session", autouse=True)

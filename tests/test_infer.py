@@ -1494,7 +1494,7 @@ def test_picture_of_a_raw_scan_shows_the_ct_itself(trained, tmp_path, monkeypatc
 def test_raw_scan_says_how_its_lungs_were_found_and_on_what_grid(trained, tmp_path, caplog):
     with caplog.at_level("INFO"):
         trained(Bright(HALF)).infer_scan(write_chest(tmp_path / "chest.mhd"))
-    assert "chest: lungs by threshold (" in caplog.text and " litres with their margin)" in caplog.text
+    assert "chest: lungs by threshold: 2.4 litres on the right, 2.4 on the left; grid" in caplog.text
     assert "grid of 32 x 48 x 48 voxels of 7.5 x 5.8 x 6.2 mm (z, y, x)" in caplog.text
     assert "chest: 1 nodule, the highest score is " in caplog.text
 

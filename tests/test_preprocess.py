@@ -27,7 +27,12 @@ import pytest
 import SimpleITK as sitk
 from conftest import toy_cases
 
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+
+import lungs
+
 import preprocess
+from data.phantom import make_phantom
 from preprocess import (
     LUNG_LABELS,
     Case,
@@ -36,6 +41,8 @@ from preprocess import (
     Preprocessing,
     draw_contours,
     draw_sphere,
+    fill_dents,
+    find_lungs,
     find_scans,
     luna16_cases,
     main,
@@ -46,7 +53,7 @@ from preprocess import (
     select_lungs,
     widen,
 )
-from utils import Geometry, read_json, read_lung_points, read_metadata, read_scan
+from utils import Geometry, read_json, read_lung_points, read_metadata, read_scan, resample
 
 FLIPPED = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
 TURNED_Z = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # index x runs along world y
@@ -454,6 +461,89 @@ def test_threshold_lungs_overlap_with_luna16s(phantom_dir, index):
     found = sitk.Resample(segment_lungs(read_scan(path)), labels, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
     found = sitk.GetArrayFromImage(found) > 0
     assert 2 * (found & expected).sum() / (found.sum() + expected.sum()) > 0.8
+
+
+@pytest.fixture(scope="module")
+def lungs_phantom() -> tuple[sitk.Image, sitk.Image]:
+    """A scan of 96 x 96 x 48 voxels and its lungs."""
+    phantom = make_phantom(0, seed=5, size_xyz=(96, 96, 48))
+    labels = sitk.GetArrayFromImage(phantom.lungs)
+    return phantom.image, Geometry.from_image(phantom.lungs).image(np.isin(labels, LUNG_LABELS).astype(np.uint8))
+
+
+@pytest.mark.parametrize("kind", lungs.KINDS)
+def test_lungs_are_found_wherever_they_lie(lungs_phantom, kind):
+    ((_, dice, _),) = lungs.study(*lungs_phantom, [kind])
+    assert dice > 0.92
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("whole", "1.2 litres on the right, 1.1 on the left"),
+        ("sides cut", "1.2 litres on the right, 1.1 on the left; cut by the view's edge (right, left)"),
+        ("back cut", "1.2 litres on the right, 1.1 on the left; cut by the view's edge (back)"),
+        ("half", "1.2 litres on the right, 0.0 on the left; cut by the view's edge (left)"),
+        ("bases", "0.4 litres on the right, 0.3 on the left; cut by the view's edge (top)"),
+        (
+            "bases and bowel",
+            "0.6 litres on the right, 0.5 on the left; cut by the view's edge (top); no lung: 353 ml below the lungs",
+        ),
+    ],
+)
+def test_what_is_to_be_said_of_the_lungs_is_said(lungs_phantom, kind, text):
+    assert str(find_lungs(lungs.KINDS[kind](*lungs_phantom)[0])) == text
+
+
+def without_left_lung(scan: sitk.Image, mask: sitk.Image) -> sitk.Image:
+    """The left lung full of fluid."""
+    hu, inside, geometry = lungs.arrays(scan, mask)
+    middle = find_lungs(scan).middle
+    left = inside & (np.arange(hu.shape[2]) >= middle)
+    hu[left] = 20
+    return lungs.images(hu, inside, geometry)[0]
+
+
+def test_side_without_a_lung_is_kept_whole(lungs_phantom):
+    scan = without_left_lung(*lungs_phantom)
+    found = find_lungs(scan)
+    assert found.doubtful == "left"
+    assert str(found).endswith("nearly no lung on the left, so that side is searched whole")
+    prepared = Preprocessing(target_size=None, target_spacing=(4.0, 4.0, 4.0)).prepare(scan)
+    mask = resample(lungs_phantom[1], prepared.grid, linear=False)
+    left = sitk.GetArrayFromImage(mask) > 0
+    left[..., : int(prepared.grid.index(found.image.TransformIndexToPhysicalPoint((found.middle, 0, 0)))[2]) + 1] = (
+        False
+    )
+    assert prepared.lungs[left].all()
+    cropped = Preprocessing(target_size=None, target_spacing=(4.0,) * 3, crop_to_lungs=True).prepare(scan)
+    assert cropped.lungs.sum() == pytest.approx(prepared.lungs.sum(), rel=0.1)
+
+
+@pytest.mark.parametrize("diameter", [50, 60, 80])
+def test_mass_at_the_chest_wall_is_kept_and_costs_little(lungs_phantom, diameter):
+    scan, mask = lungs_phantom
+    changed, _ = lungs.mass(diameter)(scan, mask)
+    ball = sitk.GetArrayFromImage(changed) != sitk.GetArrayFromImage(scan)
+    grid = Geometry.from_image(scan)
+    kept, plain = (
+        sitk.GetArrayFromImage(resample(widen(fill(find_lungs(changed)), 20, 8), grid, fill=1e3)) <= 0
+        for fill in (fill_dents, lambda found: found.image)
+    )
+    assert kept[ball].mean() > 0.9 > plain[ball].mean()
+    assert kept.sum() < 1.15 * plain.sum() + ball.sum()
+
+
+def test_box_of_bowel_gas_alone_is_no_lung():
+    hu = np.full((40, 60, 60), 40, np.int16)
+    hu[10:30, 20:35, 20:40] = -1000
+    hu[:, :3] = hu[:, -3:] = hu[:, :, :3] = hu[:, :, -3:] = -1000
+    assert find_lungs(Geometry(hu.shape, (0.0, 0.0, 0.0), (3.0, 3.0, 3.0)).image(hu)) is None
+
+
+def test_scan_without_tissue_has_no_lungs():
+    hu = np.random.default_rng(0).normal(-1000, 10, (10, 20, 20)).astype(np.int16)
+    assert find_lungs(Geometry(hu.shape, (0.0, 0.0, 0.0), (3.0, 3.0, 3.0)).image(hu)) is None
 
 
 # ---------------------------------------------------------------------------------------------------- nodule masks

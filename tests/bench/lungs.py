@@ -37,7 +37,7 @@ def arrays(scan: sitk.Image, lungs: sitk.Image) -> tuple[np.ndarray, np.ndarray,
 
 def images(hu: np.ndarray, lungs: np.ndarray, geometry: Geometry) -> Pair:
     """The reverse of ``arrays``."""
-    return geometry.image(np.rint(hu).clip(-3000, 3000).astype(np.int16)), geometry.image(lungs.astype(np.uint8))
+    return geometry.image(np.rint(hu).clip(-32768, 32767).astype(np.int16)), geometry.image(lungs.astype(np.uint8))
 
 
 def cut(scan: sitk.Image, lungs: sitk.Image, lower_xyz: np.ndarray, upper_xyz: np.ndarray) -> Pair:
