@@ -64,7 +64,6 @@ class Slice:
     Args:
         path: Its file.
         series: SeriesInstanceUID.
-        study: StudyInstanceUID.
         patient: Short hash of PatientID; '' where there is none.
         description: SeriesDescription.
         number: InstanceNumber, or '' where there is none.
@@ -84,7 +83,6 @@ class Slice:
 
     path: Path
     series: str
-    study: str
     patient: str
     description: str
     number: str
@@ -261,7 +259,7 @@ def _series_at(path: Path) -> list[Slice]:
     shared = next((uid for uid, count in patients.items() if count > 1), None)
     check(
         shared is None,
-        f"{folder} holds images of several patients or studies that have one SeriesInstanceUID, {shared}; put those of "
+        f"{folder} holds images of several patients that have one SeriesInstanceUID, {shared}; put those of "
         "each into a folder of their own",
     )
     check(len(series) == 1, f"{path} holds {len(series)} series; choose one: {_sum_up(series)}")
@@ -345,11 +343,11 @@ class Index:
         return index
 
     def series(self) -> list[list[Slice]]:
-        """The slices of CTs, those of one series, study and patient together."""
-        groups: dict[tuple[str, ...], list[Slice]] = defaultdict(list)
+        """The slices of CTs, those of one series and patient together."""
+        groups: dict[tuple[str, str], list[Slice]] = defaultdict(list)
         for image in self.images:
             if not image.kind:
-                groups[image.series, image.study, image.patient].append(image)
+                groups[image.series, image.patient].append(image)
         return [images for _, images in sorted(groups.items())]
 
     def left_out(self) -> str:
@@ -409,7 +407,6 @@ def _read(path: Path, size: int, time: int) -> Slice | str:
     return Slice(
         path=path,
         series=(text("0020|000e") or unnamed).replace("/", "_"),
-        study=text("0020|000d"),
         patient=hashlib.sha256(patient.encode()).hexdigest()[:5] if patient else "",  # too short to be guessed back
         description=text("0008|103e"),
         number=text("0020|0013"),
