@@ -203,9 +203,14 @@ class Preprocessing:
             scan: CT in HU, any direction.
             labels: Lung mask in the same patient space; None segments the lungs by threshold.
             lung_labels: Labels of the mask that are lung; None: all that is not 0.
+
+        Raises:
+            InputError: The scan's values are no HU, or the lung mask lies outside of it.
         """
+        check_hounsfield(scan)
         lungs, found = self._coarse_lungs(scan, labels, lung_labels)
         source = "none" if lungs is None else "seg-lungs" if found is None else "threshold"
+        note = str(found) if found is not None else "" if lungs is None else describe_misfit(scan, lungs)
         distance = None if lungs is None else widen(lungs, self.lung_closing_mm, self.lung_margin_mm)
         lower, upper = Geometry.from_image(scan).bounds()
         doubtful = None
@@ -230,7 +235,7 @@ class Preprocessing:
                 kept[Box(tuple(first.tolist()), tuple(last.tolist())).slices] = True
         if self.mask_lungs and kept is not None:
             array[~kept] = 0
-        return PreparedScan(array, grid, kept, source, "" if found is None else str(found))
+        return PreparedScan(array, grid, kept, source, note)
 
     def _coarse_lungs(
         self, scan: sitk.Image, labels: sitk.Image | None, lung_labels: tuple[int, ...] | None
@@ -348,6 +353,10 @@ def _axis_weights(source: Geometry, slab: Geometry, axis: int, factor: int) -> t
 
 # ---------------------------------------------------------------------------------------------------------- lungs
 
+CHEST_MM = 150  # a scan that is larger in all directions holds a chest, not a cube out of one
+AIR_HU = -600  # in a chest some voxels are darker
+MOST_OUTSIDE = 0.3  # of a lung mask that fits its scan
+MOST_TISSUE = 0.2  # likewise
 LUNG_METHOD = 2  # raised whenever other lungs are found in the same scan
 LUNG_GRID_MM = 3.0  # lungs are found and widened on voxels of about this size; distances between them stay exact
 LUNG_HU = -400  # lung parenchyma and air lie below
@@ -386,6 +395,57 @@ def select_lungs(labels: sitk.Image, lung_labels: tuple[int, ...] | None = None)
         inside |= values == label  # several times as fast as ITK's threshold or np.isin
     lungs = _shrink(Geometry.from_image(labels).image(inside * np.uint8(200))) >= 100
     return lungs if inside.any() and sitk.GetArrayViewFromImage(lungs).any() else None
+
+
+def check_hounsfield(scan: sitk.Image) -> None:
+    """Raises InputError where the values of a scan cannot be HU.
+
+    What is told: values scaled to [0, 1] or to 8 bits, of any scan; and of one of a chest's size, values without air or
+    lung among the darkest, as after a shift, a factor or an inversion.
+    """
+    array = sitk.GetArrayViewFromImage(scan)
+    values = array[tuple(slice(size // 128 // 2, None, max(1, size // 128)) for size in array.shape)].astype(np.float32)
+    values = values[values > PADDING_HU] if (values > PADDING_HU).any() else values
+    low, high = float(values.min()), float(values.max())
+    seen = f"its values lie between {low:.4g} and {high:.4g}"
+    is_scaled = low >= -1.5 and high <= 1.5 and high > low
+    check(not is_scaled, f"the scan is not in HU: {seen}, as after a scaling; take its source")
+    is_picture = low >= 0 and 128 <= high <= 255
+    check(not is_picture, f"the scan is not in HU: {seen}, as in a picture of 8 bits; take its source")
+    sides = np.asarray(scan.GetSize()) * scan.GetSpacing()
+    dark = float(np.percentile(values, 2))
+    check(
+        sides.min() < CHEST_MM or dark < AIR_HU,
+        f"the scan is not in HU, or no chest: the darkest 2 % reach {dark:.0f}, where air has -1000 and lungs -850 "
+        f"({seen}); is it shifted, scaled or inverted? take its source",
+    )
+
+
+def describe_misfit(scan: sitk.Image, lungs: sitk.Image) -> str:
+    """Why a lung mask seems to be that of another scan, or turned; '' where it fits.
+
+    Args:
+        scan: CT in HU.
+        lungs: Binary mask that is not empty, in the same patient space.
+    """
+    voxels, grid, own = (
+        np.argwhere(sitk.GetArrayViewFromImage(lungs)),
+        Geometry.from_image(lungs),
+        Geometry.from_image(scan),
+    )
+    voxels = voxels[np.random.default_rng(0).integers(len(voxels), size=4000)]
+    index = np.rint(own.index(grid.world(voxels))).astype(int)
+    inside = ((index >= 0) & (index < own.shape_zyx)).all(axis=1)
+    outside = 1 - float(inside.mean())
+    if outside > MOST_OUTSIDE:
+        return f"the lung mask does not fit the scan: {outside:.0%} of it lies outside"
+    tissue = float((sitk.GetArrayViewFromImage(scan)[tuple(index[inside].T)] > -200).mean())
+    if tissue > MOST_TISSUE:
+        return (
+            f"the lung mask does not fit the scan: {tissue:.0%} of it is soft tissue; is it upside down, or that of "
+            "another scan?"
+        )
+    return ""
 
 
 @dataclass(frozen=True)
@@ -1307,6 +1367,16 @@ class LUNA16Preprocessor:
             logger.info("lungs: %s, %d not found", ", ".join(counts), sources.count("none"))
             if "none" in sources and self.settings.mask_lungs:
                 logger.warning("%d scan(s) without lungs were left unmasked", sources.count("none"))
+            notes = [
+                f"{scan.seriesuid}: {scan.lung_note}"
+                for scan in metadata
+                if ";" in scan.lung_note or "fit" in scan.lung_note
+            ]
+            if notes:
+                more = (
+                    f" and {len(notes) - MAX_NAMED} more (lung_note in the metadata)" if len(notes) > MAX_NAMED else ""
+                )
+                logger.warning("lungs to look at: %s%s", "; ".join(notes[:MAX_NAMED]), more)
 
 
 def _warn_ignored(name: str, value: Any, where: str) -> None:

@@ -534,6 +534,69 @@ def test_mass_at_the_chest_wall_is_kept_and_costs_little(lungs_phantom, diameter
     assert kept.sum() < 1.15 * plain.sum() + ball.sum()
 
 
+WRONG_VALUES = {
+    "shifted by 1024": lambda hu: hu + 1024,
+    "scaled to [0, 1]": lambda hu: np.clip((hu + 1000) / 1400, 0, 1),
+    "scaled to [-1, 1]": lambda hu: np.clip((hu + 1000) / 700 - 1, -1, 1),
+    "8 bits": lambda hu: np.clip((hu + 1000) / 1400 * 255, 0, 255).round(),
+    "halved": lambda hu: hu / 2,
+    "inverted": lambda hu: -hu,
+    "a mask": lambda hu: (hu < -400).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_VALUES)
+def test_scan_that_is_not_in_hu_is_refused(lungs_phantom, kind):
+    hu = np.maximum(sitk.GetArrayFromImage(lungs_phantom[0]).astype(np.float32), -1024)
+    wrong = Geometry.from_image(lungs_phantom[0]).image(WRONG_VALUES[kind](hu).astype(np.float32))
+    with pytest.raises(ValueError, match="the scan is not in HU"):
+        Preprocessing(target_size=(8, 8, 8)).prepare(wrong)
+
+
+RIGHT_VALUES = {
+    "as it is": lambda hu: hu,
+    "very dark": lambda hu: hu - 150.0 * (hu < -500),
+    "very noisy": lambda hu: hu + np.random.default_rng(0).normal(0, 150, hu.shape),
+    "cut at -1024": lambda hu: np.maximum(hu, -1024),
+    "clipped to [-1000, 400]": lambda hu: np.clip(hu, -1000, 400),
+    "a cube of lung and wall": lambda hu: hu[20:30, 30:60, 10:40],
+    "a cube of tissue": lambda hu: np.random.default_rng(0).normal(40, 15, (10, 20, 20)),
+    "a cube of one value": lambda hu: np.zeros((4, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", RIGHT_VALUES)
+def test_scan_in_hu_is_not_told_off(lungs_phantom, kind):
+    hu = RIGHT_VALUES[kind](sitk.GetArrayFromImage(lungs_phantom[0]).astype(np.float32)).astype(np.float32)
+    spacing = lungs_phantom[0].GetSpacing()
+    Preprocessing(target_size=(8, 8, 8)).prepare(Geometry(hu.shape, (0.0, 0.0, 0.0), spacing).image(hu))
+
+
+def moved_mask(mask: sitk.Image, kind: str) -> sitk.Image:
+    array, geometry = sitk.GetArrayFromImage(mask), Geometry.from_image(mask)
+    if kind in ("upside down", "front to back"):
+        return geometry.image(np.ascontiguousarray(np.flip(array, 0 if kind == "upside down" else 1)))
+    up = {"30 mm higher": 30, "120 mm higher": 120}[kind]
+    return replace(geometry, origin=tuple(np.add(geometry.origin, (0, 0, up)).tolist())).image(array)
+
+
+@pytest.mark.parametrize("kind", ["upside down", "front to back", "30 mm higher"])
+def test_lung_mask_that_does_not_fit_is_told(lungs_phantom, kind):
+    scan, mask = lungs_phantom
+    prepared = Preprocessing(target_size=(16, 16, 16)).prepare(scan, moved_mask(mask, kind))
+    assert re.match(r"the lung mask does not fit the scan: \d\d% of it is soft tissue; is it", prepared.lung_note)
+
+
+def test_lung_mask_outside_of_the_scan_is_told(lungs_phantom):
+    scan, mask = lungs_phantom
+    prepared = Preprocessing(target_size=(16, 16, 16)).prepare(scan, moved_mask(mask, "120 mm higher"))
+    assert re.match(r"the lung mask does not fit the scan: \d\d% of it lies outside", prepared.lung_note)
+
+
+def test_lung_mask_that_fits_is_not_told_off(lungs_phantom):
+    assert Preprocessing(target_size=(16, 16, 16)).prepare(*lungs_phantom).lung_note == ""
+
+
 def test_box_of_bowel_gas_alone_is_no_lung():
     hu = np.full((40, 60, 60), 40, np.int16)
     hu[10:30, 20:35, 20:40] = -1000
