@@ -94,6 +94,9 @@ UNGUARDED = (
     "worker processes do not start; in a script of your own, what starts them must stand under "
     'if __name__ == "__main__":'
 )
+EMPTY_HU = -800  # the mean of a nodule lies above, also of ground glass
+LEAST_ANNOTATIONS = 3  # fewer say nothing of the table
+MOST_EMPTY = 0.3  # share of annotations at whose places nothing is
 SLAB_VOXELS = 32_000_000  # the resampler's working memory: float32, 128 MB
 
 
@@ -246,8 +249,17 @@ class Preprocessing:
         lungs = None if labels is None else select_lungs(labels, lung_labels)
         if lungs is not None:
             return lungs, None
+        if labels is not None:
+            there = np.unique(sitk.GetArrayViewFromImage(labels))[:10].tolist()
+            logger.warning("a lung mask holds the labels %s and none of %s, so it is not used", there, lung_labels)
         found = find_lungs(scan)
         return (None, None) if found is None else (fill_dents(found), found)
+
+    def mean_hu(self, values: np.ndarray) -> float | None:
+        """Mean of prepared values, in HU; None of no values."""
+        if not values.size:
+            return None
+        return float(values.mean(dtype=np.float32)) * (self.hu_max - self.hu_min) + self.hu_min
 
     def apply_hu_window(self, scan: sitk.Image, grid: Geometry) -> np.ndarray:
         """HU window on the grid as float16 in [0, 1]; HU is clipped before anything is averaged."""
@@ -926,6 +938,18 @@ def find_scans(folder: str | Path, masks_dir: str | Path = "") -> dict[str, Path
     return dict(sorted(found.items()))
 
 
+def find_masks(folder: Path) -> dict[str, Path]:
+    """{name: path} of the lung masks in a folder, of all formats and wherever they lie; none of one that is missing."""
+    masks: dict[str, Path] = {}
+    with suppress(FileNotFoundError):
+        for path in list_scans(folder):
+            check(
+                scan_name(path) not in masks, f"lung mask {scan_name(path)} lies in two places of {folder}; remove one"
+            )
+            masks[scan_name(path)] = path
+    return masks
+
+
 def luna16_cases(raw_data_dir: Path, annotations_path: Path, lung_masks_dir: Path) -> list[Case]:
     """The scans of LUNA16; all that is known of its layout is known here.
 
@@ -959,14 +983,14 @@ def luna16_cases(raw_data_dir: Path, annotations_path: Path, lung_masks_dir: Pat
         )
     nodules = {uid: rows[list(ANNOTATION_COLUMNS[1:])].to_numpy() for uid, rows in table.groupby("seriesuid")}
     patients = dict(query_lidc("SELECT series_instance_uid, patient_id FROM scans") or ())
+    masks = find_masks(lung_masks_dir)
     cases = []
     for uid, path in scans.items():
-        lungs = lung_masks_dir / f"{uid}.mhd"
         cases.append(
             Case(
                 uid,
                 path,
-                lungs if lungs.is_file() else None,
+                masks.get(uid),
                 LUNG_LABELS,
                 tuple((x, y, z, diameter) for x, y, z, diameter in nodules[uid].tolist()) if uid in nodules else (),
                 patients.get(uid) or scan_reader(path).patient(path) or None,
@@ -1084,6 +1108,7 @@ def _draw_nodules(
             "sphere" if drawn is None else "lidc",
             bool(geometry.contains(center)),
             bool(masked is not None and not masked[where].all()),
+            task.settings.mean_hu(prepared.array[where]),
         )
         nodules.append(nodule)
     return tuple(nodules), mask
@@ -1355,6 +1380,15 @@ class LUNA16Preprocessor:
             ]
             more = f" and {len(rows) - MAX_NAMED} more in {self.output_dir / path}" if len(rows) > MAX_NAMED else ""
             logger.warning("%d annotation(s) %s: %s%s", len(rows), problem, ", ".join(named), more)
+        nodules = [nodule for scan in metadata for nodule in scan.nodules]
+        empty = sum(nodule.mean_hu is None or nodule.mean_hu < EMPTY_HU for nodule in nodules)
+        if len(nodules) >= LEAST_ANNOTATIONS and empty > MOST_EMPTY * len(nodules):
+            logger.warning(
+                "%d of %d annotations lie outside of their scan or its lungs, or over empty lung: coordX, coordY and "
+                "coordZ must be LPS millimetres, not RAS, voxels or z, y, x",
+                empty,
+                len(nodules),
+            )
 
     def _report_sources(self, metadata: list[ScanMetadata]) -> None:
         """Counts where the lungs and the nodule masks of the usable scans came from."""

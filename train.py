@@ -427,11 +427,15 @@ class Trainer:
         parts = []
         for part in ("train", "validation", "test"):
             uids = getattr(self.split, part)
-            nodules = sum(len(self.metadata[uid].nodules) for uid in uids if uid in self.metadata)
-            parts.append(f"{len(uids)} {part}" + (f" ({nodules} nodules)" if part != "test" else ""))
-            if part != "test" and not nodules:
-                consequence = "the network can only learn to mark nothing" if part == "train" else "there is no Dice"
-                logger.warning("no %s scan has a nodule: %s", part, consequence)
+            masks = [nodule.voxels > 0 for uid in uids if uid in self.metadata for nodule in self.metadata[uid].nodules]
+            parts.append(f"{len(uids)} {part}" + (f" ({sum(masks)} nodules)" if part != "test" else ""))
+            check(
+                part != "train" or any(masks),
+                f"no training scan has a nodule in its mask, so nothing can be learnt; do the seriesuid and the "
+                f"coordinates of the annotations belong to these scans? {self.data_dir / 'annotation_problems.csv'}",
+            )
+            if part == "validation" and not any(masks):
+                logger.warning("no validation scan has a nodule: there is no Dice, and the loss chooses the best epoch")
         tell(f"scans: {', '.join(parts)}")
 
     def _read_metadata(self) -> dict[str, ScanMetadata]:

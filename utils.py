@@ -1343,16 +1343,18 @@ class AnnotatedNodule(Nodule):
         mask_source: 'sphere' or 'lidc'.
         inside_scan: Whether its centre lies in the scan.
         cut_by_lungs: Whether a part of it lies outside the lung mask, where the image is air.
+        mean_hu: Of its voxels on the processed grid; None where it has none.
     """
 
     voxels: int
     mask_source: str = "sphere"
     inside_scan: bool = True
     cut_by_lungs: bool = False
+    mean_hu: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Built-in types, for the metadata."""
-        own = ("voxels", "mask_source", "inside_scan", "cut_by_lungs")
+        own = ("voxels", "mask_source", "inside_scan", "cut_by_lungs", "mean_hu")
         return super().to_dict() | {name: getattr(self, name) for name in own}
 
     @classmethod

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 import lungs
 
 import preprocess
-from data.phantom import make_phantom
+from data.phantom import make_phantom, write_phantoms
 from preprocess import (
     LUNG_LABELS,
     Case,
@@ -595,6 +595,59 @@ def test_lung_mask_outside_of_the_scan_is_told(lungs_phantom):
 
 def test_lung_mask_that_fits_is_not_told_off(lungs_phantom):
     assert Preprocessing(target_size=(16, 16, 16)).prepare(*lungs_phantom).lung_note == ""
+
+
+@pytest.fixture(scope="module")
+def nodules_dir(tmp_path_factory) -> Path:
+    """Six phantoms with nodules of 8 mm and more."""
+    folder = tmp_path_factory.mktemp("nodules")
+    write_phantoms(folder, num_scans=6, size_xyz=(64, 64, 32), min_diameter_mm=8, num_processes=1)
+    return folder
+
+
+COORDINATES = {
+    "RAS": lambda xyz, uid, folder: xyz * [-1, -1, 1],
+    "z, y, x": lambda xyz, uid, folder: xyz[::-1],
+    "voxels": lambda xyz, uid, folder: Geometry.from_image(read_scan(find_scans(folder / "raw")[uid])).index(xyz)[::-1],
+}
+
+
+@pytest.mark.parametrize("kind", ["right", *COORDINATES])
+def test_annotations_at_whose_places_nothing_is_are_told(nodules_dir, tmp_path, caplog, kind):
+    table = pd.read_csv(nodules_dir / "annotations.csv", dtype={"seriesuid": str})
+    columns = ["coordX", "coordY", "coordZ"]
+    if kind != "right":
+        change = COORDINATES[kind]
+        rows = zip(table["seriesuid"], table[columns].to_numpy(), strict=True)
+        table[columns] = [change(xyz, uid, nodules_dir) for uid, xyz in rows]
+    table.to_csv(tmp_path / "annotations.csv", index=False)
+    paths = (nodules_dir / "raw", tmp_path / "annotations.csv", nodules_dir / "seg-lungs-LUNA16", tmp_path / "out")
+    LUNA16Preprocessor(*paths, target_size=(32, 64, 64), num_processes=1).process_all()
+    assert ("must be LPS millimetres, not RAS, voxels or z, y, x" in caplog.text) == (kind != "right")
+
+
+@pytest.mark.parametrize("place", ["{}.nii.gz", "below/{}.mha"])
+def test_lung_masks_of_other_formats_and_places_are_used(nodules_dir, tmp_path, place):
+    uid, path = next(iter(find_scans(nodules_dir / "raw").items()))
+    target = tmp_path / "lungs" / place.format(uid)
+    target.parent.mkdir(parents=True)
+    sitk.WriteImage(read_scan(nodules_dir / "seg-lungs-LUNA16" / f"{uid}.mhd", constant=True), str(target))
+    (case, *_) = luna16_cases(nodules_dir / "raw", nodules_dir / "annotations.csv", tmp_path / "lungs")
+    assert (case.seriesuid, case.lungs_path) == (uid, target)
+    assert path == case.scan_path
+
+
+def test_lung_mask_in_two_places_is_refused(nodules_dir, tmp_path):
+    touch(tmp_path, "a/1.1.mhd", "b/1.1.nii")
+    with pytest.raises(ValueError, match=r"lung mask 1\.1 lies in two places"):
+        luna16_cases(nodules_dir / "raw", nodules_dir / "annotations.csv", tmp_path)
+
+
+def test_lung_mask_with_other_labels_is_told(lungs_phantom, caplog):
+    scan, mask = lungs_phantom
+    prepared = Preprocessing(target_size=(8, 8, 8)).prepare(scan, mask * 2, LUNG_LABELS)
+    assert prepared.lung_source == "threshold"
+    assert "a lung mask holds the labels [0, 2] and none of (3, 4), so it is not used" in caplog.text
 
 
 def test_box_of_bowel_gas_alone_is_no_lung():

@@ -87,6 +87,15 @@ def test_full_disk_under_tensorboard_is_named_and_the_epoch_kept(processed_dir, 
     assert (tmp_path / "run" / "checkpoints" / "checkpoint_epoch_1.pth").is_file()
 
 
+def test_training_without_a_nodule_stops_before_the_first_epoch(phantom_dir, tmp_path):
+    (tmp_path / "annotations.csv").write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n")
+    paths = (phantom_dir / "raw", tmp_path / "annotations.csv", phantom_dir / "seg-lungs-LUNA16", tmp_path / "data")
+    LUNA16Preprocessor(*paths, target_size=(16, 16, 16), num_processes=1).process_all()
+    with pytest.raises(InputError, match="no training scan has a nodule in its mask, so nothing can be learnt"):
+        Trainer(tmp_path / "data", tmp_path / "run", num_epochs=1, **CPU).train()
+    assert not list((tmp_path / "run").rglob("*.pth"))
+
+
 def test_split_covers_all_scans_once(run_dir, processed_dir):
     split = read_split(run_dir / "checkpoints" / "split.json")
     assert sorted(list(split.train) + list(split.validation)) == read_processed_list(processed_dir)
