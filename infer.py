@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model import InferenceSettings, SegmentationNetwork, load_checkpoint, to_device
-from preprocess import LUNG_METHOD, PreparedScan, Preprocessing
+from preprocess import LUNG_METHOD, PreparedScan, Preprocessing, measure_noise
 from utils import (
     CANDIDATE_COLUMNS,
     UID,
@@ -61,6 +61,7 @@ from utils import (
     check,
     choose_scans,
     delete_files,
+    describe_unlike,
     do_once,
     folder_lock,
     free_memory,
@@ -84,6 +85,7 @@ from utils import (
     resample,
     run_main,
     scan_name,
+    scanning_of,
     select_device,
     signed_distance,
     tell,
@@ -753,7 +755,8 @@ class ScanResult:
         source: File or folder that the scan was read from.
         found: All that was found.
         highest_probability: Of any voxel.
-        lungs: What is to be said of the lungs that were found in a raw scan.
+        lungs: What is to be said of the lungs that were found.
+        unlike_training: In what the scan lies outside of what the checkpoint has learnt; '' where it does not.
     """
 
     seriesuid: str
@@ -762,6 +765,7 @@ class ScanResult:
     found: Segmentation
     highest_probability: float
     lungs: str = ""
+    unlike_training: str = ""
 
     def row(self) -> dict[str, Any]:
         """What the summary says of the scan."""
@@ -776,6 +780,7 @@ class ScanResult:
             "faint_marks": len(self.found.candidates) - len(nodules),
             "highest_voxel_probability": self.highest_probability,
             "lungs": self.lungs,
+            "unlike_training": self.unlike_training or "no",
         }
 
     def __str__(self) -> str:
@@ -1251,6 +1256,7 @@ class NoduleInferencer:
             checkpoint = load_checkpoint(self.checkpoint_path)
             self.checkpoint_sha256 = checkpoint.sha256
             self.preprocessing = Preprocessing.from_dict(checkpoint.preprocessing)
+            self.learnt = checkpoint.learnt
             self.lung_method = checkpoint.preprocessing.get("lung_method", 1)
             settings = checkpoint.inference
         self.settings = _override(settings or InferenceSettings(), threshold, min_score, mirrors)
@@ -1356,7 +1362,8 @@ class NoduleInferencer:
         """Nodules, files and picture of a processed scan."""
         uid, found = scan.seriesuid, self.segment(probability, scan.geometry)
         lungs = scan.metadata.lung_note or f"by {scan.metadata.lung_source}"
-        result = ScanResult(uid, parts[uid], source, found, float(probability.max()), lungs)
+        unlike = describe_unlike(scanning_of(scan.metadata.scan_geometry, scan.metadata.noise_hu), self.learnt)
+        result = ScanResult(uid, parts[uid], source, found, float(probability.max()), lungs, unlike)
         image, annotated = np.asarray(scan.image, np.float32), scan.metadata.nodules
         figure = draw_overlay(image, scan.geometry, found.mask, found.nodules, scan.mask, uid, annotated=annotated)
         self.folder.write_scan(result, figure)
@@ -1461,7 +1468,13 @@ class NoduleInferencer:
         self._tell_prepared(name, prepared)
         probability = self.predict_probability(prepared.array)
         found = self.segment(probability, prepared.grid)
-        result = ScanResult(name, part, source, found, float(probability.max()), prepared.lung_note or "not found")
+        unlike = describe_unlike(scanning_of(Geometry.from_image(scan), measure_noise(scan)), self.learnt)
+        if prepared.lung_source == "none":
+            unlike = "; ".join(filter(None, [unlike, "no lungs were found"]))
+        if unlike:
+            logger.warning("%s is unlike the training scans: %s", name, unlike)
+        lungs = prepared.lung_note or "not found"
+        result = ScanResult(name, part, source, found, float(probability.max()), lungs, unlike)
         # The CT itself, not what the network sees of it: a radiologist wants to see what lies around the lungs.
         ct = self.preprocessing.apply_hu_window(scan, prepared.grid).astype(np.float32)
         title = name + (f"\nlungs: {prepared.lung_note}" if prepared.lung_note else "")

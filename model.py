@@ -9,7 +9,7 @@ import pickle
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -374,6 +374,7 @@ class Checkpoint:
         training: Settings of the Trainer, by the names of their options.
         epoch: Epochs done.
         progress: What only a resume needs, as built-in types and tensors.
+        learnt: {name: (lowest, highest)} of what the training scans were like, as ``utils.scanning_of`` names it.
         sha256: Of the file that it was read from; empty where it was made in memory.
     """
 
@@ -385,6 +386,7 @@ class Checkpoint:
     training: dict[str, Any]
     epoch: int
     progress: dict[str, Any]
+    learnt: dict[str, tuple[float, float]] = field(default_factory=dict)
     sha256: str = ""
 
     def build_network(self) -> SegmentationNetwork:
@@ -403,7 +405,8 @@ class Checkpoint:
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Writes tensors and built-in types, which ``load_checkpoint`` takes back without unpickling anything else."""
-    values = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint) if field.name != "sha256"}
+    names = [part.name for part in fields(Checkpoint) if part.name != "sha256"]
+    values = {name: getattr(checkpoint, name) for name in names}
     torch.save({"format": CHECKPOINT_FORMAT, **values, "inference": checkpoint.inference.to_dict()}, path)
 
 

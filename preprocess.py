@@ -365,6 +365,8 @@ def _axis_weights(source: Geometry, slab: Geometry, axis: int, factor: int) -> t
 
 # ---------------------------------------------------------------------------------------------------------- lungs
 
+TISSUE_HU = (0, 100)  # where a slice is smooth but for its noise
+LEAST_TISSUE_VOXELS = 200
 CHEST_MM = 150  # a scan that is larger in all directions holds a chest, not a cube out of one
 AIR_HU = -600  # in a chest some voxels are darker
 MOST_OUTSIDE = 0.3  # of a lung mask that fits its scan
@@ -431,6 +433,25 @@ def check_hounsfield(scan: sitk.Image) -> None:
         f"the scan is not in HU, or no chest: the darkest 2 % reach {dark:.0f}, where air has -1000 and lungs -850 "
         f"({seen}); is it shifted, scaled or inverted? take its source",
     )
+
+
+def measure_noise(scan: sitk.Image) -> float | None:
+    """Noise of a scan in HU: the typical difference of a voxel in soft tissue to the mean around it, in its slice.
+
+    Returns:
+        The standard deviation, by the median of the differences; None where little soft tissue is in the middle slices.
+    """
+    array = sitk.GetArrayViewFromImage(scan)
+    found = []
+    for z in np.unique(np.linspace(0.3, 0.7, 5) * len(array)).astype(int):
+        plane = array[z].astype(np.float32)
+        mean = ndimage.uniform_filter(plane, 3)
+        smooth = ndimage.uniform_filter(plane, 9)
+        found.append((plane - mean)[(smooth > TISSUE_HU[0]) & (smooth < TISSUE_HU[1])])
+    differences = np.concatenate(found)
+    if len(differences) < LEAST_TISSUE_VOXELS:
+        return None
+    return float(1.4826 * np.median(np.abs(differences)) * math.sqrt(9 / 8))
 
 
 def describe_misfit(scan: sitk.Image, lungs: sitk.Image) -> str:
@@ -1077,6 +1098,7 @@ def process_scan(task: ScanTask) -> ScanMetadata:
         scan_geometry=Geometry.from_image(scan),
         preprocessing=task.settings.to_dict(),
         fingerprint=task.fingerprint(),
+        noise_hu=measure_noise(scan),
     )
     for path in task.metadata_files():  # what says that the scan is done goes first
         path.unlink(missing_ok=True)

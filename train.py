@@ -80,6 +80,7 @@ from utils import (
     parse_command_line,
     process_count,
     process_rank,
+    ranges_of,
     read_processed,
     read_processed_list,
     read_split,
@@ -797,6 +798,7 @@ class Trainer:
             inference=self.inference,
             training=self.settings,
             epoch=self.epoch,
+            learnt=ranges_of(self.metadata[uid] for uid in self.split.train),
             progress={
                 "best": self.best,
                 "log": self.log,

@@ -1380,6 +1380,7 @@ class ScanMetadata:
         scan_geometry: Where the voxels of the raw scan lie.
         preprocessing: ``Preprocessing.to_dict()``.
         fingerprint: Hash of all that decided the result.
+        noise_hu: Noise of the raw scan; None where it could not be measured.
     """
 
     seriesuid: str
@@ -1392,6 +1393,7 @@ class ScanMetadata:
     scan_geometry: Geometry
     preprocessing: dict[str, Any]
     fingerprint: str
+    noise_hu: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Built-in types, for JSON; origin and spacing are those of the processed grid (x, y, z)."""
@@ -1408,6 +1410,7 @@ class ScanMetadata:
             "scan_geometry": self.scan_geometry.to_dict(),
             "preprocessing": self.preprocessing,
             "fingerprint": self.fingerprint,
+            "noise_hu": self.noise_hu,
         }
 
     @classmethod
@@ -1424,7 +1427,38 @@ class ScanMetadata:
             Geometry.from_dict(values["scan_geometry"]),
             values["preprocessing"],
             values["fingerprint"],
+            values.get("noise_hu"),
         )
+
+
+FAR_OUTSIDE = 1.5  # times the highest figure of the training scans, or by it below the lowest
+
+
+def scanning_of(geometry: Geometry, noise_hu: float | None) -> dict[str, float]:
+    """What a scan is like, in figures that a network may depend on."""
+    *pixel, slices = sorted(geometry.spacing)
+    figures = {"slice_mm": slices, "pixel_mm": pixel[0]}
+    return figures if noise_hu is None else figures | {"noise_hu": noise_hu}
+
+
+def ranges_of(scans: Iterable[ScanMetadata]) -> dict[str, tuple[float, float]]:
+    """{name: (lowest, highest)} of ``scanning_of`` all scans."""
+    table = pd.DataFrame([scanning_of(scan.scan_geometry, scan.noise_hu) for scan in scans])
+    return {
+        str(name): (float(column.min()), float(column.max())) for name, column in table.items() if column.notna().any()
+    }
+
+
+def describe_unlike(figures: dict[str, float], learnt: dict[str, tuple[float, float]]) -> str:
+    """In what a scan lies far outside of the training scans; '' where it does not."""
+    words = {"slice_mm": "slices of {} mm", "pixel_mm": "pixels of {} mm", "noise_hu": "a noise of {} HU"}
+    found = []
+    for name, value in figures.items():
+        low, high = learnt.get(name, (value, value))
+        is_low = value < low / FAR_OUTSIDE and name != "noise_hu"  # less noise does no harm
+        if is_low or value > high * FAR_OUTSIDE:
+            found.append(f"{words[name].format(f'{value:.2g}')}, where training scans have {low:.2g} to {high:.2g}")
+    return "; ".join(found)
 
 
 @dataclass(frozen=True)

@@ -1499,6 +1499,22 @@ def test_raw_scan_says_how_its_lungs_were_found_and_on_what_grid(trained, tmp_pa
     assert "chest: 1 nodule, the highest score is " in caplog.text
 
 
+def test_scan_unlike_the_training_scans_is_told_in_log_and_result(trained, tmp_path, caplog):
+    inferencer = trained(Bright(HALF))
+    inferencer.learnt = {"slice_mm": (1.0, 2.0)}
+    inferencer.infer_scan(write_chest(tmp_path / "chest.mhd"))
+    assert "chest is unlike the training scans: slices of 6 mm, where training scans have 1 to 2" in caplog.text
+    summary = json.loads((inferencer.output_dir / "inference_summary.json").read_text())["scans"]["chest"]
+    assert summary["unlike_training"] == "slices of 6 mm, where training scans have 1 to 2"
+    assert summary["lungs"] == "2.4 litres on the right, 2.4 on the left"
+
+
+def test_checkpoint_knows_what_its_training_scans_were_like(run_dir):
+    learnt = load_checkpoint(run_dir / "checkpoints" / "best_model.pth").learnt
+    assert set(learnt) == {"slice_mm", "pixel_mm", "noise_hu"}
+    assert all(low <= high for low, high in learnt.values())
+
+
 class Level(nn.Module):
     """Gives a cube the probability p, and everything else nearly none."""
 

@@ -597,6 +597,19 @@ def test_lung_mask_that_fits_is_not_told_off(lungs_phantom):
     assert Preprocessing(target_size=(16, 16, 16)).prepare(*lungs_phantom).lung_note == ""
 
 
+@pytest.mark.parametrize("noise", [15, 40, 120])
+def test_noise_is_measured_in_soft_tissue(lungs_phantom, noise):
+    hu = sitk.GetArrayFromImage(lungs_phantom[0]).astype(np.float32)
+    own = preprocess.measure_noise(lungs_phantom[0])
+    added = np.random.default_rng(0).normal(0, noise, hu.shape).astype(np.float32)
+    found = preprocess.measure_noise(Geometry.from_image(lungs_phantom[0]).image(hu + added))
+    assert found == pytest.approx(np.hypot(own, noise), rel=0.25)
+
+
+def test_noise_of_a_scan_without_soft_tissue_is_unknown():
+    assert preprocess.measure_noise(image_of(np.full((5, 9, 9), -800, np.int16))) is None
+
+
 @pytest.fixture(scope="module")
 def nodules_dir(tmp_path_factory) -> Path:
     """Six phantoms with nodules of 8 mm and more."""

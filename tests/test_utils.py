@@ -1992,3 +1992,34 @@ class TestRunMain:
     def test_mistake_of_ours_keeps_its_traceback(self):
         with pytest.raises(ZeroDivisionError):
             run_main(lambda argv: 1 // 0, None)
+
+
+LEARNT = {"slice_mm": (1.0, 3.0), "pixel_mm": (0.6, 0.8), "noise_hu": (10.0, 30.0)}
+
+
+@pytest.mark.parametrize(
+    ("figures", "text"),
+    [
+        ({"slice_mm": 3.0, "pixel_mm": 0.7, "noise_hu": 20.0}, ""),
+        ({"slice_mm": 0.8, "pixel_mm": 1.1, "noise_hu": 40.0}, ""),  # within one and a half times
+        ({"slice_mm": 5.0, "pixel_mm": 0.7}, "slices of 5 mm, where training scans have 1 to 3"),
+        ({"slice_mm": 0.5, "pixel_mm": 0.7}, "slices of 0.5 mm, where training scans have 1 to 3"),
+        ({"slice_mm": 2.0, "pixel_mm": 0.7, "noise_hu": 1.0}, ""),
+        (
+            {"slice_mm": 2.0, "pixel_mm": 2.0, "noise_hu": 99.0},
+            "pixels of 2 mm, where training scans have 0.6 to 0.8; "
+            "a noise of 99 HU, where training scans have 10 to 30",
+        ),
+    ],
+)
+def test_scan_outside_of_what_was_learnt_is_described(figures, text):
+    assert utils.describe_unlike(figures, LEARNT) == text
+
+
+def test_nothing_is_said_where_nothing_is_known():
+    assert utils.describe_unlike({"slice_mm": 9.0}, {}) == ""
+
+
+def test_ranges_are_those_of_all_scans():
+    scans = [metadata_of(), replace(metadata_of(), noise_hu=20.0)]
+    assert utils.ranges_of(scans) == {"slice_mm": (1.0, 1.0), "pixel_mm": (1.0, 1.0), "noise_hu": (20.0, 20.0)}
