@@ -53,4 +53,4 @@ def test_training_of_a_recipe_is_one_that_a_trainer_takes(recipe, processed_dir,
     words = ["--config", str(path), "--data_dir", str(processed_dir), "--output_dir", str(tmp_path), "--device", "cpu"]
     [options], _ = parse_command_line(Trainer, argv=words)
     trainer = Trainer(**options | {"channels": (2, 2, 4), "strides": (2, 2)})
-    assert trainer.settings["network"] == "subpixel"
+    assert trainer.settings["network"] == "unet"

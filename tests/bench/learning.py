@@ -111,19 +111,22 @@ def recipe(*changes: str, epochs: int = 86, **more: Any) -> Trial:
 
 
 HALVES = {"train": "train A", "tests": ("test A", "test B")}
-SCREENING = 48  # epochs in ten minutes
+SCREENING = 39  # epochs in ten minutes
 
 TRIALS = {
     "screening": recipe(epochs=SCREENING, **HALVES),
     "screening, no mirrors": recipe(weights_of="screening", scoring=("--mirrors", "0"), **HALVES),
     "screening, score not bagged": recipe(weights_of="screening", bagged=False, **HALVES),
-    "screening, no fading": recipe("--augmentation.fade_prob", "0", epochs=SCREENING, **HALVES),
+    "screening, fading": recipe("--augmentation.fade_prob", "0.2", epochs=SCREENING, **HALVES),
     "screening, nothing pasted": recipe("--augmentation.paste_prob", "0", epochs=SCREENING, **HALVES),
+    "screening, fading, nothing pasted": recipe(
+        "--augmentation.fade_prob", "0.2", "--augmentation.paste_prob", "0", epochs=SCREENING, **HALVES
+    ),
     "20 epochs": recipe(epochs=20),
     "20 epochs, dropout 0.1": recipe("--dropout", "0.1", epochs=20),
-    "20 epochs, unet": recipe("--network", "unet", epochs=20),
-    "20 epochs, unet, dropout 0.1": recipe("--dropout", "0.1", "--network", "unet", epochs=20),
-    "recipe": recipe(epochs=96, tests=NAMED_BEFOREHAND, seeds=(0, 1, 2)),
+    "20 epochs, subpixel": recipe("--network", "subpixel", epochs=20),
+    "20 epochs, subpixel, dropout 0.1": recipe("--dropout", "0.1", "--network", "subpixel", epochs=20),
+    "recipe": recipe(epochs=76, tests=NAMED_BEFOREHAND, seeds=(0, 1, 2)),
     "defaults, subpixel": defaults("--network", "subpixel"),
     PLAIN: defaults(),
     "defaults": defaults(seeds=(0, 1, 2)),
