@@ -23,7 +23,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -1191,7 +1191,8 @@ class RawScan:
             return message
         message = message.replace(str(self.path), self.name)
         folder = unpack(self.private) if is_zip(self.private) else self.private
-        names = {text for path in walk(folder) for text in (path.name, path.stem)} | {*self.private.absolute().parts}
+        below = walk(folder) if folder.exists() else ()
+        names = {text for path in below for text in (path.name, path.stem)} | {*self.private.absolute().parts}
         for name in sorted(names, key=len, reverse=True):
             if len(name) > 2 and not UID.fullmatch(name) and not (name.isascii() and name.isalpha() and name.islower()):
                 message = message.replace(name, "...")
@@ -1202,7 +1203,7 @@ class RawScan:
 def raw_scan(path: Path, given: Path, names: bool) -> RawScan:
     """A scan that was found at a given path, by its series UID, by the name of its file, or without a name."""
     name, origin = scan_name(path), origin_of(path)
-    is_series = name != origin.name and origin.name.endswith(name)  # the address of a DICOM series
+    is_series = not path.exists()  # but an address
     if names and is_series:
         name = f"{origin.parent.name.removesuffix('.zip')}-{name}"
     if names or path == given:
@@ -1427,7 +1428,8 @@ class NoduleInferencer:
         for number, given in enumerate(paths, start=1):
             failures: dict[str, Exception] = {}
             whole = RawScan(given, f"input_{number}", "", None if names else given)
-            with noting(failures, whole.name, whole.hide):
+            # What is wrong with the only path is raised, and names it.
+            with nullcontext() if len(paths) == 1 else noting(failures, whole.name, whole.hide):
                 archives: dict[str, Exception] = {}
                 own = self.output_dir.resolve()
                 listed = [scan for scan in list_scans(given, archives) if own not in scan.resolve().parents]
