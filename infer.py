@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before torch is loaded
     restart_with_patient_threads()
 
 import hashlib
+import itertools
 import logging
 import math
 import os
@@ -1448,15 +1449,17 @@ class NoduleInferencer:
         """Gives each scan a name that no other has, and that of an earlier run to one that is done again."""
         path = self.output_dir / "inference.json"
         earlier = {source: name for name, source in (read_json(path)["scans"] if path.is_file() else {}).items()}
-        names: list[str] = []
+        taken = set(earlier.values())
+        named: dict[str, RawScan] = {}
         for scan in scans:
-            wanted, count = earlier.get(scan.source, scan.name), 1
-            name = wanted or "scan_001"
-            while name in names or (not wanted and name in earlier.values()):
-                count += 1
-                name = f"{wanted}_{count}" if wanted else f"scan_{count:03d}"
-            names.append(name)
-        return [replace(scan, name=name) for scan, name in zip(scans, names, strict=True)]
+            name = earlier.get(scan.source, scan.name)
+            if not name:
+                name = next(free for n in itertools.count(1) if (free := f"scan_{n:03d}") not in taken)
+            elif name in named:
+                name = next(free for n in itertools.count(2) if (free := f"{name}_{n}") not in named)
+            named[name] = replace(scan, name=name)
+            taken.add(name)
+        return list(named.values())
 
     def _infer_scan(self, raw: RawScan) -> ScanResult:
         """What ``infer_scan`` does."""
