@@ -567,7 +567,8 @@ def find_lungs(scan: sitk.Image) -> FoundLungs | None:
 
 def _along_patient(scan: sitk.Image) -> tuple[np.ndarray, Geometry]:
     """Mean HU of coarse voxels, float32 (z, y, x): z to the head, y to the back, x to the patient's left."""
-    coarse = sitk.DICOMOrient(_shrink(sitk.Clamp(scan, sitk.sitkFloat32, -1200, 400)), "LPS")
+    clamped = sitk.Clamp(scan, scan.GetPixelID(), -1200, 400)  # of the scan's own type, for its size
+    coarse = sitk.DICOMOrient(sitk.Cast(_shrink(clamped), sitk.sitkFloat32), "LPS")
     grid = Geometry.from_image(coarse)
     if np.diag(np.reshape(grid.direction, (3, 3))).min() < MOST_TILT:
         grid = Geometry.covering(*grid.bounds(), shape_zyx=None, spacing=(LUNG_GRID_MM,) * 3)
