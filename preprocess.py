@@ -1453,7 +1453,7 @@ def estimate_needs(path: Path, settings: Preprocessing) -> Needs:
     """Memory, disk and time that a scan will take; disk is an upper bound where it is cropped to the lungs."""
     try:
         header = scan_reader(path).header(path)
-    except (InputError, OSError):  # told when the scan's turn comes
+    except (InputError, UserError, OSError):  # told when the scan's turn comes
         return Needs()
     geometry = header.geometry
     grid = Geometry.covering(*geometry.bounds(), shape_zyx=settings.target_size, spacing=settings.target_spacing)
