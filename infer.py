@@ -1417,7 +1417,7 @@ class NoduleInferencer:
             self.failed |= {name: scan.hide(reason_of(error)) for name, error in failures.items()}
         write_failures(self.output_dir, self.failed)
         check(bool(scans), "none of the inputs is a scan that can be read")
-        found = [table for table in tables if len(table)]
+        found = [table for table in tables if len(table)]  # pandas wants no empty ones
         return pd.concat(found, ignore_index=True) if found else nodule_table("", [])
 
     def _name_scans(

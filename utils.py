@@ -415,7 +415,7 @@ class ScanReader:
             reader.ReadImageInformation()
         except RuntimeError as error:
             raise InputError(
-                f"{path} has no readable header; copy or download it again ({_last_line(error)})"
+                f"{path} has no readable header; copy or download it again ({last_line(error)})"
             ) from error
         size_xyz, components, pixel = reader.GetSize(), reader.GetNumberOfComponents(), reader.GetPixelID()
         check(
@@ -448,7 +448,7 @@ class ScanReader:
         try:
             return self._itk_reader(path).Execute()
         except RuntimeError as error:
-            raise InputError(f"{path} cannot be read; copy or download it again ({_last_line(error)})") from error
+            raise InputError(f"{path} cannot be read; copy or download it again ({last_line(error)})") from error
 
     def _itk_reader(self, path: Path) -> sitk.ImageFileReader:
         reader = sitk.ImageFileReader()
@@ -804,6 +804,7 @@ def walk(folder: Path) -> Iterator[Path]:
     seen: set[tuple[int, int]] = set()
 
     def tell_unreadable(error: OSError) -> None:
+        """Says it without the folder's name, which may be a patient's."""
         logger.warning("a folder cannot be looked into (%s)", error.strerror)
 
     for place, folders, files in os.walk(folder, followlinks=True, onerror=tell_unreadable):
@@ -943,7 +944,8 @@ def _decode(text: bytes) -> str:
         return text.decode("latin-1")
 
 
-def _last_line(error: Exception) -> str:
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text, in which ITK says what went wrong."""
     return str(error).strip().split("\n")[-1].strip()
 
 
@@ -1050,7 +1052,7 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
         if is_ours or not (is_nameless or is_of_torch):
             raise
         kind = OSError if is_of_torch else type(error)
-        reason = os.strerror(number) if number else "is the disk full?" if is_of_torch else _last_line(error)
+        reason = os.strerror(number) if number else "is the disk full?" if is_of_torch else last_line(error)
         free = shutil.disk_usage(path.parent).free / 1e6
         raise kind(
             f"{path} could not be written ({reason}; {free:,.0f} MB are free); what was there before is intact. Make "

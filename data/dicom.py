@@ -27,7 +27,18 @@ import SimpleITK as sitk
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import VOXEL_BYTES, Geometry, InputError, ScanHeader, ScanReader, UserError, check, is_readable_name, walk
+from utils import (
+    VOXEL_BYTES,
+    Geometry,
+    InputError,
+    ScanHeader,
+    ScanReader,
+    UserError,
+    check,
+    is_readable_name,
+    last_line,
+    walk,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +258,7 @@ def _address(path: Path) -> tuple[Path, str]:
 
 
 def _series_at(path: Path) -> list[Slice]:
-    """What ``DicomReader._series`` says."""
+    """The images of the one series that a path means; raises what ``DicomReader._series`` says."""
     folder, wanted = _address(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"scan {path} does not exist")
@@ -643,7 +654,7 @@ def _read_voxels(path: Path, images: Sequence[Slice]) -> sitk.Image:
     try:
         return reader.Execute()
     except RuntimeError as error:
-        reason = str(error).strip().split("\n")[-1].strip()
+        reason = last_line(error)
         if importlib.util.find_spec("pydicom") is None:
             raise InputError(f"{path} cannot be read ({reason}); copy it again, or pip install '{PYDICOM}'") from error
         return _read_by_pydicom(images)
