@@ -42,8 +42,9 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
+from data.lungs import LUNG_METHOD, measure_noise
 from model import InferenceSettings, SegmentationNetwork, load_checkpoint, to_device
-from preprocess import LUNG_METHOD, PreparedScan, Preprocessing, measure_noise
+from preprocess import PreparedScan, Preprocessing
 from utils import (
     CANDIDATE_COLUMNS,
     UID,

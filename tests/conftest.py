@@ -39,6 +39,15 @@ def metadata_of(*nodules, seriesuid="a", shape_zyx=(40, 40, 40), fold=None, pati
     return ScanMetadata(seriesuid, grid, nodules, fold, patient, "none", "", grid, {}, "")
 
 
+def image_of(array: np.ndarray, spacing=(1.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0), direction=None) -> sitk.Image:
+    """An image of an array (z, y, x); the other arguments are ITK's."""
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    image.SetDirection(direction or np.eye(3).ravel().tolist())
+    return image
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
     """Lets Ctrl-C interrupt, which a shell turns off for what it starts in the background."""

@@ -24,6 +24,7 @@ from scipy import ndimage
 from torch import nn
 
 import infer
+from data.formats import NiftiHeader
 from infer import (
     MAX_CANDIDATES,
     WINDOW_BATCH,
@@ -41,7 +42,6 @@ from utils import (
     Box,
     Geometry,
     InputError,
-    NiftiHeader,
     choose_scans,
     read_metadata,
     read_processed,

@@ -22,8 +22,8 @@ import numpy as np
 import SimpleITK as sitk
 from jsonargparse import auto_cli
 
+from data.lungs import find_lungs
 from data.phantom import make_phantom
-from preprocess import segment_lungs
 from utils import Geometry, list_scans, read_scan
 
 AIR, LUNG = -1000, -850
@@ -224,7 +224,7 @@ def study(scan: sitk.Image, lungs: sitk.Image, kinds: list[str]) -> Iterator[tup
         changed, truth = KINDS[kind](scan, lungs)
         start = time.perf_counter()
         try:
-            found = segment_lungs(changed)
+            found = find_lungs(changed)
         except RuntimeError:
             yield kind, float("nan"), time.perf_counter() - start
             continue
@@ -232,7 +232,7 @@ def study(scan: sitk.Image, lungs: sitk.Image, kinds: list[str]) -> Iterator[tup
         if found is None:
             yield kind, 0.0, seconds
             continue
-        there = sitk.Resample(found, truth, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
+        there = sitk.Resample(found.image, truth, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
         yield kind, dice(sitk.GetArrayFromImage(there) > 0, sitk.GetArrayFromImage(truth) > 0), seconds
 
 
@@ -247,10 +247,10 @@ def of_phantom(index: int, kinds: list[str]) -> list[tuple[str, float, float]]:
 def of_scan(path: Path, kinds: list[str]) -> list[tuple[str, float, float]]:
     """The study of a real scan, against what is found in the whole of it."""
     scan = sitk.Cast(read_scan(path), sitk.sitkInt16)
-    found = segment_lungs(scan)
+    found = find_lungs(scan)
     if found is None:
         return [("whole", 0.0, 0.0)]
-    return list(study(scan, sitk.Resample(found, scan, sitk.Transform(), sitk.sitkNearestNeighbor, 0), kinds))
+    return list(study(scan, sitk.Resample(found.image, scan, sitk.Transform(), sitk.sitkNearestNeighbor, 0), kinds))
 
 
 def main(

@@ -1,0 +1,404 @@
+"""Lungs: found by threshold in any chest CT, taken from a given mask, and widened; and what a scan's values tell.
+
+Arrays are (z, y, x), positions (x, y, z) in LPS millimetres.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import SimpleITK as sitk
+from matplotlib.path import Path as PolygonPath
+from scipy import ndimage
+from scipy.spatial import ConvexHull, QhullError
+
+from utils import Box, Geometry, check, resample, signed_distance
+
+TISSUE_HU = (0, 100)  # where a slice is smooth but for its noise
+LEAST_TISSUE_VOXELS = 200
+CHEST_MM = 150  # a scan that is larger in all directions holds a chest, not a cube out of one
+AIR_HU = -600  # in a chest some voxels are darker
+MOST_OUTSIDE = 0.3  # of a lung mask that fits its scan
+MOST_TISSUE = 0.2  # likewise
+LUNG_METHOD = 2  # raised whenever other lungs are found in the same scan
+LUNG_GRID_MM = 3.0  # lungs are found and widened on voxels of about this size; distances between them stay exact
+LUNG_HU = -400  # lung parenchyma and air lie below
+PADDING_HU = -1100  # a mean of several voxels below was not measured
+GAS_HU = -950  # the mean of gas in bowel or stomach lies below, that of lungs above, also of those with emphysema
+BONE_HU = 180
+DARK_HU = -850  # the room around the patient is darker, also where it is noisy
+ROOM_HU = 60  # how far above the darkest of it the room still goes
+LEAST_LUNG_ML = 50  # smaller dark regions are airways, bowel or folds of skin
+LEAST_GAS_ML = 700  # so much plain air is a lung of plastic, or an inflated one beside a collapsed one
+LEAST_OVERLAP = 0.6  # share of a lung's height that lies beside another lung; bowel lies below
+MOST_TILT = 0.94  # cosine; a scan that is turned further is brought to the patient's axes
+LEAST_HULL = 0.4  # share of the outline's hull that is lung where the outline is looked at for dents
+LEAST_REACH = 0.35  # of the way from the middle of the chest to the hull; dents lie beyond
+FRONT_DEGREES = 15  # so near to the patient's middle plane lie heart and spine, no dents
+ONE_SIDED = 0.2  # of the larger lung; a smaller one is in doubt
+CROSS = ndimage.generate_binary_structure(3, 1)
+
+
+def _shrink(image: sitk.Image) -> sitk.Image:
+    """Averages blocks of voxels up to LUNG_GRID_MM; physical positions stay."""
+    pairs = zip(image.GetSpacing(), image.GetSize(), strict=True)
+    return sitk.BinShrink(image, [min(max(1, int(LUNG_GRID_MM / spacing + 0.1)), size) for spacing, size in pairs])
+
+
+def select_lungs(labels: sitk.Image, lung_labels: tuple[int, ...] | None = None) -> sitk.Image | None:
+    """Lungs of a label image as a coarse binary mask; None where it has none.
+
+    Args:
+        labels: Label image, or a mask.
+        lung_labels: Those that are lung; None: all that is not 0.
+    """
+    values = sitk.GetArrayViewFromImage(labels)
+    inside = values != 0 if lung_labels is None else np.zeros(values.shape, bool)
+    for label in lung_labels or ():
+        inside |= values == label  # several times as fast as ITK's threshold or np.isin
+    lungs = _shrink(Geometry.from_image(labels).image(inside * np.uint8(200))) >= 100
+    return lungs if inside.any() and sitk.GetArrayViewFromImage(lungs).any() else None
+
+
+def check_hounsfield(scan: sitk.Image) -> None:
+    """Raises InputError where the values of a scan cannot be HU.
+
+    What is told: values scaled to [0, 1] or to 8 bits, of any scan; and of one of a chest's size, values without air or
+    lung among the darkest, as after a shift, a factor or an inversion.
+    """
+    array = sitk.GetArrayViewFromImage(scan)
+    values = array[tuple(slice(size // 128 // 2, None, max(1, size // 128)) for size in array.shape)].astype(np.float32)
+    values = values[values > PADDING_HU] if (values > PADDING_HU).any() else values
+    low, high = float(values.min()), float(values.max())
+    seen = f"its values lie between {low:.4g} and {high:.4g}"
+    is_scaled = low >= -1.5 and high <= 1.5 and high > low
+    check(not is_scaled, f"the scan is not in HU: {seen}, as after a scaling; take its source")
+    is_picture = low >= 0 and 128 <= high <= 255
+    check(not is_picture, f"the scan is not in HU: {seen}, as in a picture of 8 bits; take its source")
+    sides = np.asarray(scan.GetSize()) * scan.GetSpacing()
+    dark = float(np.percentile(values, 2))
+    check(
+        sides.min() < CHEST_MM or dark < AIR_HU,
+        f"the scan is not in HU, or no chest: the darkest 2 % reach {dark:.0f}, where air has -1000 and lungs -850 "
+        f"({seen}); is it shifted, scaled or inverted? take its source",
+    )
+
+
+def measure_noise(scan: sitk.Image) -> float | None:
+    """Noise of a scan in HU: the typical difference of a voxel in soft tissue to the mean around it, in its slice.
+
+    Returns:
+        The standard deviation, by the median of the differences; None where little soft tissue is in the middle slices.
+    """
+    array = sitk.GetArrayViewFromImage(scan)
+    found = []
+    for z in np.unique(np.linspace(0.3, 0.7, 5) * len(array)).astype(int):
+        plane = array[z].astype(np.float32)
+        mean = ndimage.uniform_filter(plane, 3)
+        smooth = ndimage.uniform_filter(plane, 9)
+        found.append((plane - mean)[(smooth > TISSUE_HU[0]) & (smooth < TISSUE_HU[1])])
+    differences = np.concatenate(found)
+    if len(differences) < LEAST_TISSUE_VOXELS:
+        return None
+    return float(1.4826 * np.median(np.abs(differences)) * math.sqrt(9 / 8))
+
+
+def describe_misfit(scan: sitk.Image, lungs: sitk.Image) -> str:
+    """Why a lung mask seems to be that of another scan, or turned; '' where it fits.
+
+    Args:
+        scan: CT in HU.
+        lungs: Binary mask that is not empty, in the same patient space.
+    """
+    voxels, grid, own = (
+        np.argwhere(sitk.GetArrayViewFromImage(lungs)),
+        Geometry.from_image(lungs),
+        Geometry.from_image(scan),
+    )
+    voxels = voxels[np.random.default_rng(0).integers(len(voxels), size=4000)]
+    index = np.rint(own.index(grid.world(voxels))).astype(int)
+    inside = ((index >= 0) & (index < own.shape_zyx)).all(axis=1)
+    outside = 1 - float(inside.mean())
+    if outside > MOST_OUTSIDE:
+        return f"the lung mask does not fit the scan: {outside:.0%} of it lies outside"
+    tissue = float((sitk.GetArrayViewFromImage(scan)[tuple(index[inside].T)] > -200).mean())
+    if tissue > MOST_TISSUE:
+        return (
+            f"the lung mask does not fit the scan: {tissue:.0%} of it is soft tissue; is it upside down, or that of "
+            "another scan?"
+        )
+    return ""
+
+
+@dataclass(frozen=True)
+class FoundLungs:
+    """The lungs of a scan, and what is to be said of them.
+
+    Args:
+        image: Binary mask, airways included, on a coarse grid along the patient's axes.
+        litres: Volume on the patient's right and left.
+        at_edge: Sides of the view at which the lungs are cut: 'right', 'left', 'front', 'back', 'bottom', 'top'.
+        left_out: Dark regions inside the patient that are no lung: (millilitres, why).
+        doubtful: 'right' or 'left' where a lung should be and little or none is, else ''.
+        middle: Index along x of the patient's middle plane.
+    """
+
+    image: sitk.Image
+    litres: tuple[float, float]
+    at_edge: tuple[str, ...]
+    left_out: tuple[tuple[float, str], ...]
+    doubtful: str
+    middle: int
+
+    def doubtful_box(self, *corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The box (x, y, z) in mm of the side in doubt: from the middle plane to the edge of the view.
+
+        Args:
+            corners: Lower and upper corner of the scan, then of the lungs.
+        """
+        scan_lower, scan_upper, lower, upper = (corner.copy() for corner in corners)
+        middle = Geometry.from_image(self.image).world([0, 0, self.middle])[0]
+        if self.doubtful == "right":
+            lower[0], upper[0] = scan_lower[0], middle
+        else:
+            lower[0], upper[0] = middle, scan_upper[0]
+        return lower, upper
+
+    def __str__(self) -> str:
+        text = f"{self.litres[0]:.1f} litres on the right, {self.litres[1]:.1f} on the left"
+        if self.at_edge:
+            text += f"; cut by the view's edge ({', '.join(self.at_edge)})"
+        if self.left_out:
+            text += "; no lung: " + ", ".join(f"{volume:.0f} ml {why}" for volume, why in self.left_out)
+        if self.doubtful:
+            text += f"; nearly no lung on the {self.doubtful}, so that side is searched whole"
+        return text
+
+
+def find_lungs(scan: sitk.Image) -> FoundLungs | None:
+    """Lungs of a chest CT by threshold: the dark regions that the body surrounds, wherever the view ends.
+
+    Args:
+        scan: CT in HU, any direction.
+
+    Returns:
+        The lungs; None where there are none.
+    """
+    hu, grid = _along_patient(scan)
+    view = ndimage.binary_fill_holes(~ndimage.binary_opening(hu < PADDING_HU, CROSS))  # holes in it are noise
+    dark = (hu < LUNG_HU) & view
+    body = _largest(ndimage.binary_opening(view & ~dark, CROSS))
+    if not body.any():
+        return None
+    room = _room(hu, view, dark, body)
+    inside = dark & ~room & (_directions_to(body | ~view, room, past_view=True) == 4)
+    regions, _ = ndimage.label(ndimage.binary_opening(inside, CROSS))
+    lungs, left_out = _choose_lungs(hu, regions, grid)
+    if not lungs:
+        return None
+    mask = ndimage.binary_dilation(np.isin(regions, lungs), CROSS, iterations=2, mask=inside)
+    at_edge = _cut_sides(mask, view, grid)
+    middle = _middle_plane(hu, body, is_halved=("right" in at_edge) != ("left" in at_edge))
+    right, left = (float(half.sum()) * grid.voxel_volume_mm3 / 1e6 for half in (mask[..., :middle], mask[..., middle:]))
+    seen = [body[..., :middle].sum(), body[..., middle:].sum()]
+    doubtful = ""
+    if min(right, left) < ONE_SIDED * max(right, left) and min(seen) > 0.5 * max(seen):  # both halves are in view
+        doubtful = "right" if right < left else "left"
+    image = grid.image(mask.astype(np.uint8))
+    return FoundLungs(image, (right, left), at_edge, left_out, doubtful, middle)
+
+
+def _along_patient(scan: sitk.Image) -> tuple[np.ndarray, Geometry]:
+    """Mean HU of coarse voxels, float32 (z, y, x): z to the head, y to the back, x to the patient's left."""
+    clamped = sitk.Clamp(scan, scan.GetPixelID(), -1200, 400)  # of the scan's own type, for its size
+    coarse = sitk.DICOMOrient(sitk.Cast(_shrink(clamped), sitk.sitkFloat32), "LPS")
+    grid = Geometry.from_image(coarse)
+    if np.diag(np.reshape(grid.direction, (3, 3))).min() < MOST_TILT:
+        grid = Geometry.covering(*grid.bounds(), shape_zyx=None, spacing=(LUNG_GRID_MM,) * 3)
+        coarse = resample(coarse, grid, fill=-1200.0)
+    return sitk.GetArrayFromImage(coarse), grid
+
+
+def _largest(mask: np.ndarray) -> np.ndarray:
+    """The largest connected part of a mask."""
+    labels, count = ndimage.label(mask)
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    sizes[0] = 0
+    return labels == sizes.argmax() if count else np.zeros(mask.shape, bool)
+
+
+def _room(hu: np.ndarray, view: np.ndarray, dark: np.ndarray, body: np.ndarray) -> np.ndarray:
+    """The air around the patient: plain air that reaches a side of the view, and that the body does not enclose.
+
+    A lung that the view cuts is enclosed on three sides, the room on two at most.
+    """
+    side = view & ~ndimage.binary_erosion(view, np.ones((1, 3, 3), bool))
+    darkest = hu[side & (hu < DARK_HU) & (hu > PADDING_HU)]
+    if not len(darkest):
+        return np.zeros(view.shape, bool)
+    level = float(np.percentile(darkest, 20))
+    smooth = ndimage.uniform_filter(np.where(view, np.maximum(hu, level), level), 3)
+    labels, count = ndimage.label((smooth < level + ROOM_HU) & view)
+    sizes = np.maximum(np.bincount(labels.ravel(), minlength=count + 1), 1)
+    enclosed = _directions_to(body, ~view, past_view=False) >= 3
+    share = np.bincount(labels.ravel(), enclosed.ravel(), count + 1) / sizes
+    is_room = (np.bincount(labels[side], minlength=count + 1) > 0) & (share < 0.5)
+    is_room[0] = False
+    return ndimage.binary_dilation(is_room[labels], CROSS, iterations=2, mask=dark)
+
+
+def _directions_to(wanted: np.ndarray, instead: np.ndarray, past_view: bool) -> np.ndarray:
+    """In how many of the four directions of the axial plane a voxel meets ``wanted`` before ``instead``.
+
+    Args:
+        wanted: bool (z, y, x).
+        instead: Likewise.
+        past_view: Whether what lies beyond the array counts as met.
+    """
+    total = np.zeros(wanted.shape, np.uint8)
+    for axis in (1, 2):
+        for order in (1, -1):
+            planes = [np.moveaxis(array, axis, 0)[::order] for array in (wanted, instead, total)]
+            met = np.full(planes[0].shape[1:], past_view)
+            for there, other, count in zip(*planes, strict=True):
+                met = (met | there) & ~other
+                count += met
+    return total
+
+
+def _choose_lungs(
+    hu: np.ndarray, regions: np.ndarray, grid: Geometry
+) -> tuple[list[int], tuple[tuple[float, str], ...]]:
+    """The labels of the regions that are lung, and what the larger of the others are."""
+    found = []  # (label, millilitres, lowest slice, slice above the highest)
+    left_out = []
+    for label, box in enumerate(ndimage.find_objects(regions), start=1):
+        inside = regions[box] == label
+        volume = float(inside.sum()) * grid.voxel_volume_mm3 / 1e3
+        is_gas = float(hu[box][inside].mean()) < GAS_HU
+        if volume >= (LEAST_GAS_ML if is_gas else LEAST_LUNG_ML):
+            found.append((label, volume, box[0].start, box[0].stop))
+        elif volume >= LEAST_LUNG_ML:
+            left_out.append((volume, "of plain air"))
+    if not found:
+        return [], ()
+    large = [region for region in found if region[1] >= 2 * LEAST_LUNG_ML] or found
+    top = max(stop for *_, stop in large)
+    near_top = 30 / grid.spacing_zyx[0]  # mm: lungs end at about one height
+    chosen = [max((region for region in large if region[3] >= top - near_top), key=lambda region: region[1])]
+    for region in sorted(found, key=lambda region: -region[1]):
+        if region in chosen:
+            continue
+        _, volume, start, stop = region
+        low, high = min(other[2] for other in chosen), max(other[3] for other in chosen)
+        if (min(high, stop) - max(low, start)) / (stop - start) >= LEAST_OVERLAP:
+            chosen.append(region)
+        else:
+            left_out.append((volume, "below the lungs" if start < low else "above the lungs"))
+    return [label for label, *_ in chosen], tuple(left_out)
+
+
+def _middle_plane(hu: np.ndarray, body: np.ndarray, is_halved: bool) -> int:
+    """Index along x of the spine: where the back half of the body holds most bone.
+
+    It lies in the middle half of the body, unless the view holds half a patient.
+    """
+    rows, columns = (np.flatnonzero(body.any(axis=axes)) for axes in ((0, 2), (0, 1)))
+    bone = ((hu > BONE_HU) & body)[:, (rows[0] + rows[-1]) // 2 :].sum(axis=(0, 1)).astype(float)
+    bone = ndimage.uniform_filter1d(bone, 9)
+    if not is_halved:
+        quarter = (columns[-1] - columns[0]) // 4
+        bone[: columns[0] + quarter] = bone[columns[-1] - quarter :] = 0
+    return int(bone.argmax()) if bone.any() else int((columns[0] + columns[-1]) // 2)
+
+
+def _cut_sides(mask: np.ndarray, view: np.ndarray, grid: Geometry) -> tuple[str, ...]:
+    """The sides of the view at which at least a square centimetre of a mask is cut."""
+    names = (("bottom", "top"), ("front", "back"), ("right", "left"))
+    found = []
+    for axis, pair in enumerate(names):
+        face = math.prod(step for other, step in enumerate(grid.spacing_zyx) if other != axis)
+        ahead = np.moveaxis(mask, axis, 0)
+        seen = np.moveaxis(view, axis, 0)
+        for name, order in zip(pair, (1, -1), strict=True):
+            planes, there = ahead[::order], seen[::order]
+            beyond = np.concatenate([np.zeros_like(there[:1]), there[:-1]])
+            if (planes & ~beyond).sum() * face >= 100:
+                found.append(name)
+    return tuple(name for pair in (names[2], names[1], names[0]) for name in pair if name in found)
+
+
+def fill_dents(found: FoundLungs) -> sitk.Image:
+    """The lungs with what dents them from outside, such as a mass at the chest wall.
+
+    In each axial slice the outline of either lung is compared with its convex hull. What lies between is taken in where
+    no lung lies beyond it, seen from the middle of the chest: so heart, spine and diaphragm stay out.
+    """
+    lungs = sitk.GetArrayFromImage(found.image) > 0
+    filled, (dy, dx) = lungs.copy(), found.image.GetSpacing()[1::-1]
+    columns = np.arange(lungs.shape[2])
+    at = np.moveaxis(np.indices(lungs.shape[1:]), 0, -1)
+    for side in (columns < found.middle, columns >= found.middle):
+        for z in np.flatnonzero(lungs[:, :, side].any(axis=(1, 2))):
+            lung = lungs[z] & side
+            hull = _convex_hull(lung)
+            if lung.sum() < LEAST_HULL * hull.sum():
+                continue
+            offset = (at - [np.argwhere(lung)[:, 0].mean(), found.middle]) * (dy, dx)
+            degrees = np.degrees(np.arctan2(offset[..., 0], offset[..., 1])).astype(int) % 360
+            reach = np.hypot(offset[..., 0], offset[..., 1])
+            of_lung, of_hull = (np.zeros(360), np.zeros(360))
+            np.maximum.at(of_lung, degrees[lung], reach[lung])
+            np.maximum.at(of_hull, degrees[hull], reach[hull])
+            beyond = (reach >= of_lung[degrees]) & (reach >= LEAST_REACH * of_hull[degrees])
+            filled[z] |= hull & beyond & (np.abs(degrees % 180 - 90) > FRONT_DEGREES)
+    return Geometry.from_image(found.image).image(filled.astype(np.uint8))
+
+
+def _convex_hull(plane: np.ndarray) -> np.ndarray:
+    """All pixels within the convex hull of those of a mask (y, x)."""
+    points = np.argwhere(plane & ~ndimage.binary_erosion(plane))
+    try:
+        corners = points[ConvexHull(points).vertices]
+    except QhullError:  # a line, or less than three pixels
+        return plane
+    pixels = np.moveaxis(np.indices(plane.shape), 0, -1).reshape(-1, 2)
+    return PolygonPath(corners).contains_points(pixels, radius=1e-6).reshape(plane.shape) | plane
+
+
+def widen(lungs: sitk.Image, closing_mm: float, margin_mm: float) -> sitk.Image:
+    """Closes a mask by a ball of radius ``closing_mm`` and grows it by ``margin_mm``, by distance maps.
+
+    Returns:
+        Float image on a padded grid: the signed distance in mm to the border of the widened mask, negative inside. It
+        can be sampled linearly on any grid.
+    """
+    start_xyz, size_xyz = _mask_box(lungs)
+    box = sitk.RegionOfInterest(lungs, size_xyz.tolist(), start_xyz.tolist())  # nothing farther off can matter
+    padding = [int(np.ceil((closing_mm + margin_mm) / spacing)) + 1 for spacing in lungs.GetSpacing()]
+    far = _distance_to(sitk.ConstantPad(box, padding, padding, 0)) > closing_mm
+    return signed_distance(_distance_to(far) > closing_mm) - margin_mm
+
+
+def _distance_to(mask: sitk.Image) -> sitk.Image:
+    """Distance in mm to the centres of the mask's border voxels.
+
+    Growing a mask by it and then shrinking the result cancels the half voxel between centre and border.
+    """
+    return sitk.SignedMaurerDistanceMap(mask, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
+
+
+def _mask_box(mask: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
+    """First voxel and size (x, y, z) of the box around a binary mask that is not empty."""
+    shape = sitk.LabelShapeStatisticsImageFilter()
+    shape.Execute(mask)
+    start_xyz, size_xyz = np.split(np.asarray(shape.GetBoundingBox(1)), 2)
+    return start_xyz, size_xyz
+
+
+def mask_bounds(mask: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
+    """World box (x, y, z) in mm around a binary mask that is not empty."""
+    start_xyz, size_xyz = _mask_box(mask)
+    return Geometry.from_image(mask).cropped(Box.of_size(start_xyz[::-1], size_xyz[::-1])).bounds()

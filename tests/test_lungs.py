@@ -1,0 +1,198 @@
+"""Lungs by threshold, given masks, and what is told of a scan's values; on phantoms that are cut, turned, changed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from conftest import image_of
+
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+
+import lungs
+
+from data.lungs import fill_dents, find_lungs, measure_noise, widen
+from data.phantom import make_phantom
+from preprocess import LUNG_LABELS, Preprocessing
+from utils import Geometry, read_scan, resample
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_threshold_lungs_overlap_with_luna16s(phantom_dir, index):
+    path = next((phantom_dir / "raw" / f"subset{index}").glob("*.mhd"))
+    labels = sitk.ReadImage(str(phantom_dir / "seg-lungs-LUNA16" / path.name))
+    expected = np.isin(sitk.GetArrayFromImage(labels), (3, 4))
+    found = sitk.Resample(find_lungs(read_scan(path)).image, labels, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
+    found = sitk.GetArrayFromImage(found) > 0
+    assert 2 * (found & expected).sum() / (found.sum() + expected.sum()) > 0.8
+
+
+@pytest.fixture(scope="module")
+def lungs_phantom() -> tuple[sitk.Image, sitk.Image]:
+    """A scan of 96 x 96 x 48 voxels and its lungs."""
+    phantom = make_phantom(0, seed=5, size_xyz=(96, 96, 48))
+    labels = sitk.GetArrayFromImage(phantom.lungs)
+    return phantom.image, Geometry.from_image(phantom.lungs).image(np.isin(labels, LUNG_LABELS).astype(np.uint8))
+
+
+@pytest.mark.parametrize("kind", lungs.KINDS)
+def test_lungs_are_found_wherever_they_lie(lungs_phantom, kind):
+    ((_, dice, _),) = lungs.study(*lungs_phantom, [kind])
+    assert dice > 0.92
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("whole", "1.2 litres on the right, 1.1 on the left"),
+        ("sides cut", "1.2 litres on the right, 1.1 on the left; cut by the view's edge (right, left)"),
+        ("back cut", "1.2 litres on the right, 1.1 on the left; cut by the view's edge (back)"),
+        ("half", "1.2 litres on the right, 0.0 on the left; cut by the view's edge (left)"),
+        ("bases", "0.4 litres on the right, 0.3 on the left; cut by the view's edge (top)"),
+        (
+            "bases and bowel",
+            "0.6 litres on the right, 0.5 on the left; cut by the view's edge (top); no lung: 353 ml below the lungs",
+        ),
+    ],
+)
+def test_what_is_to_be_said_of_the_lungs_is_said(lungs_phantom, kind, text):
+    assert str(find_lungs(lungs.KINDS[kind](*lungs_phantom)[0])) == text
+
+
+def without_left_lung(scan: sitk.Image, mask: sitk.Image) -> sitk.Image:
+    """The left lung full of fluid."""
+    hu, inside, geometry = lungs.arrays(scan, mask)
+    middle = find_lungs(scan).middle
+    left = inside & (np.arange(hu.shape[2]) >= middle)
+    hu[left] = 20
+    return lungs.images(hu, inside, geometry)[0]
+
+
+def test_side_without_a_lung_is_kept_whole(lungs_phantom):
+    scan = without_left_lung(*lungs_phantom)
+    found = find_lungs(scan)
+    assert found.doubtful == "left"
+    assert str(found).endswith("nearly no lung on the left, so that side is searched whole")
+    prepared = Preprocessing(target_size=None, target_spacing=(4.0, 4.0, 4.0)).prepare(scan)
+    mask = resample(lungs_phantom[1], prepared.grid, linear=False)
+    left = sitk.GetArrayFromImage(mask) > 0
+    left[..., : int(prepared.grid.index(found.image.TransformIndexToPhysicalPoint((found.middle, 0, 0)))[2]) + 1] = (
+        False
+    )
+    assert prepared.lungs[left].all()
+    cropped = Preprocessing(target_size=None, target_spacing=(4.0,) * 3, crop_to_lungs=True).prepare(scan)
+    assert cropped.lungs.sum() == pytest.approx(prepared.lungs.sum(), rel=0.1)
+
+
+@pytest.mark.parametrize("diameter", [50, 60, 80])
+def test_mass_at_the_chest_wall_is_kept_and_costs_little(lungs_phantom, diameter):
+    scan, mask = lungs_phantom
+    changed, _ = lungs.mass(diameter)(scan, mask)
+    ball = sitk.GetArrayFromImage(changed) != sitk.GetArrayFromImage(scan)
+    grid = Geometry.from_image(scan)
+    kept, plain = (
+        sitk.GetArrayFromImage(resample(widen(fill(find_lungs(changed)), 20, 8), grid, fill=1e3)) <= 0
+        for fill in (fill_dents, lambda found: found.image)
+    )
+    assert kept[ball].mean() > 0.9 > plain[ball].mean()
+    assert kept.sum() < 1.15 * plain.sum() + ball.sum()
+
+
+WRONG_VALUES = {
+    "shifted by 1024": lambda hu: hu + 1024,
+    "scaled to [0, 1]": lambda hu: np.clip((hu + 1000) / 1400, 0, 1),
+    "scaled to [-1, 1]": lambda hu: np.clip((hu + 1000) / 700 - 1, -1, 1),
+    "8 bits": lambda hu: np.clip((hu + 1000) / 1400 * 255, 0, 255).round(),
+    "halved": lambda hu: hu / 2,
+    "inverted": lambda hu: -hu,
+    "a mask": lambda hu: (hu < -400).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_VALUES)
+def test_scan_that_is_not_in_hu_is_refused(lungs_phantom, kind):
+    hu = np.maximum(sitk.GetArrayFromImage(lungs_phantom[0]).astype(np.float32), -1024)
+    wrong = Geometry.from_image(lungs_phantom[0]).image(WRONG_VALUES[kind](hu).astype(np.float32))
+    with pytest.raises(ValueError, match="the scan is not in HU"):
+        Preprocessing(target_size=(8, 8, 8)).prepare(wrong)
+
+
+RIGHT_VALUES = {
+    "as it is": lambda hu: hu,
+    "very dark": lambda hu: hu - 150.0 * (hu < -500),
+    "very noisy": lambda hu: hu + np.random.default_rng(0).normal(0, 150, hu.shape),
+    "cut at -1024": lambda hu: np.maximum(hu, -1024),
+    "clipped to [-1000, 400]": lambda hu: np.clip(hu, -1000, 400),
+    "a cube of lung and wall": lambda hu: hu[20:30, 30:60, 10:40],
+    "a cube of tissue": lambda hu: np.random.default_rng(0).normal(40, 15, (10, 20, 20)),
+    "a cube of one value": lambda hu: np.zeros((4, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", RIGHT_VALUES)
+def test_scan_in_hu_is_not_told_off(lungs_phantom, kind):
+    hu = RIGHT_VALUES[kind](sitk.GetArrayFromImage(lungs_phantom[0]).astype(np.float32)).astype(np.float32)
+    spacing = lungs_phantom[0].GetSpacing()
+    Preprocessing(target_size=(8, 8, 8)).prepare(Geometry(hu.shape, (0.0, 0.0, 0.0), spacing).image(hu))
+
+
+def moved_mask(mask: sitk.Image, kind: str) -> sitk.Image:
+    array, geometry = sitk.GetArrayFromImage(mask), Geometry.from_image(mask)
+    if kind in ("upside down", "front to back"):
+        return geometry.image(np.ascontiguousarray(np.flip(array, 0 if kind == "upside down" else 1)))
+    up = {"30 mm higher": 30, "120 mm higher": 120}[kind]
+    return replace(geometry, origin=tuple(np.add(geometry.origin, (0, 0, up)).tolist())).image(array)
+
+
+@pytest.mark.parametrize("kind", ["upside down", "front to back", "30 mm higher"])
+def test_lung_mask_that_does_not_fit_is_told(lungs_phantom, kind):
+    scan, mask = lungs_phantom
+    prepared = Preprocessing(target_size=(16, 16, 16)).prepare(scan, moved_mask(mask, kind))
+    assert re.match(r"the lung mask does not fit the scan: \d\d% of it is soft tissue; is it", prepared.lung_note)
+
+
+def test_lung_mask_outside_of_the_scan_is_told(lungs_phantom):
+    scan, mask = lungs_phantom
+    prepared = Preprocessing(target_size=(16, 16, 16)).prepare(scan, moved_mask(mask, "120 mm higher"))
+    assert re.match(r"the lung mask does not fit the scan: \d\d% of it lies outside", prepared.lung_note)
+
+
+def test_lung_mask_that_fits_is_not_told_off(lungs_phantom):
+    assert Preprocessing(target_size=(16, 16, 16)).prepare(*lungs_phantom).lung_note == ""
+
+
+@pytest.mark.parametrize("noise", [15, 40, 120])
+def test_noise_is_measured_in_soft_tissue(lungs_phantom, noise):
+    hu = sitk.GetArrayFromImage(lungs_phantom[0]).astype(np.float32)
+    own = measure_noise(lungs_phantom[0])
+    added = np.random.default_rng(0).normal(0, noise, hu.shape).astype(np.float32)
+    found = measure_noise(Geometry.from_image(lungs_phantom[0]).image(hu + added))
+    assert found == pytest.approx(np.hypot(own, noise), rel=0.25)
+
+
+def test_noise_of_a_scan_without_soft_tissue_is_unknown():
+    assert measure_noise(image_of(np.full((5, 9, 9), -800, np.int16))) is None
+
+
+def test_lung_mask_with_other_labels_is_told(lungs_phantom, caplog):
+    scan, mask = lungs_phantom
+    prepared = Preprocessing(target_size=(8, 8, 8)).prepare(scan, mask * 2, LUNG_LABELS)
+    assert prepared.lung_source == "threshold"
+    assert "a lung mask holds the labels [0, 2] and none of (3, 4), so it is not used" in caplog.text
+
+
+def test_box_of_bowel_gas_alone_is_no_lung():
+    hu = np.full((40, 60, 60), 40, np.int16)
+    hu[10:30, 20:35, 20:40] = -1000
+    hu[:, :3] = hu[:, -3:] = hu[:, :, :3] = hu[:, :, -3:] = -1000
+    assert find_lungs(Geometry(hu.shape, (0.0, 0.0, 0.0), (3.0, 3.0, 3.0)).image(hu)) is None
+
+
+def test_scan_without_tissue_has_no_lungs():
+    hu = np.random.default_rng(0).normal(-1000, 10, (10, 20, 20)).astype(np.int16)
+    assert find_lungs(Geometry(hu.shape, (0.0, 0.0, 0.0), (3.0, 3.0, 3.0)).image(hu)) is None
