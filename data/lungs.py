@@ -22,7 +22,7 @@ CHEST_MM = 150  # a scan that is larger in all directions holds a chest, not a c
 AIR_HU = -600  # in a chest some voxels are darker
 MOST_OUTSIDE = 0.3  # of a lung mask that fits its scan
 MOST_TISSUE = 0.2  # likewise
-LUNG_METHOD = 2  # raised whenever other lungs are found in the same scan
+LUNG_METHOD = 3  # raised whenever other lungs are found in the same scan
 LUNG_GRID_MM = 3.0  # lungs are found and widened on voxels of about this size; distances between them stay exact
 LUNG_HU = -400  # lung parenchyma and air lie below
 PADDING_HU = -1100  # a mean of several voxels below was not measured
@@ -235,11 +235,12 @@ def _room(hu: np.ndarray, view: np.ndarray, dark: np.ndarray, body: np.ndarray) 
     A lung that the view cuts is enclosed on three sides, the room on two at most.
     """
     side = view & ~ndimage.binary_erosion(view, np.ones((1, 3, 3), bool))
-    darkest = hu[side & (hu < DARK_HU) & (hu > PADDING_HU)]
+    weights = ndimage.uniform_filter(view.astype(np.float32), 3)
+    smooth = ndimage.uniform_filter(np.where(view, hu, 0), 3) / np.maximum(weights, 1 / 27)  # mean of those in view
+    darkest = smooth[side & (smooth < DARK_HU) & (smooth > PADDING_HU)]
     if not len(darkest):
         return np.zeros(view.shape, bool)
     level = float(np.percentile(darkest, 20))
-    smooth = ndimage.uniform_filter(np.where(view, np.maximum(hu, level), level), 3)
     labels, count = ndimage.label((smooth < level + ROOM_HU) & view)
     sizes = np.maximum(np.bincount(labels.ravel(), minlength=count + 1), 1)
     enclosed = _directions_to(body, ~view, past_view=False) >= 3
