@@ -22,6 +22,8 @@ CHEST_MM = 150  # a scan that is larger in all directions holds a chest, not a c
 AIR_HU = -600  # in a chest some voxels are darker
 MOST_OUTSIDE = 0.3  # of a lung mask that fits its scan
 MOST_TISSUE = 0.2  # likewise
+MOST_LACKING = 0.3  # of either lung, likewise
+SIDES = ("right", "left")
 LUNG_METHOD = 3  # raised whenever other lungs are found in the same scan
 LUNG_GRID_MM = 3.0  # lungs are found and widened on voxels of about this size; distances between them stay exact
 LUNG_HU = -400  # lung parenchyma and air lie below
@@ -29,6 +31,7 @@ PADDING_HU = -1100  # a mean of several voxels below was not measured
 GAS_HU = -950  # the mean of gas in bowel or stomach lies below, that of lungs above, also of those with emphysema
 BONE_HU = 180
 DARK_HU = -850  # the room around the patient is darker, also where it is noisy
+SMOOTHING_MM = 4  # how far the mean reaches that the room is told by
 ROOM_HU = 60  # how far above the darkest of it the room still goes
 LEAST_LUNG_ML = 50  # smaller dark regions are airways, bowel or folds of skin
 LEAST_GAS_ML = 700  # so much plain air is a lung of plastic, or an inflated one beside a collapsed one
@@ -106,30 +109,44 @@ def measure_noise(scan: sitk.Image) -> float | None:
 
 
 def describe_misfit(scan: sitk.Image, lungs: sitk.Image) -> str:
-    """Why a lung mask seems to be that of another scan, or turned; '' where it fits.
+    """Why a lung mask seems to be that of another scan, turned, or not whole; '' where it fits.
 
     Args:
         scan: CT in HU.
         lungs: Binary mask that is not empty, in the same patient space.
     """
-    voxels, grid, own = (
-        np.argwhere(sitk.GetArrayViewFromImage(lungs)),
-        Geometry.from_image(lungs),
-        Geometry.from_image(scan),
-    )
+    voxels = np.argwhere(sitk.GetArrayViewFromImage(lungs))
     voxels = voxels[np.random.default_rng(0).integers(len(voxels), size=4000)]
-    index = np.rint(own.index(grid.world(voxels))).astype(int)
-    inside = ((index >= 0) & (index < own.shape_zyx)).all(axis=1)
-    outside = 1 - float(inside.mean())
+    values = _values_at(scan, Geometry.from_image(lungs).world(voxels))
+    outside = float(np.isnan(values).mean())
     if outside > MOST_OUTSIDE:
         return f"the lung mask does not fit the scan: {outside:.0%} of it lies outside"
-    tissue = float((sitk.GetArrayViewFromImage(scan)[tuple(index[inside].T)] > -200).mean())
+    tissue = float((values > -200).sum() / np.isfinite(values).sum())
     if tissue > MOST_TISSUE:
         return (
             f"the lung mask does not fit the scan: {tissue:.0%} of it is soft tissue; is it upside down, or that of "
             "another scan?"
         )
-    return ""
+    found = find_lungs(scan)
+    if found is None:
+        return ""
+    voxels = np.argwhere(sitk.GetArrayViewFromImage(found.image))
+    is_lacking = ~(_values_at(lungs, Geometry.from_image(found.image).world(voxels)) > 0)
+    lacking = [
+        f"{share * litres:.1f} of {litres:.1f} litres on the {side}"
+        for side, litres, is_of_side in zip(SIDES, found.litres, found.sides(voxels[:, 2]), strict=True)
+        if (share := float(is_lacking[is_of_side].sum() / max(is_of_side.sum(), 1))) > MOST_LACKING
+    ]
+    return f"the lung mask lacks {' and '.join(lacking)} of what looks like lung" if lacking else ""
+
+
+def _values_at(image: sitk.Image, world_xyz: np.ndarray) -> np.ndarray:
+    """The values, float32, of the voxels nearest to world positions (n, 3); NaN beyond the image."""
+    index = np.rint(Geometry.from_image(image).index(world_xyz)).astype(int)
+    values, array = np.full(len(index), np.nan, np.float32), sitk.GetArrayViewFromImage(image)
+    inside = ((index >= 0) & (index < array.shape)).all(axis=1)
+    values[inside] = array[tuple(index[inside].T)]
+    return values
 
 
 @dataclass(frozen=True)
@@ -141,7 +158,7 @@ class FoundLungs:
         litres: Volume on the patient's right and left.
         at_edge: Sides of the view at which the lungs are cut: 'right', 'left', 'front', 'back', 'bottom', 'top'.
         left_out: Dark regions inside the patient that are no lung: (millilitres, why).
-        doubtful: 'right' or 'left' where a lung should be and little or none is, else ''.
+        doubtful: One of SIDES where a lung should be and little or none is, else ''.
         middle: Index along x of the patient's middle plane.
     """
 
@@ -165,6 +182,10 @@ class FoundLungs:
         else:
             lower[0], upper[0] = middle, scan_upper[0]
         return lower, upper
+
+    def sides(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which indices along x lie on the patient's right, and on the left."""
+        return x < self.middle, x >= self.middle
 
     def __str__(self) -> str:
         text = f"{self.litres[0]:.1f} litres on the right, {self.litres[1]:.1f} on the left"
@@ -192,7 +213,7 @@ def find_lungs(scan: sitk.Image) -> FoundLungs | None:
     body = _largest(ndimage.binary_opening(view & ~dark, CROSS))
     if not body.any():
         return None
-    room = _room(hu, view, dark, body)
+    room = _room(hu, grid, view, dark, body)
     inside = dark & ~room & (_directions_to(body | ~view, room, past_view=True) == 4)
     regions, _ = ndimage.label(ndimage.binary_opening(inside, CROSS))
     lungs, left_out = _choose_lungs(hu, regions, grid)
@@ -229,14 +250,15 @@ def _largest(mask: np.ndarray) -> np.ndarray:
     return labels == sizes.argmax() if count else np.zeros(mask.shape, bool)
 
 
-def _room(hu: np.ndarray, view: np.ndarray, dark: np.ndarray, body: np.ndarray) -> np.ndarray:
+def _room(hu: np.ndarray, grid: Geometry, view: np.ndarray, dark: np.ndarray, body: np.ndarray) -> np.ndarray:
     """The air around the patient: plain air that reaches a side of the view, and that the body does not enclose.
 
     A lung that the view cuts is enclosed on three sides, the room on two at most.
     """
     side = view & ~ndimage.binary_erosion(view, np.ones((1, 3, 3), bool))
-    weights = ndimage.uniform_filter(view.astype(np.float32), 3)
-    smooth = ndimage.uniform_filter(np.where(view, hu, 0), 3) / np.maximum(weights, 1 / 27)  # mean of those in view
+    size = [2 * int(SMOOTHING_MM / step) + 1 for step in grid.spacing_zyx]
+    weights = ndimage.uniform_filter(view.astype(np.float32), size)
+    smooth = ndimage.uniform_filter(np.where(view, hu, 0), size) / np.maximum(weights, 1e-3)  # mean of those in view
     darkest = smooth[side & (smooth < DARK_HU) & (smooth > PADDING_HU)]
     if not len(darkest):
         return np.zeros(view.shape, bool)
@@ -339,9 +361,8 @@ def fill_dents(found: FoundLungs) -> sitk.Image:
     """
     lungs = sitk.GetArrayFromImage(found.image) > 0
     filled, (dy, dx) = lungs.copy(), found.image.GetSpacing()[1::-1]
-    columns = np.arange(lungs.shape[2])
     at = np.moveaxis(np.indices(lungs.shape[1:]), 0, -1)
-    for side in (columns < found.middle, columns >= found.middle):
+    for side in found.sides(np.arange(lungs.shape[2])):
         for z in np.flatnonzero(lungs[:, :, side].any(axis=(1, 2))):
             lung = lungs[z] & side
             hull = _convex_hull(lung)

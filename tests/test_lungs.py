@@ -167,6 +167,15 @@ def test_lung_mask_that_fits_is_not_told_off(lungs_phantom):
     assert Preprocessing(target_size=(16, 16, 16)).prepare(*lungs_phantom).lung_note == ""
 
 
+@pytest.mark.parametrize(("side", "litres"), [("right", "1.2 of 1.2"), ("left", "1.1 of 1.1")])
+def test_lung_mask_without_one_lung_is_told(lungs_phantom, side, litres):
+    scan, mask = lungs_phantom
+    array, middle = sitk.GetArrayFromImage(mask), mask.GetSize()[0] // 2
+    array[..., slice(middle) if side == "right" else slice(middle, None)] = 0
+    prepared = Preprocessing(target_size=(16, 16, 16)).prepare(scan, Geometry.from_image(mask).image(array))
+    assert prepared.lung_note == f"the lung mask lacks {litres} litres on the {side} of what looks like lung"
+
+
 @pytest.mark.parametrize("noise", [15, 40, 120])
 def test_noise_is_measured_in_soft_tissue(lungs_phantom, noise):
     hu = sitk.GetArrayFromImage(lungs_phantom[0]).astype(np.float32)
