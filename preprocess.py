@@ -221,9 +221,8 @@ class Preprocessing:
             InputError: The scan's values are no HU, or the lung mask lies outside of it.
         """
         check_hounsfield(scan)
-        lungs, found = self._coarse_lungs(scan, labels, lung_labels)
+        lungs, found, note = self._coarse_lungs(scan, labels, lung_labels)
         source = "none" if lungs is None else "seg-lungs" if found is None else "threshold"
-        note = str(found) if found is not None else "" if lungs is None else describe_misfit(scan, lungs)
         distance = None if lungs is None else widen(lungs, self.lung_closing_mm, self.lung_margin_mm)
         lower, upper = Geometry.from_image(scan).bounds()
         doubtful = None
@@ -252,18 +251,20 @@ class Preprocessing:
 
     def _coarse_lungs(
         self, scan: sitk.Image, labels: sitk.Image | None, lung_labels: tuple[int, ...] | None
-    ) -> tuple[sitk.Image | None, FoundLungs | None]:
-        """The lungs as a coarse mask, None without any, and what the threshold found, where it was asked."""
+    ) -> tuple[sitk.Image | None, FoundLungs | None, str]:
+        """The lungs as a coarse mask or None, what the threshold found, where it was asked, and what is to be said."""
         if not self.uses_lungs:
-            return None, None
-        lungs = None if labels is None else select_lungs(labels, lung_labels)
+            return None, None, ""
+        lungs, unused = None if labels is None else select_lungs(labels, lung_labels), ""
         if lungs is not None:
-            return lungs, None
+            return lungs, None, describe_misfit(scan, lungs)
         if labels is not None:
             there = np.unique(sitk.GetArrayViewFromImage(labels))[:10].tolist()
-            logger.warning("a lung mask holds the labels %s and none of %s, so it is not used", there, lung_labels)
+            unused = f"the lung mask holds the labels {there} and none of {lung_labels}, so it is not used"
         found = find_lungs(scan)
-        return (None, None) if found is None else (fill_dents(found), found)
+        if found is None:
+            return None, None, unused
+        return fill_dents(found), found, "; ".join(filter(None, [unused, str(found)]))
 
     def mean_hu(self, values: np.ndarray) -> float | None:
         """Mean of prepared values, in HU; None of no values."""
@@ -1038,16 +1039,17 @@ class LUNA16Preprocessor:
             logger.info("lungs: %s, %d not found", ", ".join(counts), sources.count("none"))
             if "none" in sources and self.settings.mask_lungs:
                 logger.warning("%d scan(s) without lungs were left unmasked", sources.count("none"))
-            notes = [
-                f"{scan.seriesuid}: {scan.lung_note}"
-                for scan in metadata
-                if ";" in scan.lung_note or "fit" in scan.lung_note
-            ]
+            notes = [f"{scan.seriesuid}: {scan.lung_note}" for scan in metadata if _is_to_be_looked_at(scan)]
             if notes:
                 more = (
                     f" and {len(notes) - MAX_NAMED} more (lung_note in the metadata)" if len(notes) > MAX_NAMED else ""
                 )
                 logger.warning("lungs to look at: %s%s", "; ".join(notes[:MAX_NAMED]), more)
+
+
+def _is_to_be_looked_at(scan: ScanMetadata) -> bool:
+    """Whether a note on lungs says more than how large they are, which is all that it says of whole ones."""
+    return bool(scan.lung_note) and (scan.lung_source != "threshold" or ";" in scan.lung_note)
 
 
 def _warn_ignored(name: str, value: Any, where: str) -> None:

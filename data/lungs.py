@@ -19,7 +19,12 @@ from utils import Box, Geometry, check, resample, signed_distance
 TISSUE_HU = (0, 100)  # where a slice is smooth but for its noise
 LEAST_TISSUE_VOXELS = 200
 CHEST_MM = 150  # a scan that is larger in all directions holds a chest, not a cube out of one
-AIR_HU = -600  # in a chest some voxels are darker
+AIR_HU = -600  # 2 % of a chest is darker
+SOFT_HU = (-200, 200)  # soft tissue
+BRIGHT_HU = 300  # the median of tissue and bone lies below
+LUNG_RANGE_HU = (-1100, -650)  # lung and air
+LEAST_AIR = 0.03  # of a chest; real scans hold 0.29 and more, those whose values are doubled 0.02 at most
+LEAST_SOFT = 0.005  # likewise; real scans hold 0.30 and more, those shifted by -1024 0.002 at most
 MOST_OUTSIDE = 0.3  # of a lung mask that fits its scan
 MOST_TISSUE = 0.2  # likewise
 MOST_LACKING = 0.3  # of either lung, likewise
@@ -68,25 +73,33 @@ def select_lungs(labels: sitk.Image, lung_labels: tuple[int, ...] | None = None)
 def check_hounsfield(scan: sitk.Image) -> None:
     """Raises InputError where the values of a scan cannot be HU.
 
-    What is told: values scaled to [0, 1] or to 8 bits, of any scan; and of one of a chest's size, values without air or
-    lung among the darkest, as after a shift, a factor or an inversion.
+    What is told: values scaled to [0, 1] or to 8 bits, of any scan; and of one of a chest's size, that it holds nothing
+    as dark as lung and air, too little of that or of soft tissue, or soft tissue that is far too bright, as after a
+    shift, a factor or an inversion.
     """
     array = sitk.GetArrayViewFromImage(scan)
-    values = array[tuple(slice(size // 128 // 2, None, max(1, size // 128)) for size in array.shape)].astype(np.float32)
-    values = values[values > PADDING_HU] if (values > PADDING_HU).any() else values
+    sampled = array[tuple(slice(size // 128 // 2, None, max(1, size // 128)) for size in array.shape)].astype(
+        np.float32
+    )
+    values = sampled[sampled > PADDING_HU] if (sampled > PADDING_HU).any() else sampled
     low, high = float(values.min()), float(values.max())
     seen = f"its values lie between {low:.4g} and {high:.4g}"
     is_scaled = low >= -1.5 and high <= 1.5 and high > low
     check(not is_scaled, f"the scan is not in HU: {seen}, as after a scaling; take its source")
     is_picture = low >= 0 and 128 <= high <= 255
     check(not is_picture, f"the scan is not in HU: {seen}, as in a picture of 8 bits; take its source")
-    sides = np.asarray(scan.GetSize()) * scan.GetSpacing()
-    dark = float(np.percentile(values, 2))
-    check(
-        sides.min() < CHEST_MM or dark < AIR_HU,
-        f"the scan is not in HU, or no chest: the darkest 2 % reach {dark:.0f}, where air has -1000 and lungs -850 "
-        f"({seen}); is it shifted, scaled or inverted? take its source",
-    )
+    if (np.asarray(scan.GetSize()) * scan.GetSpacing()).min() < CHEST_MM:
+        return
+    dark, bright = float(np.percentile(values, 2)), values[values > SOFT_HU[0] - 100]
+    tissue = float(np.median(bright)) if len(bright) else -np.inf
+    air, soft = (((sampled > a) & (sampled < b)).mean() for a, b in (LUNG_RANGE_HU, SOFT_HU))
+    for is_right, what in (
+        (dark < AIR_HU, f", or no chest: the darkest 2 % reach {dark:.0f}, where air has -1000 and lungs -850"),
+        (tissue < BRIGHT_HU, f": its soft tissue lies at {tissue:.0f}, not near 40"),
+        (air > LEAST_AIR, f": only {air:.1%} of it has the values of lung or air"),
+        (soft > LEAST_SOFT, f": only {soft:.1%} of it has the values of soft tissue"),
+    ):
+        check(is_right, f"the scan is not in HU{what} ({seen}); is it shifted, scaled or inverted? take its source")
 
 
 def measure_noise(scan: sitk.Image) -> float | None:

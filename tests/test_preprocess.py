@@ -448,27 +448,6 @@ def nodules_dir(tmp_path_factory) -> Path:
     return folder
 
 
-COORDINATES = {
-    "RAS": lambda xyz, uid, folder: xyz * [-1, -1, 1],
-    "z, y, x": lambda xyz, uid, folder: xyz[::-1],
-    "voxels": lambda xyz, uid, folder: Geometry.from_image(read_scan(find_scans(folder / "raw")[uid])).index(xyz)[::-1],
-}
-
-
-@pytest.mark.parametrize("kind", ["right", *COORDINATES])
-def test_annotations_at_whose_places_nothing_is_are_told(nodules_dir, tmp_path, caplog, kind):
-    table = pd.read_csv(nodules_dir / "annotations.csv", dtype={"seriesuid": str})
-    columns = ["coordX", "coordY", "coordZ"]
-    if kind != "right":
-        change = COORDINATES[kind]
-        rows = zip(table["seriesuid"], table[columns].to_numpy(), strict=True)
-        table[columns] = [change(xyz, uid, nodules_dir) for uid, xyz in rows]
-    table.to_csv(tmp_path / "annotations.csv", index=False)
-    paths = (nodules_dir / "raw", tmp_path / "annotations.csv", nodules_dir / "seg-lungs-LUNA16", tmp_path / "out")
-    LUNA16Preprocessor(*paths, target_size=(32, 64, 64), num_processes=1).process_all()
-    assert ("must be LPS millimetres, not RAS, voxels or z, y, x" in caplog.text) == (kind != "right")
-
-
 @pytest.mark.parametrize("place", ["{}.nii.gz", "below/{}.mha"])
 def test_lung_masks_of_other_formats_and_places_are_used(nodules_dir, tmp_path, place):
     uid, path = next(iter(find_scans(nodules_dir / "raw").items()))
