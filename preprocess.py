@@ -7,6 +7,7 @@ python preprocess.py --raw_data_dir data/phantom/raw --target_size '[48,192,192]
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import json
 import logging
@@ -17,6 +18,7 @@ import shlex
 import shutil
 import sqlite3
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -48,6 +50,7 @@ from data.lungs import (
 )
 from utils import (
     ANNOTATION_COLUMNS,
+    SCAN_READERS,
     AnnotatedNodule,
     Box,
     Geometry,
@@ -1131,14 +1134,11 @@ def _run_pool(
 
 
 def _join_cluster(address: str) -> Client:
-    """Client of a Dask cluster, to which this project's code travels with the tasks."""
+    """Client of a Dask cluster."""
     try:
-        import cloudpickle
         from distributed import Client
     except ImportError as error:
         raise ImportError("a scheduler needs Dask: pip install distributed") from error
-    for module in {__name__, Geometry.__module__} - {"__main__"}:  # __main__ travels anyway
-        cloudpickle.register_pickle_by_value(sys.modules[module])
     try:
         client = Client(address, timeout=CLUSTER_TIMEOUT_S)
     except ValueError as error:
@@ -1147,6 +1147,40 @@ def _join_cluster(address: str) -> Client:
         logger.warning("%s has no worker yet: waiting for one (dask worker %s)", address, address)
         client.wait_for_workers(1)
     return client
+
+
+def _prepare_workers(client: Client) -> None:
+    """Gives the workers, also those that join later, this project's code and the scan readers from outside."""
+    root = Path(__file__).parent
+    files = [root / "utils.py", root / "preprocess.py", *sorted((root / "data").glob("*.py"))]
+    code = {str(path.relative_to(root)): path.read_text(encoding="utf-8") for path in files}
+
+    def take_code() -> None:
+        """Lays the code before what a worker has, unless that is the same."""
+        spec = importlib.util.find_spec("utils")
+        own = Path(spec.origin).parent if spec and spec.origin else Path()
+        if all((own / name).is_file() and (own / name).read_text(encoding="utf-8") == code[name] for name in code):
+            return
+        folder = Path(tempfile.mkdtemp(prefix="code-"))
+        for name, text in code.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+        sys.path.insert(0, str(folder))
+        importlib.invalidate_caches()
+        for name in [name for name in sys.modules if name.split(".")[0] in ("utils", "preprocess", "data")]:
+            del sys.modules[name]
+
+    readers = list(SCAN_READERS)
+
+    def start() -> None:
+        """What each worker process does once; what it needs comes from the code that it has by now."""
+        import utils
+
+        utils.SCAN_READERS[:] = readers
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+
+    for setup in (take_code, start):
+        client.register_worker_callbacks(setup)
 
 
 def _count_threads(client: Client) -> int:
@@ -1160,7 +1194,7 @@ def _run_on_cluster(tasks: list[ScanTask], client: Client) -> dict[str, str]:
 
     failed: dict[str, Exception] = {}
     with client, Progress(len(tasks), "preprocessing", "scan") as progress:
-        client.register_worker_callbacks(_start_worker)  # of workers that join later, too
+        _prepare_workers(client)
         uids = {client.submit(process_scan, task, pure=False): task.seriesuid for task in tasks}
         for future in completed(uids):
             with noting(failed, uids[future]):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 if os.environ.get("TEST_GPU") != "1":
@@ -17,11 +18,10 @@ import SimpleITK as sitk
 import torch
 
 import preprocess
-import utils
 from data.phantom import write_phantoms
 from preprocess import Case, LUNA16Preprocessor
 from train import Trainer, ValidationSettings
-from utils import AnnotatedNodule, Geometry, ScanHeader, ScanMetadata, ScanReader, read_processed_list
+from utils import SCAN_READERS, AnnotatedNodule, Geometry, ScanHeader, ScanMetadata, ScanReader, read_processed_list
 
 torch.set_num_threads(1)  # two busy threads on a shared core are slower than one
 
@@ -132,9 +132,11 @@ def write_stack(folder: Path, image: sitk.Image, **changes: list[float]) -> Path
 
 
 @pytest.fixture
-def stack_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+def stack_reader() -> Iterator[None]:
     """Registers that format from outside, for one test."""
-    monkeypatch.setattr(utils, "SCAN_READERS", [*utils.SCAN_READERS, StackReader()])
+    SCAN_READERS.append(StackReader())
+    yield
+    SCAN_READERS.pop()
 
 
 def toy_cases(raw_data_dir: Path, annotations_path: Path, lung_masks_dir: Path) -> list[Case]:

@@ -1814,6 +1814,28 @@ def test_cluster_without_a_worker_is_told_and_waited_for(phantom_dir, tmp_path, 
     assert "has no worker yet: waiting for one" in caplog.text
 
 
+def test_cluster_reads_scans_of_a_reader_from_outside(toy_data_set, tmp_path, cluster):
+    maker = LUNA16Preprocessor(toy_data_set, data_set="toy", output_dir=tmp_path / "out", target_size=(8, 8, 8))
+    summary = maker.process_all(scheduler=cluster.scheduler_address)
+    assert (summary.processed, summary.failed) == (["toy-a", "toy-b"], {})
+
+
+def test_worker_that_does_not_have_the_project_gets_it(phantom_dir, tmp_path):
+    distributed = pytest.importorskip("distributed", reason="pip install distributed")
+    with distributed.LocalCluster(n_workers=0, dashboard_address=None) as cluster:
+        worker = [sys.executable, "-m", "distributed.cli.dask_worker", cluster.scheduler_address, "--nthreads", "1"]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        process = subprocess.Popen([*worker, "--no-dashboard"], cwd=elsewhere, env=environment)
+        try:
+            summary = prepare_phantoms(phantom_dir, tmp_path / "out", scheduler=cluster.scheduler_address)
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+    assert (len(summary.processed), summary.failed) == (4, {})
+
+
 def test_preprocessing_under_torchrun_is_refused(phantom_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with pytest.raises(ValueError, match="leave torchrun out"):
