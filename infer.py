@@ -350,7 +350,6 @@ def _middles_of_spots(probability: np.ndarray, step: np.ndarray, voxel_mm3: floa
 
 # ----------------------------------------------------------------------------------------------- probability to nodules
 
-SURROUNDINGS_MM = 3.0  # that a candidate is scored with
 SURELY_BACKGROUND = 0.02  # probabilities up to this say nothing of how a candidate fades out
 NECK_MM = 1.0  # a component is split where it is thinner by this than on both sides
 SMALLEST_SPLIT = 30  # voxels
@@ -678,19 +677,20 @@ def _describe(
 
 
 def score_candidate(voxels: np.ndarray, geometry: Geometry, probability: np.ndarray) -> float:
-    """How likely a candidate is a nodule, in [0, 1]: the mean probability in and around it, times its roundness.
+    """How likely a candidate is a nodule, in [0, 1]: the mean probability in and next to it, times its roundness.
 
-    Voxels up to SURELY_BACKGROUND do not count. Where the network hesitates, it is often at a vessel: the probability
-    fades out slowly around it, and the candidate is longer than thick. The highest probability tells neither.
+    Next to it lie the voxels that share a face with it; those up to SURELY_BACKGROUND do not count. Where the network
+    hesitates, it is often at a vessel: the probability fades out slowly, and the candidate is longer than thick. The
+    highest probability tells neither. What lies farther off says less, and there is much of it around a large nodule.
 
     Args:
         voxels: (m, 3) indices (z, y, x) of the candidate.
         geometry: Where the voxels lie.
         probability: Float (z, y, x).
     """
-    margins = np.ceil(SURROUNDINGS_MM / np.asarray(geometry.spacing_zyx)).astype(int)
-    lower, upper = np.maximum(voxels.min(axis=0) - margins, 0), voxels.max(axis=0) + 1 + margins
-    values = probability[Box.of_size(lower, upper - lower).slices].astype(np.float32)
+    part, lower = _in_a_box(voxels)
+    near = lower + np.argwhere(ndimage.binary_dilation(part))
+    values = probability[tuple(near[((near >= 0) & (near < probability.shape)).all(axis=1)].T)].astype(np.float32)
     values = values[values > SURELY_BACKGROUND]
     certainty = float(values.mean()) if len(values) else 0.0
     return min(1.0, certainty * _roundness(voxels, geometry, GRID_SLACK))

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from utils import InputError, Shape, UserError, Vector, check
 
-CHECKPOINT_FORMAT = 8  # raised whenever older checkpoints can no longer be read or give other results
+CHECKPOINT_FORMAT = 9  # raised whenever older checkpoints can no longer be read or give other results
 # What zipfile, zlib and the unpickler raise on flipped or missing bytes, once the file has been read.
 DAMAGE = (
     zipfile.BadZipFile,

@@ -20,11 +20,14 @@ TISSUE_HU = (0, 100)  # where a slice is smooth but for its noise
 LEAST_TISSUE_VOXELS = 200
 CHEST_MM = 150  # a scan that is larger in all directions holds a chest, not a cube out of one
 AIR_HU = -600  # 2 % of a chest is darker
-SOFT_HU = (-200, 200)  # soft tissue
-BRIGHT_HU = 300  # the median of tissue and bone lies below
+SOFT_HU = -200  # soft tissue and bone are brighter
+MEDIAN_HU = 500  # their median is darker, also with contrast
 LUNG_RANGE_HU = (-1100, -650)  # lung and air
 LEAST_AIR = 0.03  # of a chest; real scans hold 0.29 and more, those whose values are doubled 0.02 at most
-LEAST_SOFT = 0.005  # likewise; real scans hold 0.30 and more, those shifted by -1024 0.002 at most
+LEAST_SOFT = (
+    0.005  # likewise; real scans hold 0.30 and more, those shifted by -1024 0.002 at most; of these much is ...
+)
+TOO_DARK_HU = -1700  # ... much lies below
 MOST_OUTSIDE = 0.3  # of a lung mask that fits its scan
 MOST_TISSUE = 0.2  # likewise
 MOST_LACKING = 0.3  # of either lung, likewise
@@ -90,14 +93,15 @@ def check_hounsfield(scan: sitk.Image) -> None:
     check(not is_picture, f"the scan is not in HU: {seen}, as in a picture of 8 bits; take its source")
     if (np.asarray(scan.GetSize()) * scan.GetSpacing()).min() < CHEST_MM:
         return
-    dark, bright = float(np.percentile(values, 2)), values[values > SOFT_HU[0] - 100]
+    dark, bright = float(np.percentile(values, 2)), values[values > SOFT_HU]
     tissue = float(np.median(bright)) if len(bright) else -np.inf
-    air, soft = (((sampled > a) & (sampled < b)).mean() for a, b in (LUNG_RANGE_HU, SOFT_HU))
+    air, soft = ((sampled > LUNG_RANGE_HU[0]) & (sampled < LUNG_RANGE_HU[1])).mean(), (sampled > SOFT_HU).mean()
+    is_lowered = soft < LEAST_SOFT and (sampled < TOO_DARK_HU).mean() > 0.05
     for is_right, what in (
         (dark < AIR_HU, f", or no chest: the darkest 2 % reach {dark:.0f}, where air has -1000 and lungs -850"),
-        (tissue < BRIGHT_HU, f": its soft tissue lies at {tissue:.0f}, not near 40"),
+        (tissue < MEDIAN_HU, f": its soft tissue lies at {tissue:.0f}, not near 40"),
         (air > LEAST_AIR, f": only {air:.1%} of it has the values of lung or air"),
-        (soft > LEAST_SOFT, f": only {soft:.1%} of it has the values of soft tissue"),
+        (not is_lowered, f": only {soft:.1%} of it is as bright as soft tissue"),
     ):
         check(is_right, f"the scan is not in HU{what} ({seen}); is it shifted, scaled or inverted? take its source")
 
