@@ -1475,11 +1475,11 @@ class NoduleInferencer:
         probability = self.predict_probability(prepared.array)
         found = self.segment(probability, prepared.grid)
         unlike = describe_unlike(scanning_of(Geometry.from_image(scan), measure_noise(scan)), self.learnt)
-        if prepared.lung_source == "none":
+        if prepared.lung_source == "none" and self.preprocessing.uses_lungs:
             unlike = "; ".join(filter(None, [unlike, "no lungs were found"]))
         if unlike:
             logger.warning("%s is unlike the training scans: %s", name, unlike)
-        lungs = prepared.lung_note or "not found"
+        lungs = prepared.lung_note or ("not found" if self.preprocessing.uses_lungs else "not looked for")
         result = ScanResult(name, part, source, found, float(probability.max()), lungs, unlike)
         # The CT itself, not what the network sees of it: a radiologist wants to see what lies around the lungs.
         ct = self.preprocessing.apply_hu_window(scan, prepared.grid).astype(np.float32)

@@ -39,7 +39,7 @@ from scipy import sparse
 from data.lungs import (
     LUNG_METHOD,
     FoundLungs,
-    check_hounsfield,
+    check_scan,
     describe_misfit,
     fill_dents,
     find_lungs,
@@ -223,7 +223,7 @@ class Preprocessing:
         Raises:
             InputError: The scan's values are no HU, or the lung mask lies outside of it.
         """
-        check_hounsfield(scan)
+        check_scan(scan)
         lungs, found, note = self._coarse_lungs(scan, labels, lung_labels)
         source = "none" if lungs is None else "seg-lungs" if found is None else "threshold"
         distance = None if lungs is None else widen(lungs, self.lung_closing_mm, self.lung_margin_mm)

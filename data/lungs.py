@@ -19,18 +19,18 @@ from utils import Box, Geometry, check, resample, signed_distance
 TISSUE_HU = (0, 100)  # where a slice is smooth but for its noise
 LEAST_TISSUE_VOXELS = 200
 CHEST_MM = 150  # a scan that is larger in all directions holds a chest, not a cube out of one
-AIR_HU = -600  # 2 % of a chest is darker
+AIR_HU = -600  # something in a chest is darker, if only an airway
 SOFT_HU = -200  # soft tissue and bone are brighter
 MEDIAN_HU = 500  # their median is darker, also with contrast
-LUNG_RANGE_HU = (-1100, -650)  # lung and air
-LEAST_AIR = 0.03  # of a chest; real scans hold 0.29 and more, those whose values are doubled 0.02 at most
-LEAST_SOFT = (
-    0.005  # likewise; real scans hold 0.30 and more, those shifted by -1024 0.002 at most; of these much is ...
-)
-TOO_DARK_HU = -1700  # ... much lies below
+TOO_DARK_HU = -1500  # nothing measured lies below, but for some noise
+MOST_TOO_DARK = 0.05
+PADDING_VALUES = 4  # tens of HU that padding takes at most, also where it was compressed with losses
+FULL_PICTURE = (5, 200)  # a picture of 8 bits begins below and ends above
+SIZES_MM = (3, 3000)  # of a scan's longest side
 MOST_OUTSIDE = 0.3  # of a lung mask that fits its scan
 MOST_TISSUE = 0.2  # likewise
-MOST_LACKING = 0.3  # of either lung, likewise
+MOST_LACKING = 0.3  # of either lung, likewise, where there is more than ...
+LEAST_LACKING = 0.2  # litres
 SIDES = ("right", "left")
 LUNG_METHOD = 3  # raised whenever other lungs are found in the same scan
 LUNG_GRID_MM = 3.0  # lungs are found and widened on voxels of about this size; distances between them stay exact
@@ -43,11 +43,14 @@ SMOOTHING_MM = 4  # how far the mean reaches that the room is told by
 ROOM_HU = 60  # how far above the darkest of it the room still goes
 LEAST_LUNG_ML = 50  # smaller dark regions are airways, bowel or folds of skin
 LEAST_GAS_ML = 700  # so much plain air is a lung of plastic, or an inflated one beside a collapsed one
+FIRST_LUNG = 0.2  # of the largest region
+CUT_LUNG = 0.05  # likewise, of one that the view's top cuts
 LEAST_OVERLAP = 0.6  # share of a lung's height that lies beside another lung; bowel lies below
 MOST_TILT = 0.94  # cosine; a scan that is turned further is brought to the patient's axes
 LEAST_HULL = 0.4  # share of the outline's hull that is lung where the outline is looked at for dents
 LEAST_REACH = 0.35  # of the way from the middle of the chest to the hull; dents lie beyond
 FRONT_DEGREES = 15  # so near to the patient's middle plane lie heart and spine, no dents
+CUT_PATIENT = 0.4  # of the patient's outline from the side, where the view cuts it
 ONE_SIDED = 0.2  # of the larger lung; a smaller one is in doubt
 CROSS = ndimage.generate_binary_structure(3, 1)
 
@@ -73,13 +76,18 @@ def select_lungs(labels: sitk.Image, lung_labels: tuple[int, ...] | None = None)
     return lungs if inside.any() and sitk.GetArrayViewFromImage(lungs).any() else None
 
 
-def check_hounsfield(scan: sitk.Image) -> None:
-    """Raises InputError where the values of a scan cannot be HU.
+def check_scan(scan: sitk.Image) -> None:
+    """Raises InputError where the values of a scan cannot be HU, or its sizes no millimetres.
 
     What is told: values scaled to [0, 1] or to 8 bits, of any scan; and of one of a chest's size, that it holds nothing
-    as dark as lung and air, too little of that or of soft tissue, or soft tissue that is far too bright, as after a
-    shift, a factor or an inversion.
+    as dark as lung and air, soft tissue that is far too bright, or much that is far too dark, as after a shift, a
+    factor or an inversion.
     """
+    sides = np.asarray(scan.GetSize()) * scan.GetSpacing()
+    check(
+        SIZES_MM[0] <= sides.max() <= SIZES_MM[1],
+        f"the scan is {sides.max():.4g} mm long, so its spacing {scan.GetSpacing()} is not in mm; correct its header",
+    )
     array = sitk.GetArrayViewFromImage(scan)
     sampled = array[tuple(slice(size // 128 // 2, None, max(1, size // 128)) for size in array.shape)].astype(
         np.float32
@@ -89,19 +97,18 @@ def check_hounsfield(scan: sitk.Image) -> None:
     seen = f"its values lie between {low:.4g} and {high:.4g}"
     is_scaled = low >= -1.5 and high <= 1.5 and high > low
     check(not is_scaled, f"the scan is not in HU: {seen}, as after a scaling; take its source")
-    is_picture = low >= 0 and 128 <= high <= 255
+    is_picture = 0 <= low <= FULL_PICTURE[0] and FULL_PICTURE[1] <= high <= 255
     check(not is_picture, f"the scan is not in HU: {seen}, as in a picture of 8 bits; take its source")
-    if (np.asarray(scan.GetSize()) * scan.GetSpacing()).min() < CHEST_MM:
+    if sides.min() < CHEST_MM:
         return
-    dark, bright = float(np.percentile(values, 2)), values[values > SOFT_HU]
+    dark, bright = float(np.percentile(values, 0.1)), values[values > SOFT_HU]
     tissue = float(np.median(bright)) if len(bright) else -np.inf
-    air, soft = ((sampled > LUNG_RANGE_HU[0]) & (sampled < LUNG_RANGE_HU[1])).mean(), (sampled > SOFT_HU).mean()
-    is_lowered = soft < LEAST_SOFT and (sampled < TOO_DARK_HU).mean() > 0.05
+    _, counts = np.unique(np.round(sampled[sampled < TOO_DARK_HU], -1), return_counts=True)
+    share = float(np.sort(counts)[:-PADDING_VALUES].sum()) / sampled.size
     for is_right, what in (
-        (dark < AIR_HU, f", or no chest: the darkest 2 % reach {dark:.0f}, where air has -1000 and lungs -850"),
+        (dark < AIR_HU, f", or no chest: the darkest voxels reach {dark:.0f}, where air has -1000 and lungs -850"),
         (tissue < MEDIAN_HU, f": its soft tissue lies at {tissue:.0f}, not near 40"),
-        (air > LEAST_AIR, f": only {air:.1%} of it has the values of lung or air"),
-        (not is_lowered, f": only {soft:.1%} of it is as bright as soft tissue"),
+        (share < MOST_TOO_DARK, f": {share:.0%} of it lies below {TOO_DARK_HU} and is no padding; air has -1000"),
     ):
         check(is_right, f"the scan is not in HU{what} ({seen}); is it shifted, scaled or inverted? take its source")
 
@@ -141,8 +148,8 @@ def describe_misfit(scan: sitk.Image, lungs: sitk.Image) -> str:
     tissue = float((values > -200).sum() / np.isfinite(values).sum())
     if tissue > MOST_TISSUE:
         return (
-            f"the lung mask does not fit the scan: {tissue:.0%} of it is soft tissue; is it upside down, or that of "
-            "another scan?"
+            f"the lung mask does not fit the scan: {tissue:.0%} of it is soft tissue; is it upside down, another "
+            "scan's, or drawn far too wide?"
         )
     found = find_lungs(scan)
     if found is None:
@@ -152,7 +159,7 @@ def describe_misfit(scan: sitk.Image, lungs: sitk.Image) -> str:
     lacking = [
         f"{share * litres:.1f} of {litres:.1f} litres on the {side}"
         for side, litres, is_of_side in zip(SIDES, found.litres, found.sides(voxels[:, 2]), strict=True)
-        if (share := float(is_lacking[is_of_side].sum() / max(is_of_side.sum(), 1))) > MOST_LACKING
+        if litres > LEAST_LACKING and (share := float(is_lacking[is_of_side].mean())) > MOST_LACKING
     ]
     return f"the lung mask lacks {' and '.join(lacking)} of what looks like lung" if lacking else ""
 
@@ -225,20 +232,21 @@ def find_lungs(scan: sitk.Image) -> FoundLungs | None:
         The lungs; None where there are none.
     """
     hu, grid = _along_patient(scan)
-    view = ndimage.binary_fill_holes(~ndimage.binary_opening(hu < PADDING_HU, CROSS))  # holes in it are noise
+    view = _view(hu)
     dark = (hu < LUNG_HU) & view
-    body = _largest(ndimage.binary_opening(view & ~dark, CROSS))
+    cross = CROSS if len(hu) > 4 else CROSS & (np.arange(3) == 1)[:, None, None]  # few slices have no inside
+    body = _largest(ndimage.binary_opening(view & ~dark, cross))
     if not body.any():
         return None
     room = _room(hu, grid, view, dark, body)
     inside = dark & ~room & (_directions_to(body | ~view, room, past_view=True) == 4)
-    regions, _ = ndimage.label(ndimage.binary_opening(inside, CROSS))
+    regions, _ = ndimage.label(ndimage.binary_opening(inside, cross))
     lungs, left_out = _choose_lungs(hu, regions, grid)
     if not lungs:
         return None
     mask = ndimage.binary_dilation(np.isin(regions, lungs), CROSS, iterations=2, mask=inside)
     at_edge = _cut_sides(mask, view, grid)
-    middle = _middle_plane(hu, body, is_halved=("right" in at_edge) != ("left" in at_edge))
+    middle = _middle_plane(hu, body | mask)
     right, left = (float(half.sum()) * grid.voxel_volume_mm3 / 1e6 for half in (mask[..., :middle], mask[..., middle:]))
     seen = [body[..., :middle].sum(), body[..., middle:].sum()]
     doubtful = ""
@@ -257,6 +265,17 @@ def _along_patient(scan: sitk.Image) -> tuple[np.ndarray, Geometry]:
         grid = Geometry.covering(*grid.bounds(), shape_zyx=None, spacing=(LUNG_GRID_MM,) * 3)
         coarse = resample(coarse, grid, fill=-1200.0)
     return sitk.GetArrayFromImage(coarse), grid
+
+
+def _view(hu: np.ndarray) -> np.ndarray:
+    """What was measured, bool (z, y, x): without padding, whatever its value, around a circle or a box."""
+    view = ndimage.binary_fill_holes(~ndimage.binary_opening(hu < PADDING_HU, CROSS))  # holes in it are noise
+    corners = hu[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    values, counts = np.unique(corners, return_counts=True)
+    measured = (np.abs(hu - values[counts.argmax()]) > 1).any(axis=0)
+    if counts.max() > corners.size / 2 and measured.any():  # one value in the corners: no air is so even
+        view &= _convex_hull(measured)
+    return view
 
 
 def _largest(mask: np.ndarray) -> np.ndarray:
@@ -312,26 +331,33 @@ def _choose_lungs(
     hu: np.ndarray, regions: np.ndarray, grid: Geometry
 ) -> tuple[list[int], tuple[tuple[float, str], ...]]:
     """The labels of the regions that are lung, and what the larger of the others are."""
-    found = []  # (label, millilitres, lowest slice, slice above the highest)
+    height_mm = len(hu) * grid.spacing_zyx[0]
+    least, least_gas = (volume * min(1, height_mm / 150) for volume in (LEAST_LUNG_ML, LEAST_GAS_ML))  # of a slab
+    found = []  # (label, millilitres, lowest slice, slice above the highest, whether plain air)
     left_out = []
     for label, box in enumerate(ndimage.find_objects(regions), start=1):
         inside = regions[box] == label
         volume = float(inside.sum()) * grid.voxel_volume_mm3 / 1e3
         is_gas = float(hu[box][inside].mean()) < GAS_HU
-        if volume >= (LEAST_GAS_ML if is_gas else LEAST_LUNG_ML):
-            found.append((label, volume, box[0].start, box[0].stop))
-        elif volume >= LEAST_LUNG_ML:
+        if volume >= (least_gas if is_gas else least):
+            found.append((label, volume, box[0].start, box[0].stop, is_gas))
+        elif volume >= least:
             left_out.append((volume, "of plain air"))
     if not found:
         return [], ()
-    large = [region for region in found if region[1] >= 2 * LEAST_LUNG_ML] or found
-    top = max(stop for *_, stop in large)
-    near_top = 30 / grid.spacing_zyx[0]  # mm: lungs end at about one height
-    chosen = [max((region for region in large if region[3] >= top - near_top), key=lambda region: region[1])]
+    # The first lung is the largest region near the top, or of those that the view's top cuts. What is small beside a
+    # much larger one is none, such as the throat; nor is plain air beside something else that is large.
+    largest = max(volume for _, volume, *_ in found)
+    of_lung = [region for region in found if not region[4]]
+    of_lung = of_lung if any(region[1] >= FIRST_LUNG * largest for region in of_lung) else found
+    cut = [region for region in of_lung if region[3] == len(hu) and region[1] >= CUT_LUNG * largest]
+    large = cut or [region for region in of_lung if region[1] >= FIRST_LUNG * largest]
+    near_top = max(stop for *_, stop, _ in large) - 30 / grid.spacing_zyx[0]  # mm: lungs end at about one height
+    chosen = [max((region for region in large if region[3] >= near_top), key=lambda region: region[1])]
     for region in sorted(found, key=lambda region: -region[1]):
         if region in chosen:
             continue
-        _, volume, start, stop = region
+        _, volume, start, stop, _ = region
         low, high = min(other[2] for other in chosen), max(other[3] for other in chosen)
         if (min(high, stop) - max(low, start)) / (stop - start) >= LEAST_OVERLAP:
             chosen.append(region)
@@ -340,18 +366,23 @@ def _choose_lungs(
     return [label for label, *_ in chosen], tuple(left_out)
 
 
-def _middle_plane(hu: np.ndarray, body: np.ndarray, is_halved: bool) -> int:
-    """Index along x of the spine: where the back half of the body holds most bone.
+def _middle_plane(hu: np.ndarray, patient: np.ndarray) -> int:
+    """Index along x of the spine: where the back half of the patient holds most bone.
 
-    It lies in the middle half of the body, unless the view holds half a patient.
+    It lies in the middle half, unless the view holds half a patient: then one of its sides cuts the patient, the other
+    one does not, and the spine is near the cut or out of view.
     """
-    rows, columns = (np.flatnonzero(body.any(axis=axes)) for axes in ((0, 2), (0, 1)))
-    bone = ((hu > BONE_HU) & body)[:, (rows[0] + rows[-1]) // 2 :].sum(axis=(0, 1)).astype(float)
+    rows, columns = (np.flatnonzero(patient.any(axis=axes)) for axes in ((0, 2), (0, 1)))
+    first, last = columns[0], columns[-1]
+    bone = ((hu > BONE_HU) & patient)[:, (rows[0] + rows[-1]) // 2 :].sum(axis=(0, 1)).astype(float)
     bone = ndimage.uniform_filter1d(bone, 9)
-    if not is_halved:
-        quarter = (columns[-1] - columns[0]) // 4
-        bone[: columns[0] + quarter] = bone[columns[-1] - quarter :] = 0
-    return int(bone.argmax()) if bone.any() else int((columns[0] + columns[-1]) // 2)
+    quarter, outline = (last - first) // 4, patient.any(axis=2).sum()
+    cuts = [patient[..., column].sum() / outline for column in (first, last)]
+    if max(cuts) > CUT_PATIENT and min(cuts) < CUT_PATIENT / 2:
+        edge = first if cuts[0] > cuts[1] else last
+        return int(bone.argmax() if abs(int(bone.argmax()) - edge) <= quarter else edge + (edge == last))
+    bone[: first + quarter] = bone[last - quarter :] = 0
+    return int(bone.argmax()) if bone.any() else int((first + last) // 2)
 
 
 def _cut_sides(mask: np.ndarray, view: np.ndarray, grid: Geometry) -> tuple[str, ...]:

@@ -1517,6 +1517,16 @@ def test_scan_unlike_the_training_scans_is_told_in_log_and_result(trained, tmp_p
     assert summary["lungs"] == "2.4 litres on the right, 2.4 on the left"
 
 
+def test_network_that_wants_no_lungs_is_not_told_that_there_are_none(trained, tmp_path, caplog):
+    inferencer = trained(Bright(HALF))
+    inferencer.preprocessing = replace(inferencer.preprocessing, mask_lungs=False)
+    inferencer.learnt = {}
+    inferencer.infer_scan(write_chest(tmp_path / "chest.mhd"))
+    summary = json.loads((inferencer.output_dir / "inference_summary.json").read_text())["scans"]["chest"]
+    assert (summary["lungs"], summary["unlike_training"]) == ("not looked for", "no")
+    assert "unlike" not in caplog.text
+
+
 def test_checkpoint_knows_what_its_training_scans_were_like(run_dir):
     learnt = load_checkpoint(run_dir / "checkpoints" / "best_model.pth").learnt
     assert set(learnt) == {"slice_mm", "pixel_mm", "noise_hu"}

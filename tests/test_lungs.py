@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,9 +103,79 @@ def test_mass_at_the_chest_wall_is_kept_and_costs_little(lungs_phantom, diameter
     assert kept.sum() < 1.15 * plain.sum() + ball.sum()
 
 
+def litres_of(hu: np.ndarray, geometry: Geometry) -> list[float]:
+    return [round(volume, 1) for volume in find_lungs(geometry.image(hu.astype(np.int16))).litres]
+
+
+@pytest.mark.parametrize("padding", [-3024, -1024, -1000, 0])
+def test_lungs_that_a_circle_of_view_cuts_are_kept(lungs_phantom, padding):
+    hu, geometry = sitk.GetArrayFromImage(lungs_phantom[0]), Geometry.from_image(lungs_phantom[0])
+    in_view = np.hypot(*np.ogrid[-41:55, -47.5:48]) * geometry.spacing_zyx[1] < 105
+    assert litres_of(np.where(in_view, np.maximum(hu, -1024), padding), geometry) == [1.2, 1.1]
+
+
+@pytest.mark.parametrize("padding", [-2000, -1024, 0])
+def test_frame_around_a_scan_is_no_lung(lungs_phantom, padding):
+    padded = sitk.ConstantPad(sitk.Maximum(lungs_phantom[0], -1024), [20] * 3, [20] * 3, padding)
+    assert litres_of(sitk.GetArrayFromImage(padded), Geometry.from_image(padded)) == [1.2, 1.1]
+
+
+@pytest.mark.parametrize(("radius_mm", "hu_there"), [(18, -900), (60, -1000)])
+def test_something_dark_above_the_lungs_does_not_replace_them(lungs_phantom, radius_mm, hu_there):
+    hu, geometry = sitk.GetArrayFromImage(lungs_phantom[0]), Geometry.from_image(lungs_phantom[0])
+    distance = np.hypot(*np.ogrid[-48:48, -48:48]) * geometry.spacing_zyx[1]
+    neck = np.full((34, 96, 96), -1000)
+    neck[:, distance < 130] = 40
+    neck[8:22, distance < radius_mm] = hu_there
+    assert litres_of(np.concatenate([hu, neck]), replace(geometry, shape_zyx=(82, 96, 96))) == [1.2, 1.1]
+
+
+@pytest.mark.parametrize("beside_mm", [0, 30])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_lung_of_half_a_view_is_on_its_side_and_none_is_in_doubt(lungs_phantom, side, beside_mm):
+    scan, beside = lungs_phantom[0], round(beside_mm / lungs_phantom[0].GetSpacing()[0])
+    middle = find_lungs(scan).middle
+    found = find_lungs(scan[: middle - beside] if side == "right" else scan[middle + beside :])
+    there, missing = found.litres if side == "right" else found.litres[::-1]
+    assert there > 0.9
+    assert missing < 0.1
+    assert found.doubtful == ""
+
+
+@pytest.mark.parametrize("slices", [2, 3, 5])
+def test_few_slices_hold_lungs_too(lungs_phantom, slices):
+    assert min(find_lungs(lungs_phantom[0][:, :, 20 : 20 + slices]).litres) > 0
+
+
+def test_given_mask_of_one_lung_fits_where_there_is_no_other(lungs_phantom):
+    scan, mask = lungs_phantom
+    left = sitk.GetArrayFromImage(mask)
+    left[..., : left.shape[2] // 2] = 0
+    hu = np.where((sitk.GetArrayFromImage(mask) > 0) & (left == 0), 20, sitk.GetArrayFromImage(scan))
+    scan, left = (Geometry.from_image(scan).image(array.astype(np.int16)) for array in (hu, left))
+    assert Preprocessing(target_size=(8, 8, 8)).prepare(scan, left).lung_note == ""
+
+
+@pytest.mark.parametrize(("factor", "size"), [(10, "3360"), (1e-3, "0.336")])
+def test_sizes_that_are_no_millimetres_are_refused(lungs_phantom, factor, size):
+    scan = sitk.Image(lungs_phantom[0])
+    scan.SetSpacing([step * factor for step in scan.GetSpacing()])
+    with pytest.raises(ValueError, match=f"the scan is {size} mm long, so its spacing .* is not in mm"):
+        Preprocessing(target_size=(8, 8, 8)).prepare(scan)
+
+
+def test_chest_that_holds_little_air_is_not_refused(lungs_phantom):
+    hu, lung = (sitk.GetArrayFromImage(image) for image in lungs_phantom)
+    back = np.arange(hu.shape[1])[:, None] > np.quantile(np.argwhere(lung)[:, 1], 0.3)
+    full = np.where((hu < -950) & (lung == 0), -90, np.where((lung > 0) & back, 15, hu))  # effusions; fat to the edge
+    prepared = Preprocessing(target_size=(8, 8, 8)).prepare(Geometry.from_image(lungs_phantom[0]).image(full))
+    assert prepared.lung_source == "threshold"
+
+
 CUBES = {
     "lung and wall": lambda hu: hu[20:30, 30:60, 10:40],
     "tissue": lambda hu: np.random.default_rng(0).normal(40, 15, (10, 20, 20)),
+    "tissue with contrast": lambda hu: np.random.default_rng(0).normal(120, 15, (10, 20, 20)),
     "one value": lambda hu: np.zeros((4, 8, 8)),
 }
 

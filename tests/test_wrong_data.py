@@ -34,7 +34,7 @@ MISFITS = {
 @pytest.mark.parametrize("kind", wrong_data.MASKS)
 def test_lung_mask_that_does_not_fit_is_told(data, kind):
     said = wrong_data.said_of(wrong_data.MASKS[kind](data))
-    assert MISFITS.get(kind, "of it is soft tissue; is it upside down, or that of another scan?") in said
+    assert MISFITS.get(kind, "of it is soft tissue; is it upside down, another scan's, or drawn far too wide?") in said
 
 
 @pytest.mark.parametrize("kind", wrong_data.ANNOTATIONS)

@@ -25,7 +25,7 @@ import SimpleITK as sitk
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
-from data.lungs import check_hounsfield, fill_dents, find_lungs, widen
+from data.lungs import check_scan, fill_dents, find_lungs, widen
 from data.phantom import make_phantom
 from preprocess import Preprocessing
 from utils import Geometry, InputError, list_scans, read_scan, resample
@@ -346,7 +346,7 @@ def of_scan(path: Path, kinds: list[str], pictures: Path | None) -> list[tuple[s
     """The study of a real scan, against what is found in the whole of it."""
     scan = sitk.Cast(read_scan(path), sitk.sitkInt16)
     try:
-        check_hounsfield(scan)
+        check_scan(scan)
     except InputError:  # a mask beside the scans
         return []
     found = here(scan)

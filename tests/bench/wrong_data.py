@@ -152,7 +152,9 @@ RIGHT: dict[str, Callable[[Data], Data]] = {
             hu,
         )
     ),
-    "noise of 150 HU": lambda d: d.with_hu(lambda hu: hu + np.random.default_rng(0).normal(0, 150, hu.shape)),
+    "noise of 150 HU": lambda d: d.with_hu(
+        lambda hu: hu + (hu > -1100) * np.random.default_rng(0).normal(0, 150, hu.shape)
+    ),
     "no nodules": lambda d: replace(d, nodules=d.nodules[:0]),
 }
 
