@@ -26,7 +26,7 @@ TOO_DARK_HU = -1500  # nothing measured lies below, but for some noise
 MOST_TOO_DARK = 0.05
 PADDING_VALUES = 4  # tens of HU that padding takes at most, also where it was compressed with losses
 FULL_PICTURE = (5, 200)  # a picture of 8 bits begins below and ends above
-SIZES_MM = (3, 3000)  # of a scan's longest side
+SIZES_MM = (1, 3000)  # of a scan's longest side
 MOST_OUTSIDE = 0.3  # of a lung mask that fits its scan
 MOST_TISSUE = 0.2  # likewise
 MOST_LACKING = 0.3  # of either lung, likewise, where there is more than ...
@@ -89,9 +89,8 @@ def check_scan(scan: sitk.Image) -> None:
         f"the scan is {sides.max():.4g} mm long, so its spacing {scan.GetSpacing()} is not in mm; correct its header",
     )
     array = sitk.GetArrayViewFromImage(scan)
-    sampled = array[tuple(slice(size // 128 // 2, None, max(1, size // 128)) for size in array.shape)].astype(
-        np.float32
-    )
+    part = tuple(slice(size // 128 // 2, None, max(1, size // 128)) for size in array.shape)
+    sampled = array[part].astype(np.float32)
     values = sampled[sampled > PADDING_HU] if (sampled > PADDING_HU).any() else sampled
     low, high = float(values.min()), float(values.max())
     seen = f"its values lie between {low:.4g} and {high:.4g}"
