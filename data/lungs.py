@@ -43,6 +43,7 @@ SMOOTHING_MM = 4  # how far the mean reaches that the room is told by
 ROOM_HU = 60  # how far above the darkest of it the room still goes
 LEAST_LUNG_ML = 50  # smaller dark regions are airways, bowel or folds of skin
 LEAST_GAS_ML = 700  # so much plain air is a lung of plastic, or an inflated one beside a collapsed one
+SLAB_MM = 50  # of a scan that is less high, smaller regions count, too
 FIRST_LUNG = 0.2  # of the largest region
 CUT_LUNG = 0.05  # likewise, of one that the view's top cuts
 LEAST_OVERLAP = 0.6  # share of a lung's height that lies beside another lung; bowel lies below
@@ -331,7 +332,7 @@ def _choose_lungs(
 ) -> tuple[list[int], tuple[tuple[float, str], ...]]:
     """The labels of the regions that are lung, and what the larger of the others are."""
     height_mm = len(hu) * grid.spacing_zyx[0]
-    least, least_gas = (volume * min(1, height_mm / 150) for volume in (LEAST_LUNG_ML, LEAST_GAS_ML))  # of a slab
+    least, least_gas = (volume * min(1, height_mm / SLAB_MM) for volume in (LEAST_LUNG_ML, LEAST_GAS_ML))
     found = []  # (label, millilitres, lowest slice, slice above the highest, whether plain air)
     left_out = []
     for label, box in enumerate(ndimage.find_objects(regions), start=1):
