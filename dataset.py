@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -25,12 +24,15 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from utils import (
+    IGNORED,
     AnnotatedNodule,
     Box,
+    Folders,
     ScanMetadata,
     Shape,
     Split,
     Vector,
+    as_folders,
     check,
     count_cores,
     free_memory,
@@ -54,6 +56,7 @@ JITTER = 0.375  # of the patch: how far a nodule may lie from the middle of its 
 TISSUE_LEVEL = 0.4  # -440 HU; what is brighter is no lung
 MOST_TISSUE = 0.5  # of the voxels under a pasted nodule
 LUNG_LEVEL = 0.1  # of aerated lung, -860 HU in the usual window
+LEAST_PATCHES = 4  # that a scan has room for which background is drawn from
 HARD_ERROR = 0.5  # a patch whose background reaches this probability is a hard one
 
 
@@ -251,7 +254,7 @@ def augment_batch(images: Tensor, masks: Tensor, parameters: Sequence[Augmentati
 
     Args:
         images: Float (B, 1, Z, Y, X).
-        masks: (B, 1, Z, Y, X) of 0 and 1.
+        masks: (B, 1, Z, Y, X) of 0, 1 and IGNORED.
         parameters: One a sample.
 
     Returns:
@@ -299,7 +302,7 @@ def _to_device(numbers: Tensor, device: torch.device) -> Tensor:
 
 def _fade_nodules(image: Tensor, mask: Tensor, share: float) -> Tensor:
     """Takes nodules that much of the way down to aerated lung, with a soft edge a little outside of their mask."""
-    wide = functional.max_pool3d(mask.to(image), 3, stride=1, padding=1)
+    wide = functional.max_pool3d((mask == 1).to(image), 3, stride=1, padding=1)
     soft = functional.avg_pool3d(wide, 3, stride=1, padding=1)
     return image + share * soft * (LUNG_LEVEL - image).clamp(max=0)
 
@@ -312,9 +315,10 @@ class LUNA16Dataset(Dataset):
 
     A sample is a dict of ``image`` (1, Z, Y, X) float16 in [0, 1] and ``mask`` (1, Z, Y, X) uint8, which may be the
     very voxels that are kept, ``seriesuid``, ``key``, and ``augmentation``: parameters for ``augment_batch``, or None.
+    The mask is 1 in nodules and IGNORED in excluded findings beside them.
 
     Args:
-        data_dir: Folder that preprocess.py wrote.
+        data_dir: Folder or folders that preprocess.py wrote.
         seriesuids: The scans to serve.
         augmentation: What to draw from; None for validation.
         seed: Seed of the draws.
@@ -331,7 +335,7 @@ class LUNA16Dataset(Dataset):
 
     def __init__(
         self,
-        data_dir: str | Path,
+        data_dir: Folders,
         seriesuids: Sequence[str],
         augmentation: Augmentation | None = None,
         seed: int = 0,
@@ -340,7 +344,7 @@ class LUNA16Dataset(Dataset):
         device: torch.device = CPU,
     ) -> None:
         check(cache in (None, *get_args(Cache)), f"cache must be device, memory, files or null, not {cache!r}")
-        self.data_dir = Path(data_dir)
+        self.data_dir = as_folders(data_dir)
         self.seriesuids = list(seriesuids)
         self.augmentation = augmentation
         self.seed = seed
@@ -478,6 +482,7 @@ class LUNA16Dataset(Dataset):
             points = _inside(points - start, self.patch_size_zyx)
         elif self.cache == "files":
             image, mask = image.clone(), mask.clone()  # lets go of the files
+        box = Box.of_size(start, image.shape)
         if self.augmentation is not None:
             z, y, x = image.shape
             rng = generator_of("paste", self.seed, key.epoch, key.position)
@@ -487,6 +492,8 @@ class LUNA16Dataset(Dataset):
                 points = np.concatenate([points, pasted])
             rng = generator_of("augmentation", self.seed, key.epoch, key.position)
             drawn = self.augmentation.draw(rng, (z, y, x), self.metadata[key.scan].grid.spacing_zyx, points)
+        if self.metadata[key.scan].excluded:
+            mask = ignore_excluded(mask, self.metadata[key.scan].excluded_voxels(box))
         return {
             "image": image[None],
             "mask": mask[None],
@@ -521,6 +528,18 @@ def _box_around(center_zyx: np.ndarray, diameter_mm: float, metadata: ScanMetada
     reach = np.ceil(diameter_mm / 2 / np.asarray(metadata.grid.spacing_zyx)).astype(int) + 2
     is_whole = (center_zyx >= reach).all() and (center_zyx + reach < metadata.grid.shape_zyx).all()
     return Box.of_size(center_zyx - reach, 2 * reach + 1) if is_whole else None
+
+
+def ignore_excluded(mask: Tensor, voxels: np.ndarray) -> Tensor:
+    """A copy of a mask (z, y, x) with IGNORED at those of some voxels (m, 3) (z, y, x) that are no nodule."""
+    z, y, x = mask.shape
+    voxels = _inside(voxels, (z, y, x))  # a patch may be larger than its scan
+    if not len(voxels):
+        return mask
+    where = tuple(_to_device(torch.from_numpy(voxels), mask.device).T)
+    mask = mask.clone()
+    mask[where] = torch.where(mask[where] == 0, IGNORED, mask[where])
+    return mask
 
 
 def _inside(points: np.ndarray, shape_zyx: Shape) -> np.ndarray:
@@ -625,7 +644,8 @@ class Patches:
 class PatchSampler(Sampler):
     """Draws patches: around nodules, from the lungs of all scans, and where the network has erred.
 
-    It draws from the lists of nodules and lung voxels in the metadata and never looks at a volume. All draws are made
+    It draws from the lists of nodules and lung voxels in the metadata and never looks at a volume. Of pieces of scans
+    around nodules it draws nodules alone, as long as there are whole scans. All draws are made
     here, in the training process, so that they are the same for any number of workers.
 
     Args:
@@ -643,6 +663,9 @@ class PatchSampler(Sampler):
         self.patches, self.seed, self.lung_points = patches, seed, lung_points
         self.nodules = [(scan, point) for scan, m in enumerate(metadata) for point in nodule_points(m)]
         self.reach = JITTER * np.asarray(patches.size)
+        voxels = [math.prod(scan.grid.shape_zyx) for scan in metadata]
+        whole = [scan for scan, count in enumerate(voxels) if count >= LEAST_PATCHES * math.prod(patches.size)]
+        self.backgrounds = whole or list(range(len(metadata)))  # scans, without pieces of scans around nodules
         self.size = patches.per_scan * len(metadata)
         self.epoch = 0
         self.hard: dict[tuple[int, Shape], float] = {}  # (scan, centre) -> highest probability of its background
@@ -666,7 +689,7 @@ class PatchSampler(Sampler):
             elif hard and kind[1] < self.patches.hard_share:
                 scan, center = hard[rng.choice(len(hard), p=weights / weights.sum())]
             else:
-                scan = int(rng.integers(len(self.lung_points)))
+                scan = self.backgrounds[rng.integers(len(self.backgrounds))]
                 center = self.lung_points[scan][rng.integers(len(self.lung_points[scan]))]
             keys.append(SampleKey(self.epoch, index, scan, tuple(int(n) for n in center)))  # type: ignore[arg-type]
         return iter(keys)
@@ -751,7 +774,7 @@ def make_loader(
 
 
 def make_split(
-    data_dir: str | Path,
+    data_dir: Folders,
     seriesuids: Sequence[str],
     validation_fraction: float = 0.2,
     seed: int = 0,
@@ -760,7 +783,7 @@ def make_split(
     """Splits scans by patient, stratified by having a nodule; the same for the same seed and scans.
 
     Args:
-        data_dir: Processed folder, for the metadata.
+        data_dir: Processed folder or folders, for the metadata.
         seriesuids: Scans to split.
         validation_fraction: Share of the scans for validation; at least one scan lies on each side.
         seed: Seed of the split.

@@ -42,13 +42,16 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data.lungs import LUNG_METHOD, measure_noise
-from model import InferenceSettings, SegmentationNetwork, load_checkpoint, to_device
+from data.lungs import LUNG_METHOD, SMALL_MM, measure_noise
+from model import InferenceSettings, SegmentationNetwork, checkpoint_file, load_checkpoint, to_device
 from preprocess import PreparedScan, Preprocessing
 from utils import (
     CANDIDATE_COLUMNS,
+    LEARNT_FROM,
     UID,
+    UNKNOWN_DIAMETER_MM,
     Box,
+    Folders,
     Geometry,
     InputError,
     Nodule,
@@ -66,11 +69,13 @@ from utils import (
     describe_unlike,
     do_once,
     folder_lock,
+    folder_of,
     free_memory,
     gather_objects,
     is_zip,
     join_processes,
     list_scans,
+    name_folders,
     noting,
     now,
     only_scan,
@@ -85,8 +90,10 @@ from utils import (
     read_scan,
     reason_of,
     resample,
+    resolve_folders,
     run_main,
     scan_name,
+    scan_reader,
     scanning_of,
     select_device,
     signed_distance,
@@ -360,7 +367,6 @@ LARGEST_NODULE_MM3 = 113_000  # a sphere of 60 mm; nothing larger is a nodule, a
 MOST_COMPONENTS = 1000  # that are looked at in a map; one that has more is noise
 NOISE_MM3 = 1_000_000  # a map that marks more than a litre is noise, too
 MOST_MEASURED = 1_000_000  # voxels of a component that its centre and shape are computed from
-UNKNOWN_DIAMETER_MM = 10.0  # of a finding with a diameter of -1, as in LUNA16's official script
 
 Score = Callable[[np.ndarray, Geometry, np.ndarray], float]  # of voxels (m, 3), where they lie, and the map
 
@@ -753,7 +759,7 @@ class ScanResult:
 
     Args:
         seriesuid: Name of the scan.
-        part: 'train', 'validation', 'test', 'new' or 'unknown'.
+        part: 'train', 'validation', 'test', 'seen in training', 'new' or 'unknown', as ``parts_of`` says.
         source: File or folder that the scan was read from.
         found: All that was found.
         highest_probability: Of any voxel.
@@ -813,11 +819,11 @@ class ResultFolder:
         self._num_summarized = 0
         weakref.finalize(self, _add_to_summary, path, provenance, self._new_scans)
 
-    def claim(self, data_dir: str | None, subset: str | None, scans: dict[str, str]) -> bool:
+    def claim(self, data_dir: str | list[str] | None, subset: str | None, scans: dict[str, str]) -> bool:
         """Notes in the folder whose results it holds, so that those of two checkpoints or data sets never mix.
 
         Args:
-            data_dir: Folder of the processed scans; None for raw scans.
+            data_dir: Folder or folders of the processed scans; None for raw scans.
             subset: Their subset; None for raw scans.
             scans: {name: path} of the scans; a raw one must not replace another of its name.
 
@@ -943,7 +949,7 @@ def describe_mismatch(output_dir: Path, theirs: dict[str, Any], ours: dict[str, 
     of = f"of {theirs.get('checkpoint')} at threshold {theirs.get('threshold')}, min_score "
     of += f"{min_score if min_score is None else round(min_score, 4)} and {theirs.get('mirrors')} mirrors"
     if {"data_dir", "subset", "fold"} & set(differing):
-        of += f", of the {theirs.get('subset')} scans of {folder}" if folder else ", of single scans"
+        of += f", of the {theirs.get('subset')} scans of {name_folders(folder)}" if folder else ", of single scans"
     if theirs.get("checkpoint") == ours.get("checkpoint") and "checkpoint_sha256" in differing:
         of += ", which has changed since"
     names = ", ".join(name.removesuffix("_sha256") for name in differing)
@@ -1250,7 +1256,7 @@ class NoduleInferencer:
         model: nn.Module | None = None,
         settings: InferenceSettings | None = None,
     ) -> None:
-        self.checkpoint_path = Path(checkpoint_path)
+        self.checkpoint_path = checkpoint_file(checkpoint_path)
         self.output_dir = Path(output_dir)
         self.preprocessing: Preprocessing | None = None
         self.checkpoint_sha256 = ""
@@ -1259,7 +1265,9 @@ class NoduleInferencer:
             checkpoint = load_checkpoint(self.checkpoint_path)
             self.checkpoint_sha256 = checkpoint.sha256
             self.preprocessing = Preprocessing.from_dict(checkpoint.preprocessing)
-            self.learnt = checkpoint.learnt
+            self.learnt, self.seen, self.about = checkpoint.learnt, checkpoint.seen, checkpoint.about
+            if self.about:
+                tell(f"{self.checkpoint_path.name}: {self.about}")
             self.lung_method = checkpoint.preprocessing.get("lung_method", 1)
             settings = checkpoint.inference
         self.settings = _override(settings or InferenceSettings(), threshold, min_score, mirrors)
@@ -1324,13 +1332,11 @@ class NoduleInferencer:
         geometry = Geometry(np.shape(mask), (x, y, z), tuple(map(float, spacing)))  # type: ignore[arg-type]
         return [n.to_dict() for n in extract_nodules(mask, geometry, probability, self.settings.grid_spacing)]
 
-    def infer_dataset(
-        self, data_dir: str | Path = "data/LUNA16/processed", subset: Subset = "validation"
-    ) -> pd.DataFrame:
+    def infer_dataset(self, data_dir: Folders = "data/LUNA16/processed", subset: Subset = "validation") -> pd.DataFrame:
         """Finds the nodules of processed scans and writes all files and pictures.
 
         Args:
-            data_dir: Folder that preprocess.py wrote.
+            data_dir: Folder or folders that preprocess.py wrote.
             subset: 'validation', 'test', 'train' or 'all' scans of the split beside the checkpoint, or 'new' ones that
                 training never saw.
 
@@ -1346,11 +1352,12 @@ class NoduleInferencer:
         """
         if self.preprocessing is None:
             raise RuntimeError("files are written for a checkpoint only; build NoduleInferencer from one")
-        parts = choose_scans(data_dir, self.checkpoint_path, subset)
+        parts = choose_scans(data_dir, self.checkpoint_path, subset, self.seen)
         self.check_prepared_alike(data_dir, list(parts))
-        source = str(Path(data_dir).resolve())
-        do_once(lambda: self.folder.claim(source, subset, dict.fromkeys(parts, source)))
-        finish = partial(self._finish, parts, source)
+        source = resolve_folders(data_dir)
+        sources = {uid: str(folder_of(data_dir, uid).resolve()) for uid in parts}
+        do_once(lambda: self.folder.claim(source, subset, sources))
+        finish = partial(self._finish, parts, sources)
         self.failed = {}
         results = map_scans(data_dir, list(parts), self._predict, finish, desc="inference", failed=self.failed)
         tell_noise([result.found for result in results])
@@ -1361,12 +1368,14 @@ class NoduleInferencer:
         """Probability (z, y, x) of a processed scan."""
         return self.predict_probability(scan.image)
 
-    def _finish(self, parts: dict[str, str], source: str, scan: ProcessedScan, probability: np.ndarray) -> ScanResult:
+    def _finish(
+        self, parts: dict[str, str], sources: dict[str, str], scan: ProcessedScan, probability: np.ndarray
+    ) -> ScanResult:
         """Nodules, files and picture of a processed scan."""
         uid, found = scan.seriesuid, self.segment(probability, scan.geometry)
         lungs = scan.metadata.lung_note or f"by {scan.metadata.lung_source}"
         unlike = describe_unlike(scanning_of(scan.metadata.scan_geometry, scan.metadata.noise_hu), self.learnt)
-        result = ScanResult(uid, parts[uid], source, found, float(probability.max()), lungs, unlike)
+        result = ScanResult(uid, parts[uid], sources[uid], found, float(probability.max()), lungs, unlike)
         image, annotated = np.asarray(scan.image, np.float32), scan.metadata.nodules
         figure = draw_overlay(image, scan.geometry, found.mask, found.nodules, scan.mask, uid, annotated=annotated)
         self.folder.write_scan(result, figure)
@@ -1469,7 +1478,7 @@ class NoduleInferencer:
         name, source = raw.name, raw.source
         scan = read_scan(raw.path)
         is_again = self.folder.claim(None, None, {name: source})
-        part = self._part_of(scan_name(raw.path))
+        part = self._part_of(raw)
         prepared = self.preprocessing.prepare(scan)
         self._tell_prepared(name, prepared)
         probability = self.predict_probability(prepared.array)
@@ -1493,11 +1502,12 @@ class NoduleInferencer:
         tell(f"{name}: {result}")
         return result
 
-    def _part_of(self, name: str) -> str:
-        """Part of the split that a raw scan of this series belongs to; a training scan is warned of."""
-        part = parts_of([name], self.checkpoint_path)[name]
-        if part == "train":
-            logger.warning("%s is a training scan of this network: what it finds there says nothing of new scans", name)
+    def _part_of(self, raw: RawScan) -> str:
+        """What a raw scan was to the network; one that it has learnt from is warned of."""
+        uid, patient = scan_name(raw.path), scan_reader(raw.path).patient(raw.path) or None
+        part = parts_of({uid: patient}, self.checkpoint_path, self.seen)[uid]
+        if part in LEARNT_FROM:
+            logger.warning("%s was seen in training: what this network finds there says nothing of new scans", raw.name)
         return part
 
     def _tell_prepared(self, name: str, prepared: PreparedScan) -> None:
@@ -1507,7 +1517,8 @@ class NoduleInferencer:
             logger.warning("%s: no lungs were found, so that the whole scan is searched; is it a chest CT in HU?", name)
         if prepared.lung_source == "threshold" and self.lung_method != LUNG_METHOD:
             logger.warning("%s: lungs are found otherwise than for the training of this checkpoint; train anew", name)
-        lungs = "no lungs used" if prepared.lung_source == "none" else f"lungs by {prepared.lung_source}"
+        words = {"none": "no lungs used", "small": f"a piece of a scan below {SMALL_MM} mm, taken as it is"}
+        lungs = words.get(prepared.lung_source, f"lungs by {prepared.lung_source}")
         if prepared.lung_note:
             lungs += f": {prepared.lung_note}"
         size = " x ".join(map(str, prepared.grid.shape_zyx))
@@ -1519,7 +1530,7 @@ class NoduleInferencer:
         input: list[Path] | None = None,
         series: str | None = None,
         names: bool = False,
-        data_dir: str | Path | None = None,
+        data_dir: Folders | None = None,
         subset: Subset | None = None,
     ) -> pd.DataFrame:
         """What ``python infer.py`` does: raw scans, or the scans of a processed folder.
@@ -1530,7 +1541,7 @@ class NoduleInferencer:
             series: SeriesInstanceUID of the one DICOM series of the input to take; null takes all.
             names: Name the results of an input folder's scans by their files, not by number: such names are often those
                 of patients.
-            data_dir: Folder that preprocess.py wrote; null takes data/LUNA16/processed. Not with an input.
+            data_dir: Folder or folders that preprocess.py wrote; null takes data/LUNA16/processed. Not with an input.
             subset: 'validation', 'test', 'train' or 'all' scans of the split beside the checkpoint, or 'new' ones that
                 training never saw; null takes 'validation'. Not with an input.
 
@@ -1549,7 +1560,7 @@ class NoduleInferencer:
             return pd.DataFrame()  # raw scans are the first process's work
         return self.infer_scans(input, series, names)
 
-    def check_prepared_alike(self, data_dir: str | Path, seriesuids: Sequence[str]) -> None:
+    def check_prepared_alike(self, data_dir: Folders, seriesuids: Sequence[str]) -> None:
         """Raises InputError when processed scans were prepared otherwise than the checkpoint's training data.
 
         Scans without readable metadata are passed over; they fail when they are read.
@@ -1596,7 +1607,7 @@ def _override(
 
 
 def map_scans(
-    data_dir: str | Path,
+    data_dir: Folders,
     seriesuids: Sequence[str],
     compute: Callable[[ProcessedScan], Any],
     finish: Callable[[ProcessedScan, Any], Any],
@@ -1611,7 +1622,7 @@ def map_scans(
     own, while the network computes; no more than ``finishers`` + 2 scans are in memory.
 
     Args:
-        data_dir: Folder that preprocess.py wrote.
+        data_dir: Folder or folders that preprocess.py wrote.
         seriesuids: The scans.
         compute: What the network does.
         finish: What is left to do with its result.

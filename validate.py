@@ -28,6 +28,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from dataset import ignore_excluded
 from infer import (
     REMEDY,
     InferenceSettings,
@@ -47,14 +48,17 @@ from infer import (
 from utils import (
     ANNOTATION_COLUMNS,
     CANDIDATE_COLUMNS,
+    LEARNT_FROM,
     POSITION_COLUMNS,
     AnnotatedNodule,
     Box,
+    Folders,
     Geometry,
     InputError,
     Nodule,
     ProcessedScan,
     Subset,
+    as_folders,
     atomic_path,
     check,
     choose_scans,
@@ -62,6 +66,7 @@ from utils import (
     delete_files,
     do_once,
     folder_lock,
+    name_folders,
     now,
     parse_command_line,
     process_count,
@@ -73,6 +78,7 @@ from utils import (
     read_split,
     read_table,
     refuse_options,
+    resolve_folders,
     run_main,
     without_repeats,
     write_csv,
@@ -221,7 +227,7 @@ class Validator:
     """Scores exactly the masks and marks that ``infer.py`` produces.
 
     Args:
-        data_dir: Folder that preprocess.py wrote.
+        data_dir: Folder or folders that preprocess.py wrote.
         checkpoint_path: Checkpoint of train.py.
         output_dir: Where the tables and pictures go; with predictions experiments/predictions, unless it is named.
         device: 'cuda', 'cuda:<n>' or 'cpu'.
@@ -245,7 +251,7 @@ class Validator:
 
     def __init__(
         self,
-        data_dir: str | Path = "data/LUNA16/processed",
+        data_dir: Folders = "data/LUNA16/processed",
         checkpoint_path: str | Path = "experiments/luna16_unet/checkpoints/best_model.pth",
         output_dir: str | Path = "experiments/luna16_unet/validation",
         device: str = "cuda",
@@ -260,7 +266,7 @@ class Validator:
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         check(model is None or seriesuids is not None, "a live model needs the seriesuids to score")
-        self.data_dir = Path(data_dir)
+        self.data_dir = as_folders(data_dir)
         self.output_dir = Path(output_dir)
         self.writes_files = model is None
         self.loss = loss
@@ -310,12 +316,12 @@ class Validator:
         """
         subset = subset if fold is None else "test"
         parts = self._choose(subset, fold)
-        scored = [uid for uid, part in parts.items() if part != "train"]
+        scored = [uid for uid, part in parts.items() if part not in LEARNT_FROM]
         self.inferencer.check_prepared_alike(self.data_dir, scored)
         excluded = read_excluded(excluded_path) if self.writes_files else None
         provenance: dict[str, Any] = {}
         if self.writes_files:
-            provenance = self.inferencer.provenance | {"data_dir": str(self.data_dir.resolve()), "subset": subset}
+            provenance = self.inferencer.provenance | {"data_dir": resolve_folders(self.data_dir), "subset": subset}
             provenance |= {"fold": fold, "excluded": None if excluded is None else str(excluded_path), "date": now()}
             do_once(lambda: self._claim(provenance))
         scans = self._examine_scans(scored, excluded)
@@ -359,7 +365,7 @@ class Validator:
             "min_score": min_score,
             "mirrors": self.inferencer.settings.mirrors,
             "chosen_on_these_scans": bool(provenance) and "validation" in parts.values(),
-            "training_scans_left_out": list(parts.values()).count("train"),
+            "training_scans_left_out": sum(part in LEARNT_FROM for part in parts.values()),
             "failed_scans": len(self.failed),
         }
         return ValidationResult(
@@ -385,23 +391,24 @@ class Validator:
         if self.seriesuids is not None:
             return dict.fromkeys(self.seriesuids, "validation")
         checkpoint_path = self.inferencer.checkpoint_path
-        split = read_split(checkpoint_path.parent / "split.json")  # without it, training scans might be scored
         if fold is not None:
-            held_out = split.fold
+            held_out = read_split(checkpoint_path.parent / "split.json").fold
             theirs = "no fold" if held_out is None else f"fold {held_out}"
             check(held_out == fold, f"{checkpoint_path} was trained with {theirs} held out, not fold {fold}")
-        parts = choose_scans(self.data_dir, checkpoint_path, subset)
-        if all(part == "train" for part in parts.values()):
+        parts = choose_scans(self.data_dir, checkpoint_path, subset, self.inferencer.seen)
+        unknown = [uid for uid, part in parts.items() if part == "unknown"]
+        check(not unknown, f"{checkpoint_path} does not say what it learnt from; keep split.json beside it")
+        if all(part in LEARNT_FROM for part in parts.values()):
             raise InputError(
-                f"the {subset} scans of {self.data_dir} are all training scans, which are never scored; name a "
-                "data_dir with others, or another subset"
+                f"the {subset} scans of {name_folders(self.data_dir)} are all training scans, which are never scored; "
+                "name a data_dir with others, or another subset"
             )
         return parts
 
     def _predict(self, scan: ProcessedScan) -> tuple[Tensor, Tensor | float]:
         """Probability (z, y, x), and loss, which the device may still be at."""
         image = self.inferencer.predictor.to_tensor(scan.image)
-        truth = torch.from_numpy(scan.mask)[None, None]
+        truth = ignore_excluded(torch.from_numpy(scan.mask), scan.metadata.excluded_voxels())[None, None]
         if self.loss is not None:
             truth = truth.to(image.device)  # sent later, it would wait for the network
         logits = self.inferencer.predictor.logits(image, content_box(scan.image))
@@ -438,7 +445,7 @@ class Validator:
         return draw_overlay(image, scan.geometry, found.mask, found.nodules, truth, title, most=1, annotated=annotated)
 
     def _write(self, result: ValidationResult, excluded: pd.DataFrame | None) -> None:
-        scored = result.table.loc[result.table["part"] != "train", "seriesuid"]
+        scored = _scored(result.table)["seriesuid"]
         counts = dict.fromkeys(COUNTS, "Int64")  # whole numbers; of training scans there are none
         write_csv(self.output_dir / "validation_results.csv", result.table.astype(counts))
         write_csv(self.output_dir / "nodule_results.csv", result.nodules)
@@ -490,16 +497,21 @@ class ExaminedScan:
     def of(
         cls, scan: ProcessedScan, found: Segmentation, loss: float = math.nan, excluded: pd.DataFrame | None = None
     ) -> ExaminedScan:
-        """Counts what ``find_candidates`` found in a scan against its mask, and against excluded findings."""
+        """Counts what ``find_candidates`` found in a scan against its mask, and against excluded findings.
+
+        Without a table of these they are those that preprocess.py knew of.
+        """
         annotated, truth, count = scan.metadata.nodules, np.asarray(scan.mask), len(found.scores) - 1
         boxes = [nodule_crop(scan.geometry, nodule).slices for nodule in annotated]
         crops = [Overlap.of(found.labels[box], truth[box], count) for box in boxes]
         unlabelled = replace(found, labels=found.labels[:0].copy())  # counted; a scan's array is too large to be kept
         on_excluded = np.zeros(count + 1, bool)
+        findings = np.reshape(scan.metadata.excluded, (-1, 4))
         if excluded is not None:
-            ours = excluded[excluded["seriesuid"] == scan.seriesuid]
+            findings = excluded.loc[excluded["seriesuid"] == scan.seriesuid, [*_XYZ, "diameter_mm"]].to_numpy()
+        if len(findings):
             centers = np.reshape([mark.center_xyz for mark in found.candidates], (-1, 1, 3))
-            on_finding = is_hit(centers, ours[_XYZ].to_numpy()[None], ours["diameter_mm"].to_numpy()).any(axis=1)
+            on_finding = is_hit(centers, findings[None, :, :3], findings[:, 3]).any(axis=1)
             on_nodule = hits_of(found.candidates, annotated).any(axis=1)
             on_excluded[found.numbers] = on_finding & ~on_nodule
             on_excluded[0] = False
@@ -520,8 +532,8 @@ class ExaminedScan:
         return self.whole.metrics(kept) | dice | counts
 
     def dice(self, min_score: float) -> float:
-        """Dice of the whole scan."""
-        return self.whole.metrics(self.found.scores >= min_score)["dice"]
+        """Dice of the whole scan; what was found on excluded findings is neither right nor wrong."""
+        return self.whole.metrics((self.found.scores >= min_score) & ~self.on_excluded)["dice"]
 
     def nodule_rows(self, min_score: float) -> list[dict[str, Any]]:
         """One row of NODULE_RESULT_COLUMNS an annotated nodule, with the Dice in its crop."""
@@ -585,13 +597,18 @@ def table_by_size(nodules: pd.DataFrame, curve: FROC) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _scored(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of scans that the network has not learnt from, which alone are scored."""
+    return table[~table["part"].isin(LEARNT_FROM)]
+
+
 def summarize(table: pd.DataFrame) -> dict[str, Any]:
     """Mean and standard deviation of each metric where it is defined, and what a mean hides.
 
     Args:
         table: One row a scan; training scans have no metrics and are not counted.
     """
-    scored = table[table["part"] != "train"]
+    scored = _scored(table)
     empty = scored[scored["nodules"] == 0]
     tp, fp, fn = (float(scored[f"{kind}_voxels"].sum()) for kind in ("tp", "fp", "fn"))
     summary: dict[str, Any] = {
@@ -677,7 +694,7 @@ def draw_distribution(table: pd.DataFrame) -> Figure:
     """Box and points of each metric over the scans where it is defined, and the false positives of each scan."""
     from matplotlib.figure import Figure
 
-    scored = table[table["part"] != "train"]
+    scored = _scored(table)
     figure = Figure(figsize=(11, 4.5), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[2, 1])
     jitter = np.random.default_rng(0)
@@ -1066,7 +1083,7 @@ def _scans_beside(predictions: Path) -> list[str]:
         )
     table = read_table(path, ["seriesuid"])
     check("part" in table, f"{path} must have the column part, which validate.py writes; name seriesuids_path instead")
-    return table.loc[table["part"] != "train", "seriesuid"].tolist()
+    return _scored(table)["seriesuid"].tolist()
 
 
 def format_froc(curve: FROC) -> str:

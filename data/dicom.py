@@ -319,6 +319,11 @@ def _is_directory(path: Path) -> bool:
     return path.is_file() and (_meta(path, *_state(path)) or ("", ""))[0] == DIRECTORY
 
 
+def class_of(path: Path) -> str | None:
+    """SOP class UID of a DICOM file, '' where its start does not state it; None for any other file."""
+    return (_meta(path, *_state(path)) or (None, ""))[0]
+
+
 def _syntax(path: Path) -> str:
     return (_meta(path, *_state(path)) or ("", ""))[1]
 
@@ -662,7 +667,7 @@ def _read_voxels(path: Path, images: Sequence[Slice]) -> sitk.Image:
 
 def _read_by_pydicom(images: Sequence[Slice]) -> sitk.Image:
     """The images, or the frames of one, in their order and scaled."""
-    pydicom = _pydicom()
+    pydicom = import_pydicom()
     array = np.empty((len(images), *images[0].size), np.float32)
     try:
         stored = pydicom.dcmread(images[0].path).pixel_array if images[0].frames > 1 else None
@@ -706,7 +711,7 @@ def _upright(image: sitk.Image, stack: Stack) -> sitk.Image:
 # ------------------------------------------------------------------------------------------------------- multi-frame
 
 
-def _pydicom() -> Any:
+def import_pydicom() -> Any:
     """The optional library.
 
     Raises:
@@ -721,7 +726,7 @@ def _pydicom() -> Any:
 
 def _frames_of(image: Slice) -> list[Slice]:
     """The frames of a multi-frame image, each as a slice whose ``number`` counts from 1."""
-    data = _pydicom().dcmread(image.path, stop_before_pixels=True)
+    data = import_pydicom().dcmread(image.path, stop_before_pixels=True)
     shared = data.get("SharedFunctionalGroupsSequence") or [{}]
     groups = data.get("PerFrameFunctionalGroupsSequence") or []
     check(len(groups) == image.frames, f"{image.path} says nothing of the places of its {image.frames} frames")

@@ -9,7 +9,7 @@ import gzip
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import SimpleITK as sitk
 
 from utils import GZIP_MAGIC, InputError, ScanHeader, ScanReader, Shape, Vector, check, decode, first_bytes
 
+SEGMENTATION = ".seg.nrrd"  # of 3D Slicer
 MAX_NIFTI_GAP = 0.1  # between a voxel's two places, in the header's unit
 # By the length of a NIfTI header, formats and places of: dim, bitpix, pixdim, vox_offset, slope and intercept,
 # qform_code and sform_code, quaternion and offset, sform (nifti.nimh.nih.gov: NIfTI-1, NIfTI-2).
@@ -258,8 +259,17 @@ class NrrdReader(ScanReader):
     suffixes = (".nrrd",)
     image_io = "NrrdImageIO"
 
+    def search(self, paths: Iterable[Path]) -> list[Path]:
+        """A segmentation of 3D Slicer is no scan."""
+        return [path for path in super().search(paths) if not path.name.lower().endswith(SEGMENTATION)]
+
     def read_header(self, path: Path) -> ScanHeader:
         """Refuses a header whose voxels lie in another file, or at no stated place."""
+        self.check_place(path)
+        return super().read_header(path)
+
+    def check_place(self, path: Path) -> None:
+        """Raises InputError where the voxels lie in another file, or at no stated place."""
         check(first_bytes(path)[:4] == b"NRRD", f"{path} has no readable header of NRRD; copy or download it again")
         fields, _ = self._fields(path)
         check(
@@ -272,7 +282,6 @@ class NrrdReader(ScanReader):
             f"{path} has no {' and no '.join(missing)}: positions in mm would be a guess; convert it from its source "
             "again, or add the fields that you know",
         )
-        return super().read_header(path)
 
     def check_voxels(self, path: Path, expected: int) -> None:
         """The checksum of compressed voxels must be right; ITK checks the size of others itself."""

@@ -159,3 +159,17 @@ def toy_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stack_reader: 
     for name, array in (scans | {"a-lungs": lungs}).items():
         write_stack(tmp_path / "toy" / "ward" / f"{name}-stack", sitk.GetImageFromArray(array))
     return tmp_path / "toy"
+
+
+@pytest.fixture(scope="session")
+def two_folders(processed_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The prepared phantoms, the first two in one folder and the others in another."""
+    uids, folders = read_processed_list(processed_dir), []
+    for own in (uids[:2], uids[2:]):
+        folder = tmp_path_factory.mktemp("part")
+        shutil.copytree(processed_dir, folder, dirs_exist_ok=True)
+        for uid in set(uids) - set(own):
+            (folder / f"{uid}_metadata.json").unlink()
+        (folder / "processed_files.txt").write_text("".join(f"{uid}\n" for uid in own))
+        folders.append(folder)
+    return folders

@@ -1108,3 +1108,60 @@ def test_fold_must_leave_two_patients(tmp_path, make_scans):
         ValueError, match=r"two patients or more, not 1, beside the 1 scans of fold 0; hold out another"
     ):
         make_split(tmp_path, make_scans(2, subsets=2), fold=0)
+
+
+# ------------------------------------------------------------------------------- excluded findings, pieces of scans
+
+
+def with_excluded(processed_dir, folder, *findings):
+    """A copy of a data set whose first scan has excluded findings; its series UID and its nodules' mask."""
+    shutil.copytree(processed_dir, folder)
+    uid = read_processed_list(folder)[0]
+    write_metadata(folder, dataclasses.replace(read_metadata(folder, uid), excluded=findings))
+    return uid, np.asarray(read_processed(folder, uid).mask)
+
+
+@pytest.mark.parametrize("cache", ["device", "memory", "files"])
+def test_excluded_finding_is_ignored_but_for_nodules(processed_dir, tmp_path, cache):
+    metadata = read_metadata(processed_dir, read_processed_list(processed_dir)[0])
+    (nodule, *_), grid = metadata.nodules, metadata.grid
+    beside = np.add(nodule.center_xyz, (nodule.diameter_mm / 2, 0, 0))
+    uid, mask = with_excluded(
+        processed_dir, tmp_path / "data", (*beside.tolist(), nodule.diameter_mm), (1e4, 0, 0, 5.0)
+    )
+    data = LUNA16Dataset(tmp_path / "data", [uid], cache=cache)
+    for _ in range(2):  # the kept mask is not changed
+        found = data[0]["mask"][0].numpy()
+        ball = np.linalg.norm(grid.world(np.indices(mask.shape).reshape(3, -1).T) - beside, axis=1)
+        ball = ball.reshape(mask.shape) <= nodule.diameter_mm / 2
+        np.testing.assert_array_equal(found, np.where(mask > 0, 1, np.where(ball, 2, 0)))
+    assert set(np.unique(found)) == {0, 1, 2}
+
+
+def test_patch_ignores_the_part_of_a_finding_that_lies_in_it(processed_dir, tmp_path):
+    metadata = read_metadata(processed_dir, read_processed_list(processed_dir)[0])
+    corner = metadata.grid.world((3, 5, 7))
+    uid, _ = with_excluded(processed_dir, tmp_path / "data", (*corner.tolist(), -1.0))  # 10 mm where it is unknown
+    whole = LUNA16Dataset(tmp_path / "data", [uid])[0]["mask"][0]
+    data = LUNA16Dataset(tmp_path / "data", [uid], patch_size_zyx=(8, 8, 8))
+    patch = data[SampleKey(0, 0, 0, (4, 9, 11))]["mask"][0]
+    assert (patch == 2).any()
+    assert torch.equal(patch, whole[0:8, 5:13, 7:15])
+
+
+def test_turns_and_affines_keep_what_is_ignored():
+    mask = np.zeros((8, 16, 16), np.uint8)
+    mask[2:4, 4:8, 4:8], mask[5:7, 9:12, 9:12] = 1, 2
+    image = np.zeros(mask.shape, np.float32)
+    _, moved = augment(image, AugmentationParameters(1, (True, False, True), np.eye(3)), mask)
+    assert [(moved == value).sum() for value in (1, 2)] == [32, 18]
+    faded, _ = augment(image + 1, AugmentationParameters(fade=0.5), mask)
+    assert faded[3, 5, 5] < 1 and faded[6, 10, 10] == 1  # nodules alone fade
+
+
+def test_background_is_drawn_from_whole_scans_while_there_are_any():
+    scans = [metadata_of(seriesuid="piece", shape_zyx=(10, 10, 10)), metadata_of(seriesuid="whole")]
+    points = [np.full((5, 3), 5), np.full((5, 3), 20)]
+    patches = Patches((8, 8, 8), per_scan=20, nodule_share=0.0, hard_share=0.0, warmup_epochs=0)
+    assert {key.scan for key in PatchSampler(scans, points, patches, seed=0)} == {1}
+    assert {key.scan for key in PatchSampler(scans[:1], points[:1], patches, seed=0)} == {0}

@@ -547,3 +547,22 @@ def test_instance_norm_makes_samples_independent_of_each_other():
     assert torch.allclose(network(images)[:1], network(images[:1]), atol=1e-5)
     with pytest.raises(ValueError, match="instance norm needs some size above 4"):
         network.check_size((4, 4, 4))
+
+
+@pytest.mark.parametrize("settings", [{}, {"per_sample": True, "hardest_share": 0.05}, {"bce_weight": 0.0}])
+def test_ignored_voxels_teach_nothing(settings):
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 1, 4, 5, 6), torch.randint(0, 2, (2, 1, 4, 5, 6), dtype=torch.uint8)
+    target[:, :, :2, :2] = 2
+    logits.requires_grad_()
+    loss = DiceBCELoss(**settings)
+    value = loss(logits, target)
+    value.backward()
+    assert torch.isfinite(value) and (logits.grad[target == 2] == 0).all() and (logits.grad != 0).any()
+    others = torch.where(target == 2, 50.0, logits.detach())  # whatever the network says there
+    assert torch.equal(loss(others, target), value.detach())
+
+
+def test_sample_with_ignored_voxels_alone_has_no_dice():
+    logits, target = torch.zeros(1, 1, 2, 2, 2), torch.full((1, 1, 2, 2, 2), 2)
+    assert DiceBCELoss()(logits, target) == 0

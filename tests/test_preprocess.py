@@ -425,8 +425,19 @@ def test_crop_to_lungs_without_masking_keeps_the_tissue_around_them():
 
 def test_crop_to_lungs_keeps_all_of_a_scan_without_lungs():
     scan = image_of(np.random.default_rng(0).integers(0, 50, (12, 20, 20)).astype(np.int16))
-    prepared = Preprocessing(target_size=None, crop_to_lungs=True).prepare(scan)
+    scan.SetSpacing((10, 10, 10))
+    prepared = Preprocessing(target_spacing=(10, 10, 10), target_size=None, crop_to_lungs=True).prepare(scan)
     assert (prepared.array.shape, prepared.lung_source, prepared.lungs) == ((12, 20, 20), "none", None)
+
+
+def test_piece_of_a_scan_is_taken_as_it_is():
+    array = np.full((51, 51, 51), -850, np.int16)
+    array[:, 40:], array[20:30, 20:30, 20:30] = 40, 0  # a wall, and a nodule in lung that find_lungs would see
+    piece = Preprocessing(target_size=None, crop_to_lungs=True).prepare(image_of(array))
+    assert (piece.lung_source, piece.lungs, piece.array.shape) == ("small", None, (51, 51, 51))
+    np.testing.assert_allclose(piece.array, (array + 1000) / 1400, atol=1e-3)
+    large = image_of(array, spacing=(2, 2, 2))
+    assert Preprocessing(target_size=None).prepare(large).lung_source != "small"
 
 
 def test_scan_without_lungs_is_left_unmasked():
@@ -1213,9 +1224,21 @@ def test_nodule_outside_the_cropped_box_is_named(raw_dir):
 
 
 def test_scan_without_lungs_is_warned_of(raw_dir, caplog):
+    for path in raw_dir.glob("*.mhd"):
+        sitk.WriteImage(image_of(sitk.GetArrayFromImage(read_scan(path)), spacing=(10, 20, 20)), str(path))
     small(raw_dir, mask_lungs=True).process_all()
     assert {read_metadata(raw_dir.parent / "processed", uid).lung_source for uid in UIDS} == {"none"}
     assert "3 scan(s) without lungs were left unmasked" in caplog.messages
+
+
+def test_pieces_of_scans_that_are_stretched_are_warned_of(raw_dir, caplog):
+    caplog.set_level(logging.INFO)
+    small(raw_dir, mask_lungs=True).process_all()
+    assert "lungs: 0 by seg-lungs, 0 by threshold, 0 not found, 3 pieces of scans as they are" in caplog.messages
+    assert any("3 of the scans are smaller than 100 mm, and target_size stretches them" in m for m in caplog.messages)
+    caplog.clear()
+    small(raw_dir, mask_lungs=True, target_size=None).process_all()
+    assert not any("stretches" in message for message in caplog.messages)
 
 
 def test_log_counts_where_the_lungs_came_from(raw_dir, caplog):
@@ -1555,7 +1578,7 @@ def test_data_set_from_outside_is_prepared(toy_data_set):
     assert summary.nodules == {"toy-a": 1, "toy-b": 0}
     metadata = [read_metadata(toy_data_set.parent / "processed", uid) for uid in summary.processed]
     found = [[scan.seriesuid, scan.patient, scan.fold, scan.lung_source] for scan in metadata]
-    assert found == [["toy-a", "P1", 1, "seg-lungs"], ["toy-b", "P2", 0, "none"]]
+    assert found == [["toy-a", "P1", 1, "seg-lungs"], ["toy-b", "P2", 0, "small"]]
     mask = np.load(toy_data_set.parent / "processed" / "masks" / "toy-a.npy")
     assert mask[10, 10, 10] == 1
     assert toy(toy_data_set).process_all().skipped == ["toy-a", "toy-b"]

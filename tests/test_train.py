@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import inspect
 import json
@@ -847,3 +848,80 @@ def test_other_seed_gives_other_draws():
     first = draws()
     seed_everything(8)
     assert all(a != b for a, b in zip(draws(), first, strict=True))
+
+
+# ------------------------------------------------------------------------------------- several folders, given weights
+
+
+def test_training_on_two_folders_is_that_on_all_their_scans(two_folders, processed_dir, run_dir, tmp_path):
+    trainer = Trainer(two_folders, tmp_path, num_epochs=2, **CPU)
+    trainer.train()
+    assert trainer.split == read_split(run_dir / "checkpoints" / "split.json")
+    ours, theirs = (weights(folder, "checkpoint_epoch_2.pth") for folder in (tmp_path, run_dir))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    words = ["--data_dir", *map(str, two_folders), "--output_dir", str(tmp_path), "--num_epochs", "2"]
+    [options], _ = parse_command_line(Trainer, argv=words)
+    assert options["data_dir"] == two_folders
+
+
+def test_scan_in_two_folders_is_refused(two_folders, processed_dir, tmp_path):
+    with pytest.raises(InputError, match=f"scan .* lies in {processed_dir} and in {two_folders[0]}; a scan may count"):
+        Trainer([processed_dir, two_folders[0]], tmp_path, **CPU)
+    with pytest.raises(InputError, match="names a folder twice"):
+        Trainer([processed_dir, processed_dir / "."], tmp_path, **CPU)
+
+
+def test_fresh_run_begins_with_given_weights(processed_dir, run_dir, tmp_path):
+    path = run_dir / "checkpoints" / "checkpoint_epoch_2.pth"
+    trainer = Trainer(processed_dir, tmp_path, initial_weights=path, num_epochs=1, learning_rate=1e-12, **CPU)
+    trainer.train()
+    ours, theirs = weights(tmp_path, "checkpoint_epoch_1.pth"), weights(run_dir, path.name)
+    names = [name for name in theirs if name.endswith("weight")]
+    assert all(torch.allclose(ours[name], theirs[name]) for name in names)
+    assert load_checkpoint(tmp_path / "checkpoints" / "checkpoint_epoch_1.pth").epoch == 1
+
+
+def test_given_weights_survive_a_resume(processed_dir, run_dir, tmp_path, monkeypatch):
+    given = CPU | {"initial_weights": run_dir / "checkpoints" / "best_model.pth", "num_epochs": 2}
+    Trainer(processed_dir, tmp_path / "whole", **given).train()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(Stopped):
+            Trainer(processed_dir, tmp_path / "cut", checkpoint_interval=1, **given).train()
+    Trainer(processed_dir, tmp_path / "cut", checkpoint_interval=1, resume=True, **given).train()
+    whole, cut = (
+        load_checkpoint(tmp_path / name / "checkpoints" / "checkpoint_epoch_2.pth") for name in ("whole", "cut")
+    )
+    assert all(torch.equal(whole.weights[name], cut.weights[name]) for name in whole.weights)
+    assert whole.seen == cut.seen
+
+
+def test_weights_of_another_network_are_refused_by_name(processed_dir, run_dir, tmp_path):
+    path = run_dir / "checkpoints" / "best_model.pth"
+    with pytest.raises(InputError, match=r"another network: channels is \[4, 8\] there and \[4, 16\] here; set these"):
+        Trainer(processed_dir, tmp_path, initial_weights=path, **CPU | {"channels": (4, 16)})
+    with pytest.raises(InputError, match="network is unet there and subpixel here"):
+        three = {"channels": (4, 8, 16), "strides": (2, 2)}
+        Trainer(processed_dir, tmp_path, initial_weights=path, network="subpixel", **CPU | three)
+    Trainer(processed_dir, tmp_path, initial_weights=path, **CPU | {"dropout": 0.3})  # changes no weight
+
+
+def test_checkpoint_lists_what_it_has_seen_and_so_do_those_that_begin_with_it(processed_dir, run_dir, tmp_path, caplog):
+    first = load_checkpoint(run_dir / "checkpoints" / "best_model.pth")
+    split = read_split(run_dir / "checkpoints" / "split.json")
+    assert first.seen == {uid: (None, part) for uid, part in split.parts.items()}
+    path = run_dir / "checkpoints" / "best_model.pth"
+    trainer = Trainer(processed_dir, tmp_path, initial_weights=path, num_epochs=1, seed=1, **CPU)
+    trainer.train()
+    second = load_checkpoint(tmp_path / "checkpoints" / "best_model.pth")
+    assert second.seen == dict.fromkeys(first.seen, (None, "earlier"))
+    assert "1 of 1 validation scans taught the initial weights, and will flatter this training" in caplog.text
+
+
+def test_scans_prepared_otherwise_than_for_the_given_weights_are_warned_of(processed_dir, run_dir, tmp_path, caplog):
+    path = tmp_path / "other.pth"
+    checkpoint = load_checkpoint(run_dir / "checkpoints" / "best_model.pth")
+    other = checkpoint.preprocessing | {"hu_max": 200.0}
+    save_checkpoint(path, dataclasses.replace(checkpoint, preprocessing=other))
+    Trainer(processed_dir, tmp_path / "run", initial_weights=path, **CPU)
+    assert "hu_max was 200.0 there and is 400.0 here" in caplog.text

@@ -19,7 +19,19 @@ from torch import nn
 import validate
 from infer import FoundNodule, NoduleInferencer, Segmentation, find_candidates
 from model import DiceBCELoss, LungNodule3DUNet, load_checkpoint, save_checkpoint
-from utils import Box, Geometry, InputError, Nodule, ProcessedScan, read_processed, read_processed_list
+from utils import (
+    AnnotatedNodule,
+    Box,
+    Geometry,
+    InputError,
+    Nodule,
+    ProcessedScan,
+    read_metadata,
+    read_processed,
+    read_processed_list,
+    read_split,
+    write_metadata,
+)
 from validate import (
     ExaminedScan,
     Overlap,
@@ -1259,3 +1271,82 @@ def test_command_line_without_data_ends_with_status_1(run_dir, tmp_path, caplog)
     path = run_dir / "checkpoints" / "best_model.pth"
     assert validate.main([f"--checkpoint_path={path}", f"--data_dir={tmp_path}", "--device=cpu"]) == 1
     assert "run python preprocess.py first" in caplog.text
+
+
+# ------------------------------------------------------------------- several folders, seen scans, excluded findings
+
+
+def test_scans_of_two_folders_are_scored_as_those_of_one(two_folders, processed_dir, run_dir, tmp_path):
+    results = []
+    for name, data_dir in (("one", processed_dir), ("two", two_folders)):
+        validator = Validator(data_dir, run_dir / "checkpoints" / "best_model.pth", tmp_path / name, "cpu")
+        results.append(validator.run_validation("all", excluded_path="none").table)
+    pd.testing.assert_frame_equal(*results)
+    provenance = json.loads((tmp_path / "two" / "validation.json").read_text())
+    assert provenance["data_dir"] == [str(folder.resolve()) for folder in two_folders]
+
+
+def copy_without_split(run_dir, folder, **changes):
+    """A checkpoint alone, as it is handed on."""
+    checkpoint = load_checkpoint(run_dir / "checkpoints" / "best_model.pth")
+    folder.mkdir()
+    save_checkpoint(folder / "model.pth", replace(checkpoint, **changes))
+    return folder / "model.pth"
+
+
+def test_scans_that_a_handed_on_checkpoint_has_seen_are_left_out(processed_dir, run_dir, tmp_path):
+    uids = read_processed_list(processed_dir)
+    path = copy_without_split(run_dir, tmp_path / "given", seen={uids[0]: (None, "train"), uids[1]: ("P", "earlier")})
+    table = Validator(processed_dir, path, tmp_path / "all", "cpu").run_validation("all", excluded_path="none").table
+    assert dict(zip(table["seriesuid"], table["part"], strict=True)) == {
+        uids[0]: "seen in training",
+        uids[1]: "seen in training",
+        uids[2]: "new",
+        uids[3]: "new",
+    }
+    assert table["dice_without_excluded"].isna()[:2].all()
+    result = Validator(processed_dir, path, tmp_path / "new", "cpu").run_validation("new", excluded_path="none")
+    assert result.table["part"].tolist() == ["seen in training"] * 2 + ["new"] * 2
+    assert result.summary["training_scans_left_out"] == 2
+    with pytest.raises(FileNotFoundError, match=r"keep split\.json"):
+        Validator(processed_dir, path, tmp_path / "validation", "cpu").run_validation()
+
+
+def test_scan_of_a_patient_that_was_seen_is_left_out(processed_dir, run_dir, tmp_path):
+    shutil.copytree(processed_dir, tmp_path / "data")
+    uids = read_processed_list(processed_dir)
+    write_metadata(tmp_path / "data", replace(read_metadata(processed_dir, uids[2]), patient="P"))
+    path = copy_without_split(run_dir, tmp_path / "given", seen={"another": ("P", "train")})
+    table = (
+        Validator(tmp_path / "data", path, tmp_path / "all", "cpu").run_validation("all", excluded_path="none").table
+    )
+    assert table["part"].tolist() == ["new", "new", "seen in training", "new"]
+
+
+def test_checkpoint_that_knows_nothing_of_its_scans_scores_none(processed_dir, run_dir, tmp_path):
+    path = copy_without_split(run_dir, tmp_path / "given", seen={})
+    with pytest.raises(InputError, match="does not say what it learnt from; keep split"):
+        Validator(processed_dir, path, tmp_path / "all", "cpu").run_validation("all")
+
+
+def test_held_out_scan_that_taught_the_initial_weights_is_not_scored(processed_dir, run_dir, copied_run, tmp_path):
+    checkpoint = load_checkpoint(copied_run)
+    split = read_split(copied_run.with_name("split.json"))
+    seen = checkpoint.seen | {split.validation[0]: (None, "earlier")}
+    save_checkpoint(copied_run, replace(checkpoint, seen=seen))
+    with pytest.raises(InputError, match=r"the validation scans .* are all training scans"):
+        Validator(processed_dir, copied_run, tmp_path / "out", "cpu").run_validation()
+
+
+def test_score_is_chosen_without_what_lies_on_findings_that_preprocessing_excluded():
+    grid = Geometry((20, 20, 20), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    mask, probability = np.zeros((20, 20, 20), np.uint8), np.zeros((20, 20, 20), np.float32)
+    mask[2:7, 2:7, 2:7], probability[2:7, 2:7, 2:7], probability[12:17, 12:17, 12:17] = 1, 0.9, 0.95
+    nodule = AnnotatedNodule((4.0, 4.0, 4.0), (4.0, 4.0, 4.0), 6.2, 125)
+    scans = {}
+    for name, excluded in (("with", ((14.0, 14.0, 14.0, 6.0),)), ("without", ())):
+        metadata = replace(metadata_of(nodule, shape_zyx=(20, 20, 20)), excluded=excluded)
+        scan = ProcessedScan("a", probability, mask, metadata)
+        scans[name] = ExaminedScan.of(scan, find_candidates(probability, grid, 0.5))
+    assert (scans["with"].dice(0.1), scans["without"].dice(0.1)) == (1.0, 2 / 3)
+    assert scans["with"].row(0.1)["on_excluded_findings"] == 1
