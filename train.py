@@ -88,6 +88,7 @@ from utils import (
     process_count,
     process_rank,
     ranges_of,
+    read_metadata,
     read_processed,
     read_processed_list,
     read_split,
@@ -113,6 +114,7 @@ GPU_SETTINGS = ("num_workers", "speed.record_steps")
 REPORT_EVERY = 10  # steps between reads of what lies on the device; each read makes the host wait for it
 # Settings that may differ between a run and its continuation: but for num_epochs they do not change the result.
 FREE_SETTINGS = ("num_epochs", "num_workers", "device", "checkpoint_interval", "speed.cache", "speed.record_steps")
+PATH_SETTINGS = ("data_dir", "output_dir", "validation.data_dir")  # files may move
 OUT_OF_MEMORY = (
     "CUDA is out of memory. Use a smaller batch_size (now {batch_size}), fewer channels, as "
     "channels=(16, 32, 64, 128, 256) (now {channels}), keep the scans elsewhere, as cache='memory' (now {cache!r}), "
@@ -144,6 +146,8 @@ class ValidationSettings:
 
     Args:
         fraction: Share of the scans kept for validation.
+        data_dir: Processed folder or folders whose scans are all kept for validation; those of the training's data_dir
+            are then all trained on. null keeps a fraction of these.
         fold: LUNA16's subset (0 to 9) to hold out for `validate.py --fold`; null holds out nothing.
         interval: Epochs between validations; the last epoch is always validated. In the first tenth of the epochs only
             the 1st, 2nd, 4th, 8th, ... due one takes place.
@@ -152,12 +156,17 @@ class ValidationSettings:
     """
 
     fraction: float = 0.2
+    data_dir: Folders | None = None
     fold: int | None = None
     interval: int = 1
     mirrors: int = 0
 
     def __post_init__(self) -> None:
         check(self.interval >= 1, f"validation.interval must be at least 1, not {self.interval}")
+        check(
+            self.data_dir is None or (self.fold is None and self.fraction == type(self).fraction),
+            "validation.data_dir names all scans for validation; leave out validation.fraction and validation.fold",
+        )
 
 
 @dataclass(frozen=True)
@@ -262,6 +271,9 @@ class Trainer:
         check(not (resume and overwrite), "resume and overwrite exclude each other; leave one of them out")
         self._check_settings()
         self.data_dir, self.output_dir = as_folders(data_dir), Path(output_dir)
+        self._num_trained = len(self.data_dir)  # folders, before those of validation alone
+        if validation.data_dir is not None:
+            self.data_dir = as_folders([*self.data_dir, *as_folders(validation.data_dir)])
         self.checkpoint_dir = self.output_dir / "checkpoints"
         self.num_epochs, self.batch_size = num_epochs, batch_size
         self.checkpoint_interval, self.validation_interval = checkpoint_interval, validation.interval
@@ -472,12 +484,27 @@ class Trainer:
         """The split of a run that goes on, or a new one."""
         path = self.checkpoint_dir / "split.json"
         given = self.settings
-        split = make_split(self.data_dir, uids, given["validation.fraction"], given["seed"], given["validation.fold"])
+        if given["validation.data_dir"] is None:
+            fraction, fold = given["validation.fraction"], given["validation.fold"]
+            split = make_split(self.data_dir, uids, fraction, given["seed"], fold)
+        else:
+            split = self._split_by_folder()
         if self.resume and path.is_file():
             old = read_split(path)
             check(old == split, f"{path} is not the split of these scans and settings; start anew with overwrite=True")
             return old
         return split
+
+    def _split_by_folder(self) -> Split:
+        """The scans of the folders of validation alone, and all others."""
+        train, validation = (
+            read_processed_list(part)
+            for part in (self.data_dir[: self._num_trained], self.data_dir[self._num_trained :])
+        )
+        patients = {uid: read_metadata(self.data_dir, uid).patient for uid in train + validation}
+        shared = {patients[uid] for uid in train} & {patients[uid] for uid in validation} - {None}
+        check(not shared, f"patient {min(map(str, shared), default='')} has scans for training and for validation")
+        return Split(tuple(sorted(train)), tuple(sorted(validation)))
 
     def _tell_split(self) -> None:
         """Says how many scans and nodules each part has."""
@@ -906,9 +933,7 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint) -> None:
         theirs, mine, done = checkpoint.training, self.settings, checkpoint.epoch
         check(done <= self.num_epochs, f"the run has done {done} epochs, more than num_epochs={self.num_epochs}")
-        differing = [
-            n for n in mine if n not in FREE_SETTINGS + ("data_dir", "output_dir") and mine[n] != theirs.get(n, mine[n])
-        ]
+        differing = [n for n in mine if n not in FREE_SETTINGS + PATH_SETTINGS and mine[n] != theirs.get(n, mine[n])]
         check(
             not differing,
             "a run can only be resumed with its own settings; "

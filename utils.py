@@ -1425,13 +1425,15 @@ LEARNT_FROM = ("train", SEEN)  # parts whose scans are never scored
 SeenScans = dict[str, tuple[str | None, str]]
 
 
-def parts_of(patients: Mapping[str, str | None], checkpoint_path: Path | None, seen: SeenScans) -> dict[str, str]:
+def parts_of(
+    patients: Mapping[str, str | None], checkpoint_path: Path | None, seen: SeenScans | None = None
+) -> dict[str, str]:
     """What each scan was to a network.
 
     Args:
         patients: {series UID: patient, or None where that is unknown}.
         checkpoint_path: Checkpoint of the network, beside which its split may lie; None: there is no split.
-        seen: The scans that the checkpoint says it has seen.
+        seen: The scans that the checkpoint says it has seen; None: it says nothing.
 
     Returns:
         {series UID: its part of the split; SEEN where the network learnt from it, or from its patient, otherwise; 'new'
@@ -1439,6 +1441,7 @@ def parts_of(patients: Mapping[str, str | None], checkpoint_path: Path | None, s
     """
     path = None if checkpoint_path is None else split_path(checkpoint_path)
     own = read_split(path).parts if path is not None and path.is_file() else {}
+    seen = seen or {}
     learnt = {uid: patient for uid, (patient, part) in seen.items() if not own or part != "validation"}
     earlier = {uid: patient for uid, (patient, part) in seen.items() if part == "earlier"}
     parts: dict[str, str] = {}
@@ -1450,7 +1453,9 @@ def parts_of(patients: Mapping[str, str | None], checkpoint_path: Path | None, s
     return parts
 
 
-def choose_scans(data_dir: Folders, checkpoint_path: Path, subset: Subset, seen: SeenScans) -> dict[str, str]:
+def choose_scans(
+    data_dir: Folders, checkpoint_path: Path, subset: Subset, seen: SeenScans | None = None
+) -> dict[str, str]:
     """{series UID: its part} of the processed scans of a subset, as ``parts_of`` says it.
 
     'new' are scans that are in no part of its split; 'all' are all. Those that its weights have seen before are among

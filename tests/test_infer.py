@@ -1265,7 +1265,7 @@ def test_picture_counts_the_annotated_nodules_that_the_tables_count(trained, pro
     voxels = {(16.0, 24.0, 24.0): 8, (16.0, 24.0, 26.0): 8, (2.0, 4.0, 4.0): 0}  # two touch, one is unseen
     nodules = [AnnotatedNodule(tuple(scan.geometry.world(index)), index, 5.0, n) for index, n in voxels.items()]
     scan = replace(scan, metadata=replace(scan.metadata, nodules=tuple(nodules)))
-    inferencer._finish({uid: "validation"}, "here", scan, np.zeros(scan.mask.shape, np.float32))
+    inferencer._finish({uid: "validation"}, {uid: "here"}, scan, np.zeros(scan.mask.shape, np.float32))
     assert "0 predicted, 3 annotated, 3 missed" in figures[0].get_suptitle()
 
 
@@ -1564,7 +1564,7 @@ def test_raw_training_scan_is_warned_of(trained, run_dir, phantom_dir, monkeypat
     uid = read_split(run_dir / "checkpoints" / "split.json").train[0]
     inferencer = trained(Nothing())
     inferencer.infer_scan(find_scans(phantom_dir / "raw")[uid])
-    assert f"{uid} is a training scan of this network" in caplog.text
+    assert f"{uid} was seen in training: what this network finds there" in caplog.text
     assert pd.read_csv(inferencer.output_dir / "inference_summary.csv")["part"].tolist() == ["train"]
 
 
@@ -1682,7 +1682,10 @@ def test_missing_scan_is_an_error(trained, tmp_path):
 
 
 def test_scan_without_lungs_warns(trained, tmp_path, caplog):
-    sitk.WriteImage(sitk.GaussianSource(sitk.sitkFloat32, [16, 16, 16], scale=100.0), str(tmp_path / "blob.mha"))
+    sitk.WriteImage(
+        sitk.GaussianSource(sitk.sitkFloat32, [16, 16, 16], scale=100.0, spacing=[10, 10, 10]),
+        str(tmp_path / "blob.mha"),
+    )
     trained(Nothing()).infer_scan(tmp_path / "blob.mha")
     assert "no lungs were found" in caplog.text
 

@@ -637,8 +637,8 @@ def test_any_setting_of_patches_takes_patches():
     assert options["patches"] == Patches(per_scan=3)
 
 
-def test_trainer_takes_at_most_26_arguments():
-    assert len(inspect.signature(Trainer).parameters) <= 26
+def test_trainer_takes_at_most_27_arguments():
+    assert len(inspect.signature(Trainer).parameters) <= 27
 
 
 def test_options_without_effect_on_a_cpu_are_told(processed_dir, tmp_path, caplog):

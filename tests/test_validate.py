@@ -961,7 +961,7 @@ def test_new_scans_are_scored_without_those_of_the_training(copied_run, processe
     split = {"train": uids[:1], "validation": uids[1:2], "test": [], "fold": None}
     (copied_run.parent / "split.json").write_text(json.dumps(split))
     validator = Validator(processed_dir, copied_run, tmp_path / "out", "cpu")
-    validator.inferencer.predictor.model = Nothing()
+    validator.inferencer.predictor.model, validator.inferencer.seen = Nothing(), {}
     validator.run_validation("new")
     assert table_of(tmp_path / "out") == dict.fromkeys(uids[2:], "new")
 
