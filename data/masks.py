@@ -45,6 +45,7 @@ SEG_CLASSES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  
 CONTOURS_CLASS = "1.2.840.10008.5.1.4.1.1.481.3"  # RT structure set
 LESION_CATEGORIES = ("49755003", "M-01000")  # 'morphologically altered structure', by SNOMED CT and by SRT
 MOST_LABELS = 1000  # of a mask; a picture has more
+MIN_EQUAL_GAPS = 2  # between the slices of a segmentation, for them to be its usual ones
 LEAST_DIAMETER_MM = 2.0  # of a marked region that is a nodule; a smaller one is a slip of the brush
 MOST_DIAMETER_MM = 150.0  # 1.8 litres
 
@@ -448,73 +449,101 @@ def _read_slicer(path: Path) -> Mask:
 
 def _read_dicom(path: Path) -> Mask:
     """A DICOM segmentation: a frame holds one slice of one segment, or of a map of labels."""
-    data = import_pydicom().dcmread(path)
-    try:
-        frames = data.pixel_array
-    except Exception as error:  # whatever pydicom and its decoders raise
-        raise InputError(f"{path}: its frames cannot be read ({' '.join(str(error).split())})") from error
-    frames = frames[None] if frames.ndim == 2 else frames
-    shared = data.get("SharedFunctionalGroupsSequence") or [{}]
-    groups = data.get("PerFrameFunctionalGroupsSequence") or []
-    check(len(groups) == len(frames), f"{path} says nothing of the places of its {len(frames)} frames")
-
-    def value(group: Any, sequence: str, name: str) -> Any:
-        """An attribute of a frame, or of all of them."""
-        items = group.get(sequence) or shared[0].get(sequence)
-        found = items[0].get(name) if items else None
-        check(found is not None, f"{path} does not state the {name} of its frames")
-        return found
-
-    is_map = data.SegmentationType == "LABELMAP"
-    directions = [value(group, "PlaneOrientationSequence", "ImageOrientationPatient") for group in groups]
-    kinds = {tuple(round(float(cosine), 4) for cosine in cosines) for cosines in directions}
-    check(len(kinds) == 1, f"{path}: its frames lie in several directions")
-    row, column = np.reshape([float(cosine) for cosine in directions[0]], (2, 3))
-    normal = np.cross(row, column)
-    positions = np.array([value(group, "PlanePositionSequence", "ImagePositionPatient") for group in groups], float)
-    spacing_y, spacing_x = map(float, value(groups[0], "PixelMeasuresSequence", "PixelSpacing"))
-    heights = positions @ normal
-    levels = np.unique(np.round(heights, 3))
-    step = _step(path, levels, data, shared)
-    index_z = np.rint((heights - heights.min()) / step).astype(int)
-    check(
-        np.allclose(heights.min() + index_z * step, heights, atol=0.1 * step),
-        f"{path}: its frames are not evenly spaced; save it on the grid of its series",
-    )
-    x, y, z = positions[heights.argmin()].tolist()
-    geometry = Geometry(
-        (int(index_z.max()) + 1, *frames.shape[1:]),
-        (x, y, z),
-        (spacing_x, spacing_y, step),
-        tuple(np.stack([row, column, normal], axis=1).ravel().tolist()),
-    )
-    half = 0.5 * float(data.get("MaximumFractionalValue", 1)) if data.SegmentationType == "FRACTIONAL" else 0
+    file = _DicomSegmentation(path)
+    frames, (geometry, index_z) = file.frames(), file.places()
+    kind, most = file.data.SegmentationType, float(file.data.get("MaximumFractionalValue", 1))
     segments = []
-    for described in data.SegmentSequence:
+    for described in file.data.SegmentSequence:
         number, volume = int(described.SegmentNumber), np.zeros(geometry.shape_zyx, bool)
-        for frame, group, at in zip(frames, groups, index_z, strict=True):
-            if is_map:
-                volume[at] |= frame == number
-            elif int(value(group, "SegmentIdentificationSequence", "ReferencedSegmentNumber")) == number:
-                volume[at] |= frame > half
+        for frame, group, z in zip(frames, file.groups, index_z, strict=True):
+            if kind == "LABELMAP":
+                volume[z] |= frame == number
+            elif int(file.value(group, "SegmentIdentificationSequence", "ReferencedSegmentNumber")) == number:
+                volume[z] |= frame > (most / 2 if kind == "FRACTIONAL" else 0)
         category = described.get("SegmentedPropertyCategoryCodeSequence") or [{}]
         is_lesion = str(category[0].get("CodeValue", "")) in LESION_CATEGORIES
         segments.append(Segment.of(number, volume, str(described.get("SegmentLabel", "")), is_lesion))
     return Mask(geometry, [segment for segment in segments if segment is not None])
 
 
-def _step(path: Path, levels: np.ndarray, data: Any, shared: Any) -> float:
-    """Distance of the slices of a DICOM segmentation in mm; frames without a mark may have been left out."""
-    measures = shared[0].get("PixelMeasuresSequence") or data.PerFrameFunctionalGroupsSequence[0].get(
-        "PixelMeasuresSequence"
-    )
-    stated = measures[0].get("SpacingBetweenSlices") or measures[0].get("SliceThickness")
-    if len(levels) < 2:
-        check(stated is not None, f"{path} has one slice and does not say how thick it is")
-        return abs(float(stated))
-    smallest = float(np.diff(levels).min())
-    if stated is not None and abs(float(stated)) > 0:
-        ratio = smallest / abs(float(stated))
-        if abs(ratio - round(ratio)) < 0.1 and round(ratio) >= 1:  # the smallest gap is of several slices
-            return smallest / round(ratio)
-    return smallest
+class _DicomSegmentation:
+    """The file of a DICOM segmentation.
+
+    Args:
+        path: It.
+
+    Raises:
+        UserError: pydicom is missing.
+        InputError: It says nothing of the places of its frames.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.data = path, import_pydicom().dcmread(path)
+        self.shared = (self.data.get("SharedFunctionalGroupsSequence") or [{}])[0]
+        self.groups = self.data.get("PerFrameFunctionalGroupsSequence") or []
+        count = int(self.data.get("NumberOfFrames") or 1)
+        check(len(self.groups) == count, f"{path} says nothing of the places of its {count} frames")
+
+    def frames(self) -> np.ndarray:
+        """The frames (n, rows, columns) as they are stored."""
+        try:
+            frames = self.data.pixel_array
+        except Exception as error:  # whatever pydicom and its decoders raise
+            raise InputError(f"{self.path}: its frames cannot be read ({' '.join(str(error).split())})") from error
+        return frames.reshape(len(self.groups), *frames.shape[-2:])
+
+    def value(self, group: Any, sequence: str, name: str) -> Any:
+        """An attribute of a frame, or of all of them."""
+        found = self.optional(group, sequence, name)
+        check(found is not None, f"{self.path} does not state the {name} of its frames")
+        return found
+
+    def optional(self, group: Any, sequence: str, name: str) -> Any:
+        """The same; None where it is not stated."""
+        items = group.get(sequence) or self.shared.get(sequence)
+        return items[0].get(name) if items else None
+
+    def places(self) -> tuple[Geometry, np.ndarray]:
+        """The grid from the lowest to the highest frame along their normal, and (n,) the slice of each frame."""
+        orientation = [
+            self.value(group, "PlaneOrientationSequence", "ImageOrientationPatient") for group in self.groups
+        ]
+        cosines = np.array(orientation, float)
+        check(np.allclose(cosines, cosines[0], atol=1e-3), f"{self.path}: its frames lie in several directions")
+        row, column = cosines[0].reshape(2, 3)
+        normal = np.cross(row, column)
+        places = [self.value(group, "PlanePositionSequence", "ImagePositionPatient") for group in self.groups]
+        positions = np.array(places, float)
+        heights = positions @ normal
+        step = self._step(np.unique(np.round(heights, 3)))
+        index_z = np.rint((heights - heights.min()) / step).astype(int)
+        check(
+            np.allclose(heights.min() + index_z * step, heights, atol=0.1 * step),
+            f"{self.path}: its frames are not evenly spaced; save it on the grid of its series",
+        )
+        shape = int(index_z.max()) + 1, int(self.data.Rows), int(self.data.Columns)
+        spacing_y, spacing_x = map(float, self.value(self.groups[0], "PixelMeasuresSequence", "PixelSpacing"))
+        x, y, z = positions[heights.argmin()].tolist()
+        direction = np.stack([row, column, normal], axis=1).ravel().tolist()
+        return Geometry(shape, (x, y, z), (spacing_x, spacing_y, step), tuple(direction)), index_z
+
+    def _step(self, heights: np.ndarray) -> float:
+        """Distance of the slices in mm; those without a mark may have been left out.
+
+        Args:
+            heights: Different heights of frames along their normal, rising.
+        """
+        stated, thickness = (
+            abs(float(self.optional(self.groups[0], "PixelMeasuresSequence", name) or 0))
+            for name in ("SpacingBetweenSlices", "SliceThickness")
+        )
+        if stated:
+            return stated
+        gaps = np.diff(heights)
+        check(len(gaps) > 0 or thickness > 0, f"{self.path} has one slice and does not say how thick it is")
+        if len(gaps) == 0:
+            return thickness
+        smallest = float(gaps.min())
+        is_common = np.isclose(gaps, smallest, rtol=0.02).sum() >= MIN_EQUAL_GAPS
+        is_multiple = thickness > 0 and abs(smallest / thickness - round(smallest / thickness)) < 0.1
+        return thickness if is_multiple and smallest > thickness and not is_common else smallest

@@ -229,6 +229,28 @@ def test_slices_left_out_between_marked_ones_do_not_change_the_spacing(tmp_path)
     path = write_seg(tmp_path / "seg", ("a", LESION, blocks(_1=[(0, 4, 4, 1), (10, 4, 4, 1)])))
     assert read_mask(path).geometry.spacing == (0.5, 1.0, 2.5)
     assert read_mask(path).geometry.shape_zyx == (11, 24, 28)
+    data = pydicom.dcmread(path)
+    measures = data.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    measures.SliceThickness, measures.SpacingBetweenSlices = 1.0, 2.5
+    data.save_as(path)
+    assert read_mask(path).geometry.spacing == (0.5, 1.0, 2.5)
+
+
+def test_slices_thinner_than_their_distance_keep_it(tmp_path):
+    path = write_seg(tmp_path / "seg", ("a", LESION, blocks(_1=(5, 4, 6, 6))))
+    data = pydicom.dcmread(path)
+    data.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SliceThickness = 1.25
+    data.save_as(path)
+    assert read_mask(path).geometry.spacing == (0.5, 1.0, 2.5)
+
+
+def test_frames_that_are_not_evenly_spaced_are_refused(tmp_path):
+    path = write_seg(tmp_path / "seg", ("a", LESION, blocks(_1=(5, 4, 6, 6))))
+    data = pydicom.dcmread(path)
+    data.PerFrameFunctionalGroupsSequence[2].PlanePositionSequence[0].ImagePositionPatient[2] += 1.2
+    data.save_as(path)
+    with pytest.raises(InputError, match="its frames are not evenly spaced"):
+        read_mask(path)
 
 
 def test_damaged_dicom_segmentation_is_refused(tmp_path):

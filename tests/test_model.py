@@ -14,11 +14,14 @@ from torch.nn import functional
 
 from model import (
     NETWORKS,
+    PRETRAINED_PATH,
     Checkpoint,
     DiceBCELoss,
     InferenceSettings,
     LungNodule3DUNet,
     SubpixelUNet,
+    checkpoint_file,
+    hand_on,
     load_checkpoint,
     save_checkpoint,
     to_device,
@@ -566,3 +569,21 @@ def test_ignored_voxels_teach_nothing(settings):
 def test_sample_with_ignored_voxels_alone_has_no_dice():
     logits, target = torch.zeros(1, 1, 2, 2, 2), torch.full((1, 1, 2, 2, 2), 2)
     assert DiceBCELoss()(logits, target) == 0
+
+
+def test_checkpoint_that_is_handed_on_is_small_and_finds_the_same(run_dir, tmp_path):
+    checkpoint = load_checkpoint(run_dir / "checkpoints" / "best_model.pth")
+    given = hand_on(checkpoint, "trained on phantoms", {"a": ("P", "train")})
+    save_checkpoint(tmp_path / "given.pth", given)
+    taken = load_checkpoint(tmp_path / "given.pth")
+    assert (taken.about, taken.seen, taken.progress) == ("trained on phantoms", {"a": ("P", "train")}, {})
+    halves = {name for name, value in taken.weights.items() if value.dtype == torch.float16}
+    assert halves and all(name.endswith("weight") for name in halves)
+    torch.manual_seed(0)
+    image = torch.rand(1, 1, 16, 16, 16)
+    with torch.inference_mode():
+        before, after = (c.build_network()(image).sigmoid() for c in (checkpoint, taken))
+    assert after.dtype == torch.float32
+    torch.testing.assert_close(after, before, atol=2e-3, rtol=0)
+    assert checkpoint_file("pretrained") == PRETRAINED_PATH
+    assert checkpoint_file(tmp_path / "given.pth") == tmp_path / "given.pth"

@@ -37,9 +37,11 @@ from utils import (
     UserError,
     folder_lock,
     parse_command_line,
+    read_metadata,
     read_processed,
     read_processed_list,
     read_split,
+    write_metadata,
 )
 from validate import Validator
 
@@ -925,3 +927,29 @@ def test_scans_prepared_otherwise_than_for_the_given_weights_are_warned_of(proce
     save_checkpoint(path, dataclasses.replace(checkpoint, preprocessing=other))
     Trainer(processed_dir, tmp_path / "run", initial_weights=path, **CPU)
     assert "hu_max was 200.0 there and is 400.0 here" in caplog.text
+
+
+def test_folders_for_validation_alone_are_not_trained_on(two_folders, tmp_path, caplog):
+    first, second = two_folders
+    settings = ValidationSettings(data_dir=second)
+    trainer = Trainer(first, tmp_path / "run", num_epochs=1, validation=settings, **CPU)
+    trainer.train()
+    split = read_split(tmp_path / "run" / "checkpoints" / "split.json")
+    assert list(split.train) == read_processed_list(first)
+    assert list(split.validation) == read_processed_list(second)
+    settings = ValidationSettings(data_dir=[Path(os.path.relpath(second))])  # the same folder by another name
+    Trainer(first, tmp_path / "run", num_epochs=2, validation=settings, resume=True, **CPU).train()
+    with pytest.raises(InputError, match=r"leave out validation\.fraction and validation\.fold"):
+        ValidationSettings(data_dir=second, fold=1)
+    with pytest.raises(InputError, match="data_dir names a folder twice"):
+        Trainer(first, tmp_path / "other", validation=ValidationSettings(data_dir=first), **CPU)
+
+
+def test_patient_on_both_sides_of_given_folders_is_refused(two_folders, tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder, source in zip(folders, two_folders, strict=True):
+        shutil.copytree(source, folder)
+        uid = read_processed_list(folder)[0]
+        write_metadata(folder, dataclasses.replace(read_metadata(folder, uid), patient="P"))
+    with pytest.raises(InputError, match="patient P has scans for training and for validation"):
+        Trainer(folders[0], tmp_path / "run", validation=ValidationSettings(data_dir=folders[1]), **CPU)
