@@ -50,13 +50,14 @@ Cache = Literal["device", "memory", "files"]
 CPU = torch.device("cpu")
 NUM_FOLDS = 10
 PASTE_TRIES = 4  # places tried
-SIZE_GROUPS = 4  # of the nodules that are pasted
+SIZE_RATIO = 2.0  # of voxels, between nodules that are pasted together
+LEAST_DONOR = 8  # voxels of a nodule that is pasted; of smaller ones a grid shows next to nothing
+MOST_PASTED = 1e-3  # of a scan's voxels, that may be pasted nodule
 MEMORY_SHARE = 0.5  # of the free memory, of the device or of the machine, that training scans may take
 JITTER = 0.375  # of the patch: how far a nodule may lie from the middle of its patch
 TISSUE_LEVEL = 0.4  # -440 HU; what is brighter is no lung
 MOST_TISSUE = 0.5  # of the voxels under a pasted nodule
 LUNG_LEVEL = 0.1  # of aerated lung, -860 HU in the usual window
-LEAST_PATCHES = 4  # that a scan has room for which background is drawn from
 HARD_ERROR = 0.5  # a patch whose background reaches this probability is a hard one
 
 
@@ -350,13 +351,15 @@ class LUNA16Dataset(Dataset):
         self.seed = seed
         self.patch_size_zyx = patch_size_zyx
         self.metadata = [read_metadata(self.data_dir, uid) for uid in self.seriesuids]
-        self._nodules = [  # that can be pasted: scan, and box around it
-            (scan, box)
+        nodules = [  # that can be pasted: scan, box around it, and its voxels
+            (scan, box, nodule.voxels)
             for scan, metadata in enumerate(self.metadata)
             for center, nodule in zip(nodule_points(metadata), visible_nodules(metadata), strict=True)
             if (box := _box_around(center, nodule.diameter_mm, metadata)) is not None
         ]
-        self._nodules.sort(key=lambda nodule: math.prod(nodule[1].shape_zyx))
+        least = min(LEAST_DONOR, max((voxels for *_, voxels in nodules), default=0))
+        self._nodules = [(scan, box) for scan, box, voxels in nodules if voxels >= least]
+        self._volumes = np.array([voxels for *_, voxels in nodules if voxels >= least])
         self._lung_points: list[np.ndarray] = []
         if self._is_pasting:
             self._lung_points = self.lung_points()
@@ -419,19 +422,27 @@ class LUNA16Dataset(Dataset):
             Image, mask, and (n, 3) the voxel (z, y, x) of each pasted nodule.
         """
         pixels, nodules = image.cpu().numpy().copy(), mask.cpu().numpy().copy()
-        donors = self._donors_of_one_size(number, rng)
+        donors = self._donors_of_one_size(number, MOST_PASTED * image.numel(), rng)
         places = [self._paste_nodule(pixels, nodules, int(donor), lung_points, rng) for donor in donors]
         points = np.reshape([place for place in places if place is not None], (-1, 3)).astype(int)
         return torch.from_numpy(pixels).to(self._home), torch.from_numpy(nodules).to(self._home), points
 
-    def _donors_of_one_size(self, number: int, rng: np.random.Generator) -> np.ndarray:
-        """Draws the nodules to paste into one sample: each is as likely as any, but all come from a quarter of sizes.
+    def _donors_of_one_size(self, number: int, most_voxels: float, rng: np.random.Generator) -> np.ndarray:
+        """Draws the nodules to paste into one sample: one, which is as likely as any, and others of about its size.
 
         Among large nodules, small ones are next to nothing in the Dice of a scan, and are never learnt.
+
+        Args:
+            number: Of nodules.
+            most_voxels: Of all of them together, but for the first.
+            rng: Generator of this sample.
         """
-        width = math.ceil(len(self._nodules) / SIZE_GROUPS)
-        groups = (np.arange(len(self._nodules)) + rng.integers(width)) // width
-        return rng.choice(np.flatnonzero(groups == rng.choice(groups)), number)
+        first = rng.integers(len(self._volumes))
+        ratio = self._volumes / self._volumes[first]
+        others = rng.choice(np.flatnonzero((ratio >= 1 / SIZE_RATIO) & (ratio <= SIZE_RATIO)), number - 1)
+        donors = np.append(first, others)
+        fits = np.cumsum(self._volumes[donors]) <= most_voxels
+        return donors[fits | (np.arange(number) == 0)]
 
     def _donor(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Image, mask, and mask with its rim (z, y, x) in a box around one of the nodules; kept once it is cut out."""
@@ -663,8 +674,7 @@ class PatchSampler(Sampler):
         self.patches, self.seed, self.lung_points = patches, seed, lung_points
         self.nodules = [(scan, point) for scan, m in enumerate(metadata) for point in nodule_points(m)]
         self.reach = JITTER * np.asarray(patches.size)
-        voxels = [math.prod(scan.grid.shape_zyx) for scan in metadata]
-        whole = [scan for scan, count in enumerate(voxels) if count >= LEAST_PATCHES * math.prod(patches.size)]
+        whole = [index for index, scan in enumerate(metadata) if scan.lung_source != "small"]
         self.backgrounds = whole or list(range(len(metadata)))  # scans, without pieces of scans around nodules
         self.size = patches.per_scan * len(metadata)
         self.epoch = 0
@@ -805,7 +815,7 @@ def make_split(
     test: list[str] = []
     if fold is not None:
         folds = find_folds(metadata, patients)
-        test = [uid for uid in metadata if folds[uid] == fold]
+        test = [uid for uid in metadata if folds.get(uid) == fold]
         check(bool(test), f"fold {fold} has no scan; there are {sorted(set(folds.values()))}")
         # A patient with a scan in the fold is not trained on with another.
         groups = {patient: uids for patient, uids in groups.items() if not set(uids) & set(test)}
@@ -831,9 +841,19 @@ def make_split(
 
 
 def find_folds(metadata: dict[str, ScanMetadata], patients: dict[str, str]) -> dict[str, int]:
-    """{series UID: fold}: the data set's own folds, LUNA16's subsets, or else a hash of the patient (or scan)."""
+    """{series UID: fold}: the data set's own folds, LUNA16's subsets, or else a hash of the patient (or scan).
+
+    Scans without a fold beside others that have one, as of a further data set, have none.
+    """
     folds = {uid: scan.fold for uid, scan in metadata.items() if scan.fold is not None}
-    if len(folds) == len(metadata):
+    if folds:
+        if len(folds) < len(metadata):
+            logger.warning(
+                "%d of %d scans have no fold, such as %s, and are trained on whichever is held out",
+                len(metadata) - len(folds),
+                len(metadata),
+                next(uid for uid in metadata if uid not in folds),
+            )
         return folds
     logger.warning(
         "the data set has no folds of its own (LUNA16's are the folders subset0 to subset9): these are unofficial "

@@ -327,7 +327,8 @@ class DiceBCELoss(nn.Module):
         return torch.where(shows_nodule.any(), mixed, (self.dice_weight + self.bce_weight) * bce.mean())
 
 
-LOSSES: dict[str, Callable[..., nn.Module]] = {"dice_bce": DiceBCELoss}  # take the arguments of DiceBCELoss
+# Each takes the arguments of DiceBCELoss, and as a target 0, 1 and IGNORED.
+LOSSES: dict[str, Callable[..., nn.Module]] = {"dice_bce": DiceBCELoss}
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -456,8 +457,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         InputError: The file is damaged, or is no checkpoint of this version.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a checkpoint in it, such as checkpoints/best_model.pth")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; run python train.py first or name another checkpoint_path")
+        remedy = "download it with the project" if path == PRETRAINED_PATH else "run python train.py first"
+        raise FileNotFoundError(f"{path} does not exist; {remedy} or name another checkpoint")
     data = path.read_bytes()  # what the disk refuses is told apart from damage
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:

@@ -232,7 +232,7 @@ class Preprocessing:
         check_scan(scan)
         lungs, found, note = self._coarse_lungs(scan, labels, lung_labels)
         source = "none" if lungs is None else "seg-lungs" if found is None else "threshold"
-        if lungs is None and self.uses_lungs and is_small(scan):
+        if lungs is None and is_small(scan):
             source = "small"
         distance = None if lungs is None else widen(lungs, self.lung_closing_mm, self.lung_margin_mm)
         lower, upper = Geometry.from_image(scan).bounds()
@@ -712,7 +712,7 @@ def process_scan(task: ScanTask) -> ScanMetadata:
     scan = read_scan(case.scan_path)
     labels = read_scan(case.lungs_path, constant=True) if case.lungs_path else None
     prepared = task.settings.prepare(scan, labels, case.lung_labels)
-    marks = read_marks(case.nodule_masks, case.nodule_labels)
+    marks = read_marks(case.nodule_masks, case.nodule_labels, Geometry.from_image(scan))
     nodules, mask = _draw_nodules(task, Geometry.from_image(scan), prepared, marks)
     metadata = ScanMetadata(
         seriesuid=task.seriesuid,
@@ -727,6 +727,7 @@ def process_scan(task: ScanTask) -> ScanMetadata:
         fingerprint=task.fingerprint(),
         noise_hu=measure_noise(scan),
         excluded=(*case.excluded, *marks.excluded),
+        mask_note=marks.note,
     )
     for path in task.metadata_files():  # what says that the scan is done goes first
         path.unlink(missing_ok=True)
@@ -743,13 +744,12 @@ def _draw_nodules(
     mask = np.zeros(prepared.grid.shape_zyx, np.uint8)
     masked = prepared.lungs if task.settings.mask_lungs else None
     contours = read_contours(task.seriesuid, geometry) if task.mask_source == "lidc" else []
-    nodules, left = [], list(marks.nodules)
-    known: list[tuple[Vector, float, MarkedNodule | None]] = []
-    for x, y, z, diameter in task.case.nodules:
-        mark = next((mark for mark in left if mark.is_at((x, y, z), max(diameter / 2, SAME_NODULE_MM))), None)
-        left = [other for other in left if other is not mark]
-        known.append(((x, y, z), diameter, mark))
-    known += [(mark.center_xyz, mark.diameter_mm, mark) for mark in left]
+    nodules = []
+    known: list[tuple[Vector, float, MarkedNodule | None]] = [
+        ((x, y, z), diameter, marks.take((x, y, z), max(diameter / 2, SAME_NODULE_MM)))
+        for x, y, z, diameter in task.case.nodules
+    ]
+    known += [(mark.center_xyz, mark.diameter_mm, mark) for mark in marks.nodules]
     for center, diameter, mark in known:
         source, drawn = "mask", None
         if mark is not None:
@@ -864,6 +864,7 @@ class LUNA16Preprocessor:
         if mask_source == "lidc":
             read_contours("", Geometry((1, 1, 1), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))  # says early what is missing
         self.mask_source, self.lidc_readers = mask_source, lidc_readers
+        check(nodule_labels is None or len(nodule_labels) > 0, "nodule_labels must name a label, or be null")
         check(
             nodule_labels is None or nodule_masks_dir is not None,
             f"nodule_labels {nodule_labels} would be ignored: they are of the masks in nodule_masks_dir",
@@ -899,6 +900,10 @@ class LUNA16Preprocessor:
         """The cases with the nodule masks of ``nodule_masks_dir``."""
         if self.nodule_masks_dir is None:
             return cases
+        check(
+            not any(case.nodule_masks for case in cases.values()),
+            f"data set {self.data_set} names nodule masks itself; leave out nodule_masks_dir",
+        )
         masks = find_nodule_masks(self.nodule_masks_dir, {uid: case.scan_path for uid, case in cases.items()})
         return cases | {
             uid: replace(cases[uid], nodule_masks=paths, nodule_labels=self.nodule_labels)
@@ -910,6 +915,13 @@ class LUNA16Preprocessor:
         if self.excluded_path is None:
             return cases
         table = read_table(self.excluded_path, ANNOTATION_COLUMNS)
+        check(
+            bool(((table["diameter_mm"] > 0) | (table["diameter_mm"] == -1)).all()),
+            f"{self.excluded_path}: diameter_mm must be positive, or -1 where it is unknown",
+        )
+        if len(table) and not table["seriesuid"].isin(cases).any():
+            tell = logger.info if self.excluded_path == Path(EXCLUDED_PATH) else logger.warning
+            tell("none of the %d findings of %s lies in these scans", len(table), self.excluded_path)
         more: dict[str, list[tuple[float, ...]]] = {}
         for uid, *finding in table[list(ANNOTATION_COLUMNS)].itertuples(index=False, name=None):
             more.setdefault(uid, []).append(tuple(finding))
@@ -923,7 +935,8 @@ class LUNA16Preprocessor:
         check(
             raw == masks or not (masks.is_relative_to(raw) or raw.is_relative_to(masks)),
             f"raw_data_dir {raw} and nodule_masks_dir {masks} must not lie in each other; name the folder of the scans "
-            "alone, such as imagesTr beside labelsTr",
+            "alone, such as imagesTr beside labelsTr, or the same one for both where all masks in it are DICOM or "
+            ".seg.nrrd",
         )
 
     @property
@@ -1112,6 +1125,12 @@ class LUNA16Preprocessor:
                 words.pop("mask" if self.nodule_masks_dir is None else "lidc")
             counts = [f"{drawn.count(source)} {word}" for source, word in words.items()]
             logger.info("nodule masks: %s", ", ".join(counts))
+            notes = [f"{scan.seriesuid}: {scan.mask_note}" for scan in metadata if scan.mask_note]
+            if notes:
+                more = (
+                    f" and {len(notes) - MAX_NAMED} more (mask_note in the metadata)" if len(notes) > MAX_NAMED else ""
+                )
+                logger.warning("nodule masks to look at: %s%s", "; ".join(notes[:MAX_NAMED]), more)
         if self.settings.uses_lungs:
             sources = [scan.lung_source for scan in metadata]
             counts = [f"{sources.count(source)} by {source}" for source in ("seg-lungs", "threshold")]

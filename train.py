@@ -80,6 +80,7 @@ from utils import (
     gather_objects,
     is_distributed,
     join_processes,
+    last_line,
     name_folders,
     naming,
     own_gpu,
@@ -94,6 +95,7 @@ from utils import (
     read_split,
     run_main,
     select_device,
+    split_path,
     tell,
     write_csv,
     write_split,
@@ -114,7 +116,7 @@ GPU_SETTINGS = ("num_workers", "speed.record_steps")
 REPORT_EVERY = 10  # steps between reads of what lies on the device; each read makes the host wait for it
 # Settings that may differ between a run and its continuation: but for num_epochs they do not change the result.
 FREE_SETTINGS = ("num_epochs", "num_workers", "device", "checkpoint_interval", "speed.cache", "speed.record_steps")
-PATH_SETTINGS = ("data_dir", "output_dir", "validation.data_dir")  # files may move
+PATH_SETTINGS = ("data_dir", "output_dir", "validation.data_dir", "initial_weights")  # files may move
 OUT_OF_MEMORY = (
     "CUDA is out of memory. Use a smaller batch_size (now {batch_size}), fewer channels, as "
     "channels=(16, 32, 64, 128, 256) (now {channels}), keep the scans elsewhere, as cache='memory' (now {cache!r}), "
@@ -337,7 +339,8 @@ class Trainer:
             logger.warning("on CPUs batch norm sees a process's share of a batch; subpixel_instance has none")
         network.expect(self._nodule_share())
         self.earlier: SeenScans = {}
-        if given["initial_weights"] is not None:
+        goes_on = self.resume and bool(self._old_files(RUN_FILE))  # then its own checkpoints have the weights
+        if given["initial_weights"] is not None and not goes_on:
             self._take_initial_weights(network, checkpoint_file(given["initial_weights"]))
         self.network: SegmentationNetwork = to_device(network, self.device)
         loss = {name: given[name] for name in ("dice_weight", "bce_weight", "smooth")}
@@ -380,14 +383,24 @@ class Trainer:
             + ", ".join(f"{name} is {theirs.get(name)} there and {ours[name]} here" for name in differing)
             + "; set these options alike, or train from random weights",
         )
-        network.load_state_dict(checkpoint.weights)
+        try:
+            network.load_state_dict(checkpoint.weights)
+        except RuntimeError as error:
+            raise InputError(f"initial_weights {path} do not fit the network ({last_line(error)})") from error
+        bad = [name for name, weight in network.state_dict().items() if not torch.isfinite(weight).all()]
+        check(not bad, f"initial_weights {path} hold numbers that are not finite, such as in {next(iter(bad), '')}")
         theirs, ours = checkpoint.preprocessing, self.preprocessing
-        if differing := [name for name in ours if theirs.get(name) != ours[name]]:
+        if theirs != ours:
             logger.warning(
                 "the scans were prepared otherwise than those of initial_weights: %s",
-                ", ".join(f"{name} was {theirs.get(name)} there and is {ours[name]} here" for name in differing),
+                describe_difference(ours, theirs),
             )
-        self.earlier = {uid: (patient, "earlier") for uid, (patient, _) in checkpoint.seen.items()}
+        seen_by_them = checkpoint.seen
+        if not seen_by_them and split_path(path).is_file():
+            seen_by_them = {uid: (None, part) for uid, part in read_split(split_path(path)).parts.items()}
+        if not seen_by_them:
+            logger.warning("%s does not say which scans it has seen; these may be scored as new ones", path)
+        self.earlier = {uid: (patient, "earlier") for uid, (patient, _) in seen_by_them.items()}
         parts = parts_of({uid: scan.patient for uid, scan in self.metadata.items()}, None, self.earlier)
         seen = [uid for uid in self.split.validation if parts[uid] == SEEN]
         if seen:
@@ -502,8 +515,13 @@ class Trainer:
             for part in (self.data_dir[: self._num_trained], self.data_dir[self._num_trained :])
         )
         patients = {uid: read_metadata(self.data_dir, uid).patient for uid in train + validation}
-        shared = {patients[uid] for uid in train} & {patients[uid] for uid in validation} - {None}
-        check(not shared, f"patient {min(map(str, shared), default='')} has scans for training and for validation")
+        shared = {patients[uid]: uid for uid in train if patients[uid] is not None}
+        for uid in validation:
+            check(
+                patients[uid] not in shared,
+                f"scan {uid} is for validation, and {shared.get(patients[uid])} of the same patient for training; move "
+                "one of them",
+            )
         return Split(tuple(sorted(train)), tuple(sorted(validation)))
 
     def _tell_split(self) -> None:
@@ -531,7 +549,9 @@ class Trainer:
             first = next(iter(found.values()))
             check(
                 found[uid].preprocessing == first.preprocessing,
-                f"{uid} and {first.seriesuid} were preprocessed with different settings; run preprocess.py again",
+                f"{uid} and {first.seriesuid} were preprocessed with different settings ("
+                + describe_difference(found[uid].preprocessing, first.preprocessing)
+                + "); run preprocess.py again",
             )
             check(
                 self.patch_size is not None or first.preprocessing["target_size"] is not None,
@@ -1066,6 +1086,12 @@ def gather_samples(figures: Tensor) -> Tensor:
     distributed.all_gather(parts, figures.detach().contiguous())
     parts[process_rank()] = figures
     return torch.cat(parts, dim=1)
+
+
+def describe_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """Settings that differ, each with both values."""
+    names = [name for name in ours if theirs.get(name) != ours[name]]
+    return ", ".join(f"{name} is {ours[name]}, not {theirs.get(name)}" for name in names)
 
 
 def _flatten(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1103,6 +1103,7 @@ class ScanMetadata:
         noise_hu: Noise of the raw scan; None where it could not be measured.
         excluded: World centre (x, y, z) and diameter in mm, below 0 where it is unknown, of each finding that is
             neither nodule nor background.
+        mask_note: What is to be said of its nodule masks.
     """
 
     seriesuid: str
@@ -1117,6 +1118,7 @@ class ScanMetadata:
     fingerprint: str
     noise_hu: float | None = None
     excluded: tuple[tuple[float, float, float, float], ...] = ()
+    mask_note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Built-in types, for JSON; origin and spacing are those of the processed grid (x, y, z)."""
@@ -1135,6 +1137,7 @@ class ScanMetadata:
             "fingerprint": self.fingerprint,
             "noise_hu": self.noise_hu,
             "excluded": [list(finding) for finding in self.excluded],
+            "mask_note": self.mask_note,
         }
 
     @classmethod
@@ -1153,6 +1156,7 @@ class ScanMetadata:
             values["fingerprint"],
             values.get("noise_hu"),
             tuple((x, y, z, diameter) for x, y, z, diameter in values.get("excluded", ())),
+            values.get("mask_note", ""),
         )
 
     def excluded_voxels(self, box: Box | None = None) -> np.ndarray:
@@ -1242,7 +1246,7 @@ def name_folders(data_dir: Folders) -> str:
 
 def resolve_folders(data_dir: Folders) -> str | list[str]:
     """Absolute paths of processed folders, as results state them: one, or a list of several."""
-    paths = [str(folder.resolve()) for folder in as_folders(data_dir)]
+    paths = sorted(str(folder.resolve()) for folder in as_folders(data_dir))
     return paths[0] if len(paths) == 1 else paths
 
 
@@ -1348,7 +1352,8 @@ def read_processed_list(data_dir: Folders) -> list[str]:
         twice = ((uid, other) for uid in listed for other in others if (other / f"{uid}_metadata.json").is_file())
         for uid, other in twice:
             raise InputError(
-                f"scan {uid} lies in {folder} and in {other}; a scan may count once, so remove one of them"
+                f"scan {uid} lies in {folder} and in {other}; a scan counts once: remove one, or rename it where they "
+                "differ"
             )
         uids += listed
     return uids
@@ -1443,11 +1448,11 @@ def parts_of(
     own = read_split(path).parts if path is not None and path.is_file() else {}
     seen = seen or {}
     learnt = {uid: patient for uid, (patient, part) in seen.items() if not own or part != "validation"}
-    earlier = {uid: patient for uid, (patient, part) in seen.items() if part == "earlier"}
+    theirs = {patient for patient in learnt.values() if patient is not None}
+    earlier = {patient for patient, part in seen.values() if patient is not None and part == "earlier"}
     parts: dict[str, str] = {}
     for uid, patient in patients.items():
-        taught = earlier if uid in own else learnt
-        is_seen = uid in taught or (patient is not None and patient in taught.values())
+        is_seen = uid in learnt or patient in (earlier if uid in own else theirs)
         part = own.get(uid, "new" if own or seen else "unknown")
         parts[uid] = SEEN if is_seen and part != "train" else part
     return parts
@@ -1925,13 +1930,19 @@ def _join_paths(words: Iterable[str], options: dict[str, Any]) -> Iterator[str]:
             paths.append(word)
             continue
         if paths:
-            yield json.dumps(paths)
+            yield _as_list(paths)
         name, is_joined, value = word.removeprefix("--").partition("=")
         paths = [] if name in options and list[Path] in get_args(_type_of(options[name])) else None
         if paths is not None and is_joined:
             paths, word = [value], f"--{name}"
         if word != "--":
             yield word
+
+
+def _as_list(paths: list[str]) -> str:
+    """Paths as one list; null, and what is written as a list already, stay."""
+    is_list = paths[0].startswith("[") and not Path(paths[0]).exists()
+    return paths[0] if len(paths) == 1 and (is_list or paths[0] == "null") else json.dumps(paths)
 
 
 def _read_given(words: Sequence[str], options: dict[str, Any]) -> Iterator[_Given]:

@@ -66,6 +66,7 @@ from utils import (
     delete_files,
     do_once,
     folder_lock,
+    metadata_path,
     name_folders,
     now,
     parse_command_line,
@@ -318,7 +319,7 @@ class Validator:
         parts = self._choose(subset, fold)
         scored = [uid for uid, part in parts.items() if part not in LEARNT_FROM]
         self.inferencer.check_prepared_alike(self.data_dir, scored)
-        excluded = read_excluded(excluded_path) if self.writes_files else None
+        excluded = self._excluded(scored, excluded_path) if self.writes_files else None
         provenance: dict[str, Any] = {}
         if self.writes_files:
             provenance = self.inferencer.provenance | {"data_dir": resolve_folders(self.data_dir), "subset": subset}
@@ -332,6 +333,20 @@ class Validator:
         if self.writes_files:
             do_once(lambda: self._write(result, excluded))
         return result
+
+    def _excluded(self, seriesuids: Sequence[str], path: str | Path) -> pd.DataFrame | None:
+        """The excluded findings of a table and those that preprocess.py noted; None where there is neither."""
+        rows = [
+            (uid, *finding)
+            for uid in seriesuids
+            if metadata_path(self.data_dir, uid).is_file()
+            for finding in read_metadata(self.data_dir, uid).excluded
+        ]
+        noted = pd.DataFrame(rows, columns=list(ANNOTATION_COLUMNS))
+        if rows and not Path(path).is_file():
+            return noted
+        table = read_excluded(path)
+        return table if table is None or not rows else pd.concat([table, noted]).drop_duplicates(ignore_index=True)
 
     def _examine_scans(self, seriesuids: Sequence[str], excluded: pd.DataFrame | None) -> list[ExaminedScan]:
         """Compares each scan with the truth, and tells which cannot be scored or are mostly noise."""
@@ -397,7 +412,7 @@ class Validator:
             check(held_out == fold, f"{checkpoint_path} was trained with {theirs} held out, not fold {fold}")
         parts = choose_scans(self.data_dir, checkpoint_path, subset, self.inferencer.seen)
         unknown = [uid for uid, part in parts.items() if part == "unknown"]
-        check(not unknown, f"{checkpoint_path} does not say what it learnt from; keep split.json beside it")
+        check(not unknown, f"{checkpoint_path} does not say what it learnt from; keep its split.json beside it")
         if all(part in LEARNT_FROM for part in parts.values()):
             raise InputError(
                 f"the {subset} scans of {name_folders(self.data_dir)} are all training scans, which are never scored; "

@@ -7,6 +7,7 @@ segmentation (SEG); or a segmentation of 3D Slicer (``.seg.nrrd``).
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import logging
 import math
 import re
@@ -19,6 +20,7 @@ from typing import Any
 import cc3d
 import numpy as np
 import SimpleITK as sitk
+from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -48,6 +50,11 @@ MOST_LABELS = 1000  # of a mask; a picture has more
 MIN_EQUAL_GAPS = 2  # between the slices of a segmentation, for them to be its usual ones
 LEAST_DIAMETER_MM = 2.0  # of a marked region that is a nodule; a smaller one is a slip of the brush
 MOST_DIAMETER_MM = 150.0  # 1.8 litres
+APART_MM = 5.0  # parts of one label that lie further from each other are several nodules
+MOST_RIM_MM = 3.0  # how deep a rim may be that some readers drew around what most drew
+MAX_ROUNDING = 1e-3  # of labels that were stored as scaled numbers
+MIN_LEVELS = 4  # labels, from which on they may be levels of a picture
+MOST_TOUCHING = 0.5  # of the voxels, that may lie beside another label
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,11 @@ class Segment:
 
     def is_one_of(self, labels: Sequence[str]) -> bool:
         """Whether some label is its number or, as a pattern such as 'gtv*' and in any case, its name."""
-        words = [str(label).strip().lower() for label in labels]
-        return str(self.number) in words or any(fnmatch.fnmatchcase(self.name.strip().lower(), word) for word in words)
+        words, name = [label.strip().lower() for label in labels], self.name.strip().lower()
+        return str(self.number) in words or name in words or any(fnmatch.fnmatchcase(name, word) for word in words)
+
+    def __str__(self) -> str:
+        return f"{self.number}" + f" ({self.name})" * bool(self.name)
 
 
 @dataclass(frozen=True)
@@ -119,21 +129,26 @@ class MarkedNodule:
 
     @property
     def center_xyz(self) -> Vector:
-        """World position of the mean of its voxels, in mm."""
-        x, y, z = self.geometry.world(np.argwhere(self.inside).mean(axis=0)).tolist()
+        """World position of the mean of its voxels, in mm; where that is none of them, of the nearest one."""
+        voxels = np.argwhere(self.inside)
+        middle = voxels.mean(axis=0)
+        if not self.inside[tuple(np.rint(middle).astype(int))]:
+            apart = (voxels - middle) * self.geometry.spacing_zyx
+            middle = voxels[np.square(apart).sum(axis=1).argmin()]
+        x, y, z = self.geometry.world(middle).tolist()
         return x, y, z
 
     @property
     def diameter_mm(self) -> float:
         """Of the sphere of equal volume."""
-        return 2 * (3 * self.inside.sum() * self.geometry.voxel_volume_mm3 / (4 * math.pi)) ** (1 / 3)
+        return float(2 * (3 * self.inside.sum() * self.geometry.voxel_volume_mm3 / (4 * math.pi)) ** (1 / 3))
 
-    def is_at(self, center_xyz: Vector, reach_mm: float) -> bool:
-        """Whether a position lies in it, or within ``reach_mm`` of its middle."""
-        index = np.rint(self.geometry.index(center_xyz)).astype(int)
+    def distance_mm(self, position_xyz: Vector) -> float:
+        """Of a position from its middle; 0 where the position lies in it."""
+        index = np.rint(self.geometry.index(position_xyz)).astype(int)
         is_in_box = bool(((index >= 0) & (index < self.inside.shape)).all())
-        apart = float(np.linalg.norm(np.subtract(center_xyz, self.center_xyz)))
-        return (is_in_box and bool(self.inside[tuple(index)])) or apart < reach_mm
+        is_inside = is_in_box and bool(self.inside[tuple(index)])
+        return 0.0 if is_inside else float(np.linalg.norm(np.subtract(position_xyz, self.center_xyz)))
 
 
 @dataclass(frozen=True)
@@ -143,10 +158,20 @@ class Marks:
     Args:
         nodules: What more than half of the readers marked.
         doubtful: What fewer marked, and regions too small for a nodule: neither nodules nor background.
+        note: What is to be said of the masks.
     """
 
     nodules: list[MarkedNodule]
     doubtful: list[MarkedNodule]
+    note: str = ""
+
+    def take(self, center_xyz: Vector, reach_mm: float) -> MarkedNodule | None:
+        """The nodule that a position lies in, or the nearest within ``reach_mm``; it is taken out of the list."""
+        found = min(self.nodules, key=lambda nodule: nodule.distance_mm(center_xyz), default=None)
+        if found is None or found.distance_mm(center_xyz) >= reach_mm:
+            return None
+        self.nodules[:] = [nodule for nodule in self.nodules if nodule is not found]
+        return found
 
     @property
     def excluded(self) -> list[tuple[float, float, float, float]]:
@@ -181,45 +206,52 @@ def find_nodule_masks(folder: Path, scans: Mapping[str, Path]) -> dict[str, tupl
     owners = _owners(scans)
     found: dict[str, list[Path]] = {}
     strangers: list[Path] = []
-    own_files = {path.absolute() for path in scans.values()}
-    contours = 0
+    unread: dict[str, int] = {}
+    own_files = {path.resolve() for path in scans.values()}
     for path in _walk_all(folder):
-        name = mask_name(path)
-        contours += class_of(path) == CONTOURS_CLASS
-        if name is None or path.absolute() in own_files:
+        name, reason = mask_name(path)
+        if reason:
+            unread[reason] = unread.get(reason, 0) + 1
+        if name is None or path.resolve() in own_files:
             continue
         owner = _owner(name, owners)
         if owner is None:
             strangers.append(path)
         else:
             found.setdefault(owner, []).append(path)
-    if contours:
-        logger.warning(
-            "%d RT structure sets in %s are not read; convert them to DICOM segmentations or .nii.gz, e.g. by 3D "
-            "Slicer or plastimatch",
-            contours,
-            folder,
-        )
+    for reason, count in unread.items():
+        logger.warning("%d file(s) in %s left out: %s", count, folder, reason)
+    example = next(iter(scans), "scan")
     check(
         bool(found),
         f"no mask in {folder} belongs to any of the {len(scans)} scans: a mask needs its scan's name, such as "
-        f"{next(iter(scans), 'scan')}.nii.gz or {next(iter(scans), 'scan')}_reader1.nii.gz"
-        + (f", not {strangers[0].name}" if strangers else ""),
+        f"{example}.nii.gz or {example}_reader1.nii.gz" + (f", not {strangers[0].name}" if strangers else ""),
     )
+    _tell_belongings(folder, found, strangers, sorted(set(scans) - set(found)))
+    return {name: tuple(sorted(paths)) for name, paths in found.items()}
+
+
+def _tell_belongings(folder: Path, found: Mapping[str, list[Path]], strangers: list[Path], without: list[str]) -> None:
+    """Says which masks belong to no scan, which scans have none, and which have several."""
     if strangers:
         logger.warning(
             "%d masks in %s belong to no scan and are left out, such as %s", len(strangers), folder, strangers[0].name
         )
-    if without := sorted(set(scans) - set(found)):
+    if without:
         logger.warning(
             "%d of %d scans have no nodule mask in %s, such as %s: they count as scans whose nodules are those of the "
             "table of annotations, or none",
             len(without),
-            len(scans),
+            len(without) + len(found),
             folder,
             without[0],
         )
-    return {name: tuple(sorted(paths)) for name, paths in found.items()}
+    numbers = [len(paths) for paths in found.values()]
+    if max(numbers) > 1:
+        most = max(found, key=lambda name: len(found[name]))
+        tell = logger.info if min(numbers) == max(numbers) else logger.warning
+        names = ", ".join(path.name for path in found[most][:3]) + ", ..." * (len(found[most]) > 3)
+        tell("scans have %d to %d masks, as of several readers: %s has %s", min(numbers), max(numbers), most, names)
 
 
 def _walk_all(folder: Path) -> Iterator[Path]:
@@ -231,29 +263,24 @@ def _walk_all(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def mask_name(path: Path) -> str | None:
-    """Name of the scan that a mask is for, or one that begins with it; None for a file that is no mask.
-
-    Raises:
-        InputError: A DICOM segmentation refers to no series.
-    """
-    if class_of(path) in SEG_CLASSES:
-        return _referred_series(path)
-    if class_of(path) is not None:
-        return None
+def mask_name(path: Path) -> tuple[str | None, str]:
+    """Name of the scan that a mask is for, or one that begins with it, or None; and why a file is left out, or ''."""
+    kind = class_of(path)
+    if kind in SEG_CLASSES:
+        data = import_pydicom().dcmread(path, specific_tags=["ReferencedSeriesSequence"], stop_before_pixels=True)
+        series = data.get("ReferencedSeriesSequence") or []
+        if not series:
+            return None, "a DICOM segmentation that does not say which series it was drawn on; save it as .nii.gz"
+        return str(series[0].SeriesInstanceUID), ""
+    if kind == CONTOURS_CLASS:
+        return None, "RT structure sets are not read; convert them to DICOM segmentations or .nii.gz, e.g. by 3D Slicer"
+    if kind is not None:
+        return None, ""
     try:
         name = scan_reader(path).name(path)
     except (InputError, FileNotFoundError):
-        return None
-    return re.sub(r"\.seg$", "", name, flags=re.IGNORECASE)
-
-
-def _referred_series(path: Path) -> str:
-    """UID of the series that a DICOM segmentation was drawn on."""
-    data = import_pydicom().dcmread(path, specific_tags=["ReferencedSeriesSequence"], stop_before_pixels=True)
-    series = data.get("ReferencedSeriesSequence") or []
-    check(bool(series), f"{path} does not say which series it was drawn on (no ReferencedSeriesSequence)")
-    return str(series[0].SeriesInstanceUID)
+        return None, ""
+    return re.sub(r"\.seg$", "", name, flags=re.IGNORECASE), ""
 
 
 def _owners(scans: Iterable[str]) -> dict[str, str]:
@@ -263,73 +290,113 @@ def _owners(scans: Iterable[str]) -> dict[str, str]:
 
 def _owner(name: str, owners: Mapping[str, str]) -> str | None:
     """The scan with the longest name that a mask's name is or begins with."""
-    starts = [match.start() for match in re.finditer(r"[^A-Za-z0-9]", name)]
+    starts = [place for place, character in enumerate(name) if not character.isalnum()]
     return next((owners[name[:end]] for end in [len(name), *reversed(starts)] if name[:end] in owners), None)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def read_marks(paths: Sequence[Path], labels: Sequence[str] | None = None) -> Marks:
+def read_marks(paths: Sequence[Path], labels: Sequence[str] | None, scan: Geometry) -> Marks:
     """The nodules that the masks of one scan show.
 
-    Of one mask each label is a nodule or, where it has one label, each connected region. Of several readers' masks a
-    voxel is nodule where more than half of the readers marked it, and each connected region of these is one; what has
-    no such voxel is in doubt.
+    Of one mask each label is a nodule, and so are parts of it that lie more than APART_MM from each other; of a mask
+    with one label each connected region is a nodule. Of several readers' masks a voxel is nodule where more than half
+    of the readers marked it, and each connected region of these is one. Readers are as many as masks that marked the
+    same place, and those that marked nothing; so masks that share no place are those of other nodules.
 
     Args:
-        paths: A mask a reader.
+        paths: The masks.
         labels: Numbers, and names or patterns of names such as 'gtv*', of the labels that are nodules. None takes
             those that a DICOM segmentation calls lesions, or else all.
+        scan: Grid of the scan, on which readers are compared.
 
     Raises:
         FileNotFoundError: A file is missing.
         InputError: A file is no mask, or marks what is too large for a nodule.
     """
-    masks = [read_mask(path).chosen(labels) for path in paths]
+    whole = [read_mask(path) for path in paths]
+    masks = [mask.chosen(labels) for mask in whole]
     for path, mask in zip(paths, masks, strict=True):
         _check_sizes(path, mask)
-    masks = [mask for mask in masks if mask.segments] if len(masks) == 1 else masks
+    note = "; ".join(filter(None, [_note_on_labels(whole, masks), _note_on_places(whole, scan)]))
     if not any(mask.segments for mask in masks):
-        return Marks([], [])
-    geometry = masks[0].geometry
-    if len(masks) == 1 and len(masks[0].segments) > 1:
-        return _sort_out([MarkedNodule(part.inside, geometry.cropped(part.box)) for part in masks[0].segments])
-    lower, votes = _count_votes(masks)
-    agreed = votes > len(masks) / 2
-    local = geometry.cropped(Box.of_size(lower, votes.shape))
-    marks = _sort_out(_regions(agreed, local))
-    disputed = [region for region in _regions(votes > 0, local) if not _overlaps(region, agreed, local)]
-    return Marks(marks.nodules, marks.doubtful + disputed)
+        return Marks([], [], note)
+    if len(masks) == 1:
+        geometry, segments = masks[0].geometry, masks[0].segments
+        apart_mm = APART_MM if len(segments) > 1 else 0.0
+        nodules = [part for segment in segments for part in _parts(segment, geometry, apart_mm)]
+        return Marks(*_by_size(nodules), note)
+    votes, lower, readers = _count_votes(masks, scan)
+    if readers == 1:
+        alone = f"its {len(masks)} masks share no place, so they are taken for masks of different nodules"
+        note = "; ".join(filter(None, [note, alone]))
+    return Marks(*_settle(votes, readers, scan.cropped(Box.of_size(lower, votes.shape))), note)
+
+
+def _note_on_labels(whole: Sequence[Mask], chosen: Sequence[Mask]) -> str:
+    """Which labels there are, where none of them was asked for."""
+    there = [segment for mask in whole for segment in mask.segments]
+    if not there or any(mask.segments for mask in chosen):
+        return ""
+    named = ", ".join(sorted({str(segment) for segment in there})[:5])
+    return f"its masks hold none of nodule_labels, but {named}"
+
+
+def _note_on_places(masks: Sequence[Mask], scan: Geometry) -> str:
+    """Whether a mask of the scan's shape lies elsewhere."""
+    moved = [mask for mask in masks if mask.geometry.shape_zyx == scan.shape_zyx and not _is_same(mask.geometry, scan)]
+    if not moved:
+        return ""
+    corner = moved[0].geometry.world((0, 0, 0)) - scan.world((0, 0, 0))
+    by = f", by {np.linalg.norm(corner):.1f} mm at its first voxel" if np.linalg.norm(corner) > 0 else ""
+    return f"a mask has the shape of its scan and lies elsewhere{by}; does its header belong to it?"
 
 
 def _check_sizes(path: Path, mask: Mask) -> None:
     """Refuses what is too large for a nodule."""
     for segment in mask.segments:
         ml = segment.inside.sum() * mask.geometry.voxel_volume_mm3 / 1000
-        named = f"{segment.number}" + f" ({segment.name})" * bool(segment.name)
         check(
             ml <= math.pi / 6 * MOST_DIAMETER_MM**3 / 1000,
-            f"{path}: label {named} marks {ml / 1000:.1f} litres, which is no nodule; name those that are nodules by "
+            f"{path}: label {segment} marks {ml / 1000:.1f} litres, which is no nodule; name those that are nodules by "
             "nodule_labels, e.g. '[1]' or '[gtv*]'",
         )
 
 
-def _sort_out(regions: list[MarkedNodule]) -> Marks:
+def _by_size(regions: list[MarkedNodule]) -> tuple[list[MarkedNodule], list[MarkedNodule]]:
     """Regions of a nodule's size, and smaller ones."""
     large = [region for region in regions if region.diameter_mm >= LEAST_DIAMETER_MM]
-    return Marks(large, [region for region in regions if region.diameter_mm < LEAST_DIAMETER_MM])
+    return large, [region for region in regions if region.diameter_mm < LEAST_DIAMETER_MM]
 
 
-def _regions(inside: np.ndarray, geometry: Geometry) -> list[MarkedNodule]:
-    """The connected regions of an array (z, y, x)."""
+def _parts(segment: Segment, geometry: Geometry, apart_mm: float) -> list[MarkedNodule]:
+    """The connected regions of a segment; those whose boxes lie less than ``apart_mm`` from each other are one."""
+    numbers, boxes = _label(segment.inside)
+    group = np.arange(len(boxes))
+    for one, other in itertools.combinations(range(len(boxes)), 2):
+        if _gap_mm(boxes[one], boxes[other], geometry) < apart_mm:
+            group[group == group[other]] = group[one]
+    numbers = np.append(0, group + 1)[numbers]
+    local, parts = geometry.cropped(segment.box), []
+    for number in np.unique(group + 1):
+        box = Box.around(numbers == number)
+        assert box is not None
+        parts.append(MarkedNodule(numbers[box.slices] == number, local.cropped(box)))
+    return parts
+
+
+def _gap_mm(one: Box, other: Box, geometry: Geometry) -> float:
+    """Widest distance along an axis between two boxes of voxels."""
+    gap = np.maximum(np.subtract(one.lower, other.upper), np.subtract(other.lower, one.upper))
+    return float((np.maximum(gap, 0) * geometry.spacing_zyx).max())
+
+
+def _label(inside: np.ndarray) -> tuple[np.ndarray, list[Box]]:
+    """Numbers from 1 on of the connected regions of an array (z, y, x), and the box of each."""
     numbers = cc3d.connected_components(inside, connectivity=26)
-    boxes = cc3d.statistics(numbers)["bounding_boxes"][1:]
-    return [
-        MarkedNodule(numbers[slices] == number, geometry.cropped(Box(*_ends(slices))))
-        for number, slices in enumerate(boxes, start=1)
-        if (numbers[slices] == number).any()
-    ]
+    boxes = [Box(*_ends(slices)) for slices in cc3d.statistics(numbers)["bounding_boxes"][1:]] if inside.any() else []
+    return numbers, boxes
 
 
 def _ends(slices: tuple[slice, slice, slice]) -> tuple[Any, Any]:
@@ -337,27 +404,58 @@ def _ends(slices: tuple[slice, slice, slice]) -> tuple[Any, Any]:
     return tuple(int(part.start) for part in slices), tuple(int(part.stop) for part in slices)
 
 
-def _overlaps(region: MarkedNodule, inside: np.ndarray, geometry: Geometry) -> bool:
-    """Whether a region holds a voxel that is set in an array whose voxels lie on the same grid."""
-    lower = np.rint(geometry.index(region.geometry.origin)).astype(int)
-    return bool((inside[Box.of_size(lower, region.inside.shape).slices] & region.inside).any())
+def _regions(inside: np.ndarray, geometry: Geometry) -> list[MarkedNodule]:
+    """The connected regions of an array (z, y, x) that lies on a grid."""
+    numbers, boxes = _label(inside)
+    return [
+        MarkedNodule(numbers[box.slices] == number, geometry.cropped(box)) for number, box in enumerate(boxes, start=1)
+    ]
 
 
-def _count_votes(masks: Sequence[Mask]) -> tuple[np.ndarray, np.ndarray]:
-    """First voxel of a box in the grid of the first mask, and in it the number of readers who marked each voxel."""
-    grid = masks[0].geometry
+def _settle(votes: np.ndarray, readers: int, geometry: Geometry) -> tuple[list[MarkedNodule], list[MarkedNodule]]:
+    """What is nodule and what is in doubt, by the number of readers who marked each voxel (z, y, x)."""
+    agreed = votes > readers / 2
+    numbers, boxes = _label(agreed)
+    for number, box in enumerate(boxes, start=1):
+        part = numbers[box.slices] == number
+        if MarkedNodule(part, geometry.cropped(box)).diameter_mm < LEAST_DIAMETER_MM:
+            agreed[box.slices] &= ~part
+    doubtful = []
+    numbers, boxes = _label(votes > 0)
+    for number, box in enumerate(boxes, start=1):
+        marked, sure = numbers[box.slices] == number, agreed[box.slices]
+        if not (marked & sure).any():
+            doubtful.append(MarkedNodule(marked, geometry.cropped(box)))
+            continue
+        for region in _regions(marked & ~sure, geometry.cropped(box)):
+            depth = ndimage.distance_transform_edt(np.pad(region.inside, 1), sampling=geometry.spacing_zyx).max()
+            if depth > MOST_RIM_MM:  # thicker than readers differ about where a nodule ends
+                doubtful.append(region)
+    return _regions(agreed, geometry), doubtful
+
+
+def _count_votes(masks: Sequence[Mask], grid: Geometry) -> tuple[np.ndarray, np.ndarray, int]:
+    """Number of masks that mark each voxel in a box of a grid, first voxel of the box, and number of readers."""
     marked = [[_on_grid(segment, mask.geometry, grid) for segment in mask.segments] for mask in masks]
     boxes = [segment.box for segments in marked for segment in segments if segment is not None]
     if not boxes:
-        return np.zeros(3, int), np.zeros((1, 1, 1), np.uint8)
+        return np.zeros((1, 1, 1), np.uint8), np.zeros(3, int), 1
     lower, upper = np.min([box.lower for box in boxes], axis=0), np.max([box.upper for box in boxes], axis=0)
     votes = np.zeros(upper - lower, np.uint8)
+    marks = []
     for segments in marked:
         own = np.zeros(votes.shape, bool)
         for segment in filter(None, segments):
             own[Box.of_size(segment.lower - lower, segment.inside.shape).slices] |= segment.inside
         votes += own
-    return lower, votes
+        marks.append(own)
+    numbers, boxes_of_places = _label(votes > 0)
+    owners: list[set[int]] = [set() for _ in boxes_of_places]
+    for mask, own in enumerate(marks):
+        for number in np.unique(numbers[own]).tolist():
+            owners[number - 1].add(mask)
+    silent = sum(not own.any() for own in marks)
+    return votes, lower, max(len(place) for place in owners) + silent
 
 
 def _on_grid(segment: Segment, geometry: Geometry, grid: Geometry) -> Segment | None:
@@ -407,13 +505,17 @@ def _split_labels(path: Path, labels: np.ndarray) -> Iterator[Segment]:
     if box is None:
         return
     inside = labels[box.slices]
-    numbers = np.unique(inside[inside != 0])
-    is_whole = labels.dtype.kind in "iu" or bool((numbers == np.rint(numbers)).all())
+    rounded = inside if labels.dtype.kind in "iu" else np.rint(inside)
+    numbers = np.unique(rounded[rounded != 0])
+    is_whole = rounded is inside or np.allclose(rounded, inside, rtol=0, atol=MAX_ROUNDING)
     check(
-        is_whole and len(numbers) <= MOST_LABELS and numbers[0] > 0,
-        f"{path} is no mask of labels: it holds {len(numbers)} values from {numbers[0]:g} to {numbers[-1]:g} beside 0; "
-        "labels are whole numbers from 1 on",
+        bool(is_whole and 0 < len(numbers) <= MOST_LABELS and numbers[0] > 0),
+        f"{path} is no mask of labels: it holds values from {inside.min():g} to {inside.max():g}; labels are whole "
+        "numbers from 1 on, and background is 0",
     )
+    check(bool((labels == 0).any()), f"{path} is no mask of labels: none of its voxels is 0, which must be background")
+    _check_levels(path, rounded, len(numbers))
+    inside = rounded
     for number in numbers.tolist():
         segment = Segment.of(int(number), inside == number)
         assert segment is not None
@@ -421,13 +523,36 @@ def _split_labels(path: Path, labels: np.ndarray) -> Iterator[Segment]:
         yield Segment(segment.number, "", False, lower, segment.inside)  # type: ignore[arg-type]
 
 
+def _check_levels(path: Path, labels: np.ndarray, count: int) -> None:
+    """Refuses a picture or a map of probabilities, whose values lie in each other like shells."""
+    if count < MIN_LEVELS:
+        return
+    padded = np.pad(labels, 1)
+    touches = np.zeros(labels.shape, bool)
+    for axis in range(3):
+        for step in (-1, 1):
+            beside = np.roll(padded, step, axis)[1:-1, 1:-1, 1:-1]
+            touches |= (beside != 0) & (beside != labels) & (labels != 0)
+    share = touches.sum() / (labels != 0).sum()
+    check(
+        share < MOST_TOUCHING,
+        f"{path} is no mask of labels: its {count} values lie in each other like the levels of a picture or of "
+        "probabilities; threshold it, or resample masks by the nearest neighbour",
+    )
+
+
 def _read_slicer(path: Path) -> Mask:
     """A segmentation of 3D Slicer, whose overlapping segments lie in several layers."""
-    NrrdReader().check_place(path)
+    own = NrrdReader()
+    own.check_place(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetImageIO("NrrdImageIO")
     try:
+        reader.ReadImageInformation()
+        voxels = math.prod(reader.GetSize()) * reader.GetNumberOfComponents()
+        bits = re.search(r"(\d+)-bit", sitk.GetPixelIDValueAsString(reader.GetPixelID()))
+        own.check_voxels(path, voxels * int(bits[1] if bits else 8) // 8)
         image = reader.Execute()
     except RuntimeError as error:
         raise InputError(f"{path} cannot be read; save it again ({last_line(error)})") from error
@@ -441,9 +566,14 @@ def _read_slicer(path: Path) -> Mask:
         return Mask(geometry, list(_split_labels(path, layers[..., 0])))
     segments = []
     for number in numbers:
-        label, layer = int(fields[f"Segment{number}_LabelValue"]), int(fields.get(f"Segment{number}_Layer", 0))
-        name = fields.get(f"Segment{number}_Name", "")
-        segments.append(Segment.of(label, layers[..., layer] == label, name))
+        texts = fields[f"Segment{number}_LabelValue"], fields.get(f"Segment{number}_Layer", "0")
+        label, layer = (int(text) if text.isdigit() else -1 for text in texts)
+        check(
+            label > 0 and 0 <= layer < layers.shape[-1],
+            f"{path}: segment {number} has the label {texts[0]!r} in layer {texts[1]!r} of {layers.shape[-1]}; save it "
+            "again",
+        )
+        segments.append(Segment.of(label, layers[..., layer] == label, fields.get(f"Segment{number}_Name", "")))
     return Mask(geometry, [segment for segment in segments if segment is not None])
 
 

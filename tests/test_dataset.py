@@ -462,7 +462,8 @@ def test_nodule_that_has_no_room_in_a_patch_is_not_pasted(two_scans):
     assert not data[SampleKey(0, 0, 1, (12, 12, 12))]["mask"].any()
 
 
-def test_nodules_are_pasted_into_whole_scans(two_scans):
+def test_nodules_are_pasted_into_whole_scans(two_scans, monkeypatch):
+    monkeypatch.setattr(dataset, "MOST_PASTED", 1.0)
     sample = pasted(two_scans, None, paste_per_scan=9)[SampleKey(0, 0, 1, pastes=3)]
     mask, points = sample["mask"][0].numpy(), sample["augmentation"].points.astype(int)
     assert len(points) == 3 and len(np.unique(points, axis=0)) > 1
@@ -497,13 +498,33 @@ def test_fewer_nodules_are_pasted_in_the_last_quarter_of_the_epochs():
     assert numbers == [{10}, {10}, {10}, {10}, {10}, {10}, {10}, {5}]
 
 
-def test_nodules_of_one_sample_are_near_in_size_and_all_are_equally_likely():
+def donors(volumes, number=20, most_voxels=math.inf, seeds=3000):
+    """Nodules that are drawn of some with so many voxels, for each seed."""
     data = LUNA16Dataset.__new__(LUNA16Dataset)
-    data._nodules = list(range(10))  # from small to large
-    drawn = [data._donors_of_one_size(20, np.random.default_rng(seed)) for seed in range(3000)]
-    assert max(int(np.ptp(donors)) for donors in drawn) == 2  # of ten, a quarter, rounded up, is three
-    shares = np.bincount(np.concatenate(drawn), minlength=10) / 60000
-    np.testing.assert_allclose(shares, 0.1, atol=0.02)
+    data._volumes = np.array(volumes)
+    return [data._donors_of_one_size(number, most_voxels, np.random.default_rng(seed)) for seed in range(seeds)]
+
+
+def test_nodules_of_one_sample_are_near_in_size_and_the_first_is_any():
+    volumes = np.array([10, 20, 21, 40, 500, 900])
+    drawn = donors(volumes)
+    assert all((volumes[numbers].max() <= 2 * volumes[numbers[0]]) for numbers in drawn)
+    assert all((volumes[numbers].min() >= volumes[numbers[0]] / 2) for numbers in drawn)
+    assert all(len(set(numbers)) > 1 for numbers in drawn)
+    np.testing.assert_allclose(np.bincount([numbers[0] for numbers in drawn]) / 3000, 1 / 6, atol=0.03)
+    assert {len(numbers) for numbers in donors(volumes, number=1)} == {1}
+
+
+def test_pasted_nodules_take_a_small_part_of_a_scan():
+    assert [len(numbers) for numbers in donors([30], most_voxels=100, seeds=1)] == [3]
+    assert [len(numbers) for numbers in donors([300], most_voxels=100, seeds=1)] == [1]
+
+
+def test_nodules_of_few_voxels_are_not_pasted_beside_larger_ones(two_scans):
+    few, many = nodule_at(8.0, 8.0, 8.0, voxels=7), nodule_at(12.0, 12.0, 12.0, voxels=8)
+    for nodules, expected in (([few, many], [8]), ([few], [7])):
+        write_metadata(two_scans, metadata_of(*nodules, seriesuid="0", shape_zyx=(24, 24, 24)))
+        assert pasted(two_scans, None, paste_per_scan=1)._volumes.tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -1084,12 +1105,9 @@ def test_flat_scans_of_one_patient_are_in_one_fold():
     assert find_folds(flat, dict.fromkeys(flat, "LIDC-IDRI-0332")) == dict.fromkeys(flat, hashed("LIDC-IDRI-0332"))
 
 
-def test_one_flat_scan_makes_all_folds_unofficial(caplog):
-    assert find_folds({"a": metadata_of(fold=3), "b": metadata_of()}, {"a": "a", "b": "b"}) == {
-        "a": hashed("a"),
-        "b": hashed("b"),
-    }
-    assert "unofficial folds" in caplog.text
+def test_scan_without_a_fold_beside_others_is_never_held_out(caplog):
+    assert find_folds({"a": metadata_of(fold=3), "b": metadata_of()}, {"a": "a", "b": "b"}) == {"a": 3}
+    assert "1 of 2 scans have no fold, such as b, and are trained on whichever is held out" in caplog.text
 
 
 @pytest.mark.parametrize("fold", [-1, 10])
@@ -1160,7 +1178,8 @@ def test_turns_and_affines_keep_what_is_ignored():
 
 
 def test_background_is_drawn_from_whole_scans_while_there_are_any():
-    scans = [metadata_of(seriesuid="piece", shape_zyx=(10, 10, 10)), metadata_of(seriesuid="whole")]
+    piece = dataclasses.replace(metadata_of(seriesuid="piece", shape_zyx=(10, 10, 10)), lung_source="small")
+    scans = [piece, metadata_of(seriesuid="whole")]
     points = [np.full((5, 3), 5), np.full((5, 3), 20)]
     patches = Patches((8, 8, 8), per_scan=20, nodule_share=0.0, hard_share=0.0, warmup_epochs=0)
     assert {key.scan for key in PatchSampler(scans, points, patches, seed=0)} == {1}

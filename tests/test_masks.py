@@ -12,9 +12,10 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+import preprocess
 from data.masks import find_nodule_masks, read_marks, read_mask
-from preprocess import LUNA16Preprocessor
-from utils import InputError, UserError, read_metadata, read_processed
+from preprocess import Case, LUNA16Preprocessor
+from utils import Geometry, InputError, UserError, read_metadata, read_processed
 
 CT_UID = "1.2.826.0.1.3680043.8.498.1"
 BINARY_SEG = "1.2.840.10008.5.1.4.1.1.66.4"
@@ -36,9 +37,17 @@ def write(path: Path, array: np.ndarray, **geometry) -> Path:
     return path
 
 
+SCAN = Geometry((20, 24, 28), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def marks_in(*paths, labels=None, scan=SCAN):
+    return read_marks(paths, labels, scan)
+
+
 def found_in(paths, labels=None) -> list[tuple[list[float], int]]:
     """Centre and voxels of each nodule."""
-    return sorted((np.round(n.center_xyz, 3).tolist(), int(n.inside.sum())) for n in read_marks(paths, labels).nodules)
+    nodules = marks_in(*paths, labels=labels).nodules
+    return sorted((np.round(nodule.center_xyz, 3).tolist(), int(nodule.inside.sum())) for nodule in nodules)
 
 
 # ------------------------------------------------------------------------------------------------- one reader's mask
@@ -48,28 +57,44 @@ def found_in(paths, labels=None) -> list[tuple[list[float], int]]:
 def test_each_label_is_a_nodule_also_in_two_pieces(tmp_path, suffix):
     array = blocks(_1=(2, 2, 2, 4), _7=[(10, 10, 10, 3), (10, 10, 16, 3)])
     path = write(tmp_path / f"a{suffix}", array, spacing=(0.5, 1.0, 2.0), origin=(-10.0, 5.0, 3.0))
-    assert found_in([path]) == [([-8.25, 8.5, 10.0], 64), ([-3.0, 16.0, 25.0], 54)]
+    assert found_in([path]) == [([-8.25, 8.5, 10.0], 64), ([-4.0, 16.0, 25.0], 54)]  # the voxel nearest to (-3, 16, 25)
 
 
 def test_of_one_label_each_connected_region_is_a_nodule(tmp_path):
     array = blocks(_255=[(2, 2, 2, 4), (6, 6, 6, 2), (14, 14, 14, 3)])  # the second touches the first at a corner
-    nodules = read_marks([write(tmp_path / "a.nii.gz", array)]).nodules
+    nodules = marks_in(write(tmp_path / "a.nii.gz", array)).nodules
     assert sorted(int(nodule.inside.sum()) for nodule in nodules) == [27, 72]
 
 
+def test_parts_of_a_label_that_lie_far_apart_are_nodules_of_their_own(tmp_path):
+    near, far = (2, 2, 9, 3), (14, 14, 20, 3)  # 4 and 15 voxels from the first
+    path = write(tmp_path / "a.mha", blocks(_1=[(2, 2, 2, 3), near, far], _2=(14, 2, 2, 1)))
+    assert [voxels for _, voxels in found_in([path])] == [54, 27]  # and a slip of the brush
+    wide = write(tmp_path / "b.mha", blocks(_1=[(2, 2, 2, 3), near], _2=(14, 2, 2, 4)), spacing=(2.0, 1.0, 1.0))
+    assert sorted(voxels for _, voxels in found_in([wide])) == [27, 27, 64]
+
+
+def test_nodule_that_is_hollow_in_its_middle_has_a_voxel_of_its_own_for_a_centre(tmp_path):
+    array = blocks(_1=(4, 4, 4, 9))
+    array[5:12, 5:12, 5:13] = 0  # open to one side
+    (nodule,) = marks_in(write(tmp_path / "a.mha", array)).nodules
+    x, y, z = (int(c) for c in nodule.center_xyz)
+    assert array[z, y, x] == 1
+
+
 def test_diameter_is_that_of_the_sphere_of_equal_volume(tmp_path):
-    (nodule,) = read_marks([write(tmp_path / "a.mha", blocks(_1=(2, 2, 2, 4)), spacing=(0.5, 1.0, 2.0))]).nodules
+    (nodule,) = marks_in(write(tmp_path / "a.mha", blocks(_1=(2, 2, 2, 4)), spacing=(0.5, 1.0, 2.0))).nodules
     assert np.isclose(nodule.diameter_mm**3 * np.pi / 6, 64)
 
 
 def test_slip_of_the_brush_is_no_nodule_but_in_doubt(tmp_path):
-    marks = read_marks([write(tmp_path / "a.mha", blocks(_1=[(2, 2, 2, 4), (15, 15, 15, 1)]))])
+    marks = marks_in(write(tmp_path / "a.mha", blocks(_1=[(2, 2, 2, 4), (15, 15, 15, 1)])))
     assert len(marks.nodules) == 1
     assert marks.excluded == [(15.0, 15.0, 15.0, 2.0)]
 
 
 def test_empty_mask_shows_nothing(tmp_path):
-    assert read_marks([write(tmp_path / "a.mha", blocks())]).nodules == []
+    assert marks_in(write(tmp_path / "a.mha", blocks())).nodules == []
 
 
 def test_chosen_labels_alone_are_nodules(tmp_path):
@@ -83,18 +108,46 @@ def test_whole_numbers_kept_as_floats_are_labels(tmp_path):
     assert found_in([path]) == [([3.5, 3.5, 3.5], 64)]
 
 
-@pytest.mark.parametrize("values", [np.linspace(-0.5, 1, 13440), np.arange(-1, 13439), np.arange(13440)])
-def test_what_is_no_mask_is_refused(tmp_path, values):
-    path = write(tmp_path / "a.mha", values.reshape(20, 24, 28).astype(np.float32))
-    with pytest.raises(InputError, match=r"is no mask of labels.*labels are whole numbers from 1 on"):
+def test_labels_that_were_stored_as_scaled_numbers_are_read(tmp_path):
+    array = blocks(_3=(2, 2, 2, 4), dtype=np.float32) * np.float32(1.0001)
+    assert found_in([write(tmp_path / "a.mha", array)]) == [([3.5, 3.5, 3.5], 64)]
+
+
+DISTANCE = np.linalg.norm(np.indices((20, 24, 28)).reshape(3, -1).T - (10, 12, 14), axis=1).reshape(20, 24, 28)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.linspace(-0.5, 1, 13440).reshape(20, 24, 28), "labels are whole numbers from 1 on"),
+        (np.arange(-1, 13439).reshape(20, 24, 28), "labels are whole numbers from 1 on"),
+        (np.arange(13440).reshape(20, 24, 28), "labels are whole numbers from 1 on"),
+        (1 + blocks(_1=(4, 4, 4, 6)), "none of its voxels is 0, which must be background"),
+        ((100 * np.exp(-(DISTANCE**2) / 30)).round(), "like the levels of a picture or of probabilities"),
+        (np.clip(255 * (6 - DISTANCE) / 2, 0, 255).round(), "like the levels of a picture or of probabilities"),
+    ],
+)
+def test_what_is_no_mask_is_refused(tmp_path, values, reason):
+    path = write(tmp_path / "a.mha", values.astype(np.float32))
+    with pytest.raises(InputError, match=f"is no mask of labels: .*{reason}"):
         read_mask(path)
+
+
+def test_labels_that_were_asked_for_and_are_not_there_are_told(tmp_path):
+    marks = marks_in(write(tmp_path / "a.mha", blocks(_1=(2, 2, 2, 4), _5=(12, 2, 2, 4))), labels=["9", "gtv*"])
+    assert (marks.nodules, marks.note) == ([], "its masks hold none of nodule_labels, but 1, 5")
+
+
+def test_mask_that_lost_its_place_is_told(tmp_path):
+    path = write(tmp_path / "a.mha", blocks(_1=(2, 2, 2, 4)), origin=(3.0, 4.0, 0.0))
+    assert "has the shape of its scan and lies elsewhere, by 5.0 mm at its first voxel" in marks_in(path).note
 
 
 def test_label_that_is_too_large_for_a_nodule_is_refused(tmp_path):
     path = write(tmp_path / "a.mha", blocks(_1=(2, 2, 2, 4), _2=(4, 4, 4, 15)), spacing=(9.0, 9.0, 9.0))
     with pytest.raises(InputError, match=r"label 2 marks 2.5 litres, which is no nodule; name .* by nodule_labels"):
-        read_marks([path])
-    assert len(read_marks([path], ["1"]).nodules) == 1
+        marks_in(path)
+    assert len(marks_in(path, labels=["1"]).nodules) == 1
 
 
 # -------------------------------------------------------------------------------------------------- several readers
@@ -103,16 +156,57 @@ def test_label_that_is_too_large_for_a_nodule_is_refused(tmp_path):
 def test_a_voxel_is_nodule_where_more_than_half_of_the_readers_marked_it(tmp_path):
     arrays = [blocks(_1=(4, 4, 4, 6)), blocks(_9=(4, 4, 6, 6)), blocks(_1=[(4, 4, 8, 6), (14, 14, 20, 3)])]
     paths = [write(tmp_path / f"{n}.mha", array) for n, array in enumerate(arrays)]
-    marks = read_marks(paths)
+    marks = marks_in(*paths)
     (nodule,) = marks.nodules
     assert (nodule.center_xyz, int(nodule.inside.sum())) == ((8.5, 6.5, 6.5), 6 * 6 * 6)  # x from 6 to 11
     assert [(mark[:3], round(mark[3], 2)) for mark in marks.excluded] == [((21.0, 15.0, 15.0), 3.72)]  # one of three
 
 
+def test_masks_that_share_no_place_are_those_of_different_nodules(tmp_path):
+    places = [(2, 2, 2, 4), (12, 12, 12, 4), (2, 16, 20, 4)]
+    paths = [write(tmp_path / f"{n}.mha", blocks(_1=place)) for n, place in enumerate(places)]
+    marks = marks_in(*paths)
+    assert (len(marks.nodules), marks.doubtful) == (3, [])
+    assert marks.note == "its 3 masks share no place, so they are taken for masks of different nodules"
+
+
+def test_masks_of_each_nodule_by_each_reader_are_counted_by_place(tmp_path):
+    first, second = (2, 2, 2, 5), (12, 12, 12, 5)  # by three readers and by two of these
+    paths = [write(tmp_path / f"{n}.mha", blocks(_1=place)) for n, place in enumerate([first] * 3 + [second] * 2)]
+    marks = marks_in(*paths)
+    assert ([int(nodule.inside.sum()) for nodule in marks.nodules], marks.doubtful, marks.note) == ([125, 125], [], "")
+    one_alone = write(tmp_path / "one.mha", blocks(_1=(12, 2, 20, 5)))
+    assert (len(marks_in(*paths, one_alone).nodules), len(marks_in(*paths, one_alone).doubtful)) == (2, 1)
+
+
+def test_grid_of_one_reader_does_not_limit_the_others(tmp_path):
+    array = blocks(_1=(4, 4, 4, 6))
+    cropped = write(tmp_path / "1.mha", array[2:12, 2:12, 2:12], origin=(2.0, 2.0, 2.0))
+    others = [write(tmp_path / f"{n}.mha", blocks(_1=[(4, 4, 4, 6), (12, 14, 18, 5)])) for n in (2, 3)]
+    expected = [([6.5, 6.5, 6.5], 216), ([20.0, 16.0, 14.0], 125)]
+    assert found_in([cropped, *others]) == found_in([*others, cropped]) == expected
+
+
+def test_what_readers_share_but_a_voxel_of_is_in_doubt_as_a_whole(tmp_path):
+    paths = [write(tmp_path / f"{n}.mha", blocks(_1=(n, n, n, 8))) for n in (2, 9)]
+    marks = marks_in(*paths)
+    assert marks.nodules == [] and [int(region.inside.sum()) for region in marks.doubtful] == [2 * 512 - 1]
+
+
+def test_what_one_reader_added_to_a_nodule_is_in_doubt(tmp_path):
+    paths = [write(tmp_path / f"{n}.mha", blocks(_1=(4, 4, 4, 6))) for n in (1, 2)]
+    both = blocks(_1=[(4, 4, 4, 6), (6, 6, 10, 10)])
+    both[3, 3:11, 3:11] = 1  # a rim of one voxel is no doubt
+    marks = marks_in(*paths, write(tmp_path / "3.mha", both))
+    assert [int(nodule.inside.sum()) for nodule in marks.nodules] == [216]
+    (more,) = marks.doubtful
+    assert more.inside.sum() >= 900 and np.allclose(more.center_xyz, (14.5, 10.5, 10.5), atol=1)
+
+
 def test_half_of_the_readers_are_not_enough(tmp_path):
     paths = [write(tmp_path / "1.mha", blocks(_1=(4, 4, 4, 6))), write(tmp_path / "2.mha", blocks())]
-    marks = read_marks(paths)
-    assert (marks.nodules, len(marks.doubtful)) == ([], 1)
+    marks = marks_in(*paths)
+    assert (marks.nodules, len(marks.doubtful)) == ([], 1)  # the second one marked nothing
 
 
 def test_readers_may_use_other_grids(tmp_path):
@@ -147,14 +241,29 @@ def test_layers_of_slicer_may_overlap(tmp_path):
 
 def test_segmentation_of_slicer_without_names_is_a_map_of_labels(tmp_path):
     path = write(tmp_path / "a.seg.nrrd", blocks(_1=(2, 2, 2, 4), _2=(10, 10, 10, 5)))
-    assert len(read_marks([path]).nodules) == 2
+    assert len(marks_in(path).nodules) == 2
 
 
-def test_segmentation_of_slicer_that_cannot_be_read_is_refused(tmp_path):
-    path = write(tmp_path / "a.seg.nrrd", blocks(_1=(2, 2, 2, 4)))
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(InputError, match="cannot be read; save it again"):
+DAMAGES = [lambda data: data[:-20], lambda data: data[:-4], lambda data: data[:-30] + b"x" + data[-29:]]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_segmentation_of_slicer_is_refused(tmp_path, damage):
+    array = blocks(_1=(2, 2, 2, 4)) + (np.random.default_rng(0).random((20, 24, 28)) < 0.01)
+    path = write(tmp_path / "a.seg.nrrd", array.astype(np.uint8))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=r"is damaged|is cut off|cannot be read"):
         read_mask(path)
+
+
+@pytest.mark.parametrize(("field", "text"), [("Layer", "5"), ("Layer", "x"), ("LabelValue", "x"), ("LabelValue", "0")])
+def test_segment_of_slicer_that_is_not_there_is_refused(tmp_path, field, text):
+    image = sitk.GetImageFromArray(blocks(_1=(2, 2, 2, 4)))
+    for name, value in ({"LabelValue": "1", "Layer": "0"} | {field: text}).items():
+        image.SetMetaData(f"Segment0_{name}", value)
+    sitk.WriteImage(image, str(tmp_path / "a.seg.nrrd"))
+    with pytest.raises(InputError, match=r"segment 0 has the label .* in layer .* of 1; save it again"):
+        read_mask(tmp_path / "a.seg.nrrd")
 
 
 # ------------------------------------------------------------------------------------------------------------ DICOM
@@ -276,7 +385,7 @@ needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real segmentation
 @needs_real
 def test_real_dicom_segmentations_agree_with_the_majority_of_nine():
     paths = sorted((REAL / "dicom" / "seg").glob("*.dcm"))
-    (nodule,) = read_marks(paths).nodules
+    (nodule,) = marks_in(*paths, scan=read_mask(paths[0]).geometry).nodules
     np.testing.assert_allclose(nodule.center_xyz, (84.13, -107.67, 317.48), atol=0.05)
     assert abs(nodule.diameter_mm - 36.5) < 0.1
 
@@ -296,12 +405,14 @@ SCANS = {name: Path(f"{name}.mhd") for name in ("lung_1", "lung_10", "1.2.3", "1
         ("1.2.3.nii.gz", "1.2.3"),
         ("1.2.3.4-majority.nii.gz", "1.2.3.4"),
         ("1.2.3.seg.nrrd", "1.2.3"),
+        ("lung_1é.mha", None),
         ("case.nii.gz", "case_0000"),
     ],
 )
 def test_mask_belongs_to_the_scan_whose_name_it_begins_with(tmp_path, name, owner):
     path = write(tmp_path / name, blocks(_1=(2, 2, 2, 4)))
-    assert find_nodule_masks(tmp_path, SCANS) == {owner: (path,)}
+    write(tmp_path / "1.2.3.4.mha", blocks(_1=(2, 2, 2, 4))) if owner is None else None
+    assert find_nodule_masks(tmp_path, SCANS).get(owner) == (None if owner is None else (path,))
 
 
 def test_mask_of_no_scan_is_left_out_and_told(tmp_path, caplog):
@@ -320,12 +431,19 @@ def test_folder_without_a_mask_of_any_scan_is_refused(tmp_path):
         find_nodule_masks(tmp_path / "none", SCANS)
 
 
-def test_dicom_segmentation_belongs_to_the_series_that_it_refers_to(tmp_path):
+def test_dicom_segmentation_belongs_to_the_series_that_it_refers_to(tmp_path, caplog):
     path = write_seg(tmp_path / "somewhere" / "x", ("a", LESION, blocks(_1=(5, 4, 6, 6))), series="1.2.3")
     assert find_nodule_masks(tmp_path, SCANS) == {"1.2.3": (path,)}
     write_seg(tmp_path / "y.dcm", ("a", LESION, blocks(_1=(5, 4, 6, 6))), series="")
-    with pytest.raises(InputError, match="does not say which series it was drawn on"):
-        find_nodule_masks(tmp_path, SCANS)
+    assert find_nodule_masks(tmp_path, SCANS) == {"1.2.3": (path,)}
+    assert "1 file(s) in" in caplog.text and "does not say which series it was drawn on; save it as" in caplog.text
+
+
+def test_scans_with_more_masks_than_others_are_told(tmp_path, caplog):
+    for name in ("lung_1.mha", "lung_1_followup.mha", "lung_10.mha"):
+        write(tmp_path / name, blocks(_1=(2, 2, 2, 4)))
+    find_nodule_masks(tmp_path, SCANS)
+    assert "scans have 1 to 2 masks, as of several readers: lung_1 has lung_1.mha, lung_1_followup.mha" in caplog.text
 
 
 # -------------------------------------------------------------------------------------------------- preprocessing
@@ -383,6 +501,24 @@ def test_annotation_keeps_its_place_and_takes_the_shape_of_its_mask(folder):
     assert nodules[0].voxels == 512
 
 
+def test_annotation_takes_the_mask_that_it_lies_in(folder):
+    for path in (folder / "masks").iterdir():
+        path.unlink()
+    write(folder / "masks" / "a.mha", blocks((30, 30, 30), _1=(3, 12, 12, 4), _2=(10, 8, 8, 14)))
+    table = folder / "annotations.csv"
+    table.write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\na,15,15,17,30\na,13.5,13.5,4.5,5\n")
+    prepare(folder, annotations_path=table).process_all()
+    nodules = read_metadata(folder / "processed", "a").nodules
+    assert [(nodule.voxels, nodule.mask_source) for nodule in nodules] == [(2744, "mask"), (64, "mask")]
+
+
+def test_labels_that_are_nowhere_are_told(folder, caplog):
+    prepare(folder, nodule_labels=["gtv*"]).process_all()
+    assert "nodule masks to look at: a: its masks hold none of nodule_labels, but 1" in caplog.text
+    with pytest.raises(InputError, match="nodule_labels must name a label"):
+        prepare(folder, nodule_labels=[])
+
+
 def test_changed_mask_is_prepared_again(folder):
     prepare(folder).process_all()
     write(folder / "masks" / "a_reader1.nii.gz", blocks((30, 30, 30), _1=(6, 6, 7, 8)))
@@ -418,10 +554,24 @@ def test_segmentations_may_lie_beside_their_scans(folder):
     assert prepare(folder, nodule_masks_dir=folder / "scans").process_all().nodules == {"a": 0, "b": 1}
 
 
-def test_excluded_findings_are_noted(folder):
+def test_masks_of_a_data_set_from_outside_are_not_replaced(folder, monkeypatch):
+    case = Case("a", folder / "scans" / "a.mha", nodule_masks=(folder / "masks" / "a_reader0.nii.gz",))
+    monkeypatch.setitem(preprocess.DATA_SETS, "mine", lambda *paths: [case])
+    with pytest.raises(InputError, match="data set mine names nodule masks itself; leave out nodule_masks_dir"):
+        prepare(folder, data_set="mine").process_all()
+    assert prepare(folder, data_set="mine", nodule_masks_dir=None).process_all().nodules == {"a": 1}
+
+
+def test_excluded_findings_are_noted(folder, caplog):
     table = folder / "excluded.csv"
     table.write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\nb,10,9,8,-1\nc,1,2,3,4\n")
     prepare(folder, excluded_path=table).process_all()
     assert read_metadata(folder / "processed", "b").excluded == ((10.0, 9.0, 8.0, -1.0),)
     with pytest.raises(FileNotFoundError):
         prepare(folder, excluded_path=folder / "none.csv").process_all()
+    table.write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\nc,1,2,3,4\n")
+    prepare(folder, excluded_path=table).process_all()
+    assert f"none of the 1 findings of {table} lies in these scans" in caplog.text
+    table.write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\na,1,2,3,-7\n")
+    with pytest.raises(InputError, match="diameter_mm must be positive, or -1 where it is unknown"):
+        prepare(folder, excluded_path=table).process_all()

@@ -870,7 +870,9 @@ def test_option_that_would_be_ignored_is_refused(challenge, caplog, words):
 def copied_run(run_dir, tmp_path):
     """Path of a copy of the checkpoint, beside which another split can be written."""
     shutil.copytree(run_dir / "checkpoints", tmp_path / "checkpoints")
-    return tmp_path / "checkpoints" / "best_model.pth"
+    path = tmp_path / "checkpoints" / "best_model.pth"
+    save_checkpoint(path, replace(load_checkpoint(path), seen={}))  # which would contradict it
+    return path
 
 
 def test_undefined_metrics_are_empty_in_the_table(copied_run, processed_dir, tmp_path):
