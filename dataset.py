@@ -488,7 +488,9 @@ class LUNA16Dataset(Dataset):
         (image, mask), points = self._scan(key.scan), nodule_points(self.metadata[key.scan])
         start, drawn = np.zeros(3, int), None
         if key.center_zyx is not None and self.patch_size_zyx is not None:
-            start = patch_start(key.center_zyx, image.shape, self.patch_size_zyx)
+            # Inside a piece of a scan, the nodule would lie in the middle of each patch.
+            is_piece = self.metadata[key.scan].lung_source == "small"
+            start = patch_start(key.center_zyx, image.shape, self.patch_size_zyx, inside=not is_piece)
             image, mask = (cut_patch(array, start, self.patch_size_zyx) for array in (image, mask))
             points = _inside(points - start, self.patch_size_zyx)
         elif self.cache == "files":
@@ -558,18 +560,22 @@ def _inside(points: np.ndarray, shape_zyx: Shape) -> np.ndarray:
     return points[((points >= 0) & (points < shape_zyx)).all(axis=1)]
 
 
-def patch_start(center_zyx: Sequence[int], shape_zyx: Sequence[int], patch_size_zyx: Shape) -> np.ndarray:
-    """First voxel (z, y, x) of the patch around a voxel, moved to lie inside the array where that is larger."""
+def patch_start(
+    center_zyx: Sequence[int], shape_zyx: Sequence[int], patch_size_zyx: Shape, inside: bool = True
+) -> np.ndarray:
+    """First voxel (z, y, x) of the patch around a voxel; with ``inside`` it is moved into an array that is larger."""
     start = np.asarray(center_zyx) - np.asarray(patch_size_zyx) // 2
-    return np.clip(start, 0, np.maximum(np.asarray(shape_zyx) - patch_size_zyx, 0))
+    return np.clip(start, 0, np.maximum(np.asarray(shape_zyx) - patch_size_zyx, 0)) if inside else start
 
 
-def cut_patch(array: Tensor, start: np.ndarray, patch_size_zyx: Shape) -> Tensor:
-    """Copy of a patch; where the array is smaller than the patch, 0 (air) fills it up."""
-    patch = array[Box.of_size(start, patch_size_zyx).slices]
-    missing = [n - have for n, have in zip(patch_size_zyx, patch.shape, strict=True)]
-    after = [count for size in reversed(missing) for count in (0, size)]
-    return functional.pad(patch, after) if any(missing) else patch.clone()
+def cut_patch(array: Tensor, start_zyx: np.ndarray, patch_size_zyx: Shape) -> Tensor:
+    """Copy of a patch; where it reaches out of the array, 0 (air) fills it up."""
+    lower, upper = (np.clip(corner, 0, array.shape) for corner in (start_zyx, start_zyx + patch_size_zyx))
+    patch = array[Box.of_size(lower, upper - lower).slices]
+    before = np.clip(lower - start_zyx, 0, patch_size_zyx)
+    after = np.asarray(patch_size_zyx) - before - patch.shape
+    padding = [int(count) for pair in zip(before[::-1], after[::-1], strict=True) for count in pair]
+    return functional.pad(patch, padding) if any(padding) else patch.clone()
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -785,6 +785,26 @@ def test_array_smaller_than_the_patch_is_filled_up_with_air():
     np.testing.assert_array_equal(cut_patch(array, start, (2, 2, 3)), [[[1, 1, 0], [1, 1, 0]], [[0] * 3] * 2])
 
 
+@pytest.mark.parametrize(("start", "size"), [((-1, -2, 3), (3, 4, 3)), ((-3, 0, 0), (2, 2, 2)), ((5, 1, 1), (2, 2, 2))])
+def test_patch_that_reaches_out_of_its_array_is_filled_up_with_air(start, size):
+    array = torch.arange(1, 61).reshape(3, 4, 5)
+    wide = np.pad(array, 10)[tuple(slice(10 + s, 10 + s + n) for s, n in zip(start, size, strict=True))]
+    np.testing.assert_array_equal(cut_patch(array, np.array(start), size), wide)
+
+
+def test_patch_of_a_piece_of_a_scan_may_reach_out_of_it(processed_dir, tmp_path):
+    shutil.copytree(processed_dir, tmp_path / "data")
+    uid = read_processed_list(processed_dir)[0]
+    write_metadata(tmp_path / "data", dataclasses.replace(read_metadata(processed_dir, uid), lung_source="small"))
+    found = []
+    for folder in (processed_dir, tmp_path / "data"):
+        data = LUNA16Dataset(folder, [uid], patch_size_zyx=(8, 8, 8))
+        found.append(data[SampleKey(0, 0, 0, (1, 20, 20))]["image"][0].numpy())
+    whole, piece = found
+    np.testing.assert_array_equal(piece[3:], whole[:5])
+    assert not piece[:3].any()
+
+
 def test_sample_of_a_patch_is_cut_from_image_and_mask(processed_dir, uids):
     sample = LUNA16Dataset(processed_dir, uids, patch_size_zyx=(8, 12, 16))[SampleKey(0, 0, 0, (10, 20, 24))]
     scan = read_processed(processed_dir, uids[0])
