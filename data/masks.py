@@ -214,7 +214,7 @@ def find_nodule_masks(folder: Path, scans: Mapping[str, Path]) -> dict[str, tupl
             unread[reason] = unread.get(reason, 0) + 1
         if name is None or path.resolve() in own_files:
             continue
-        owner = _owner(name, owners)
+        owner = _owner(name, owners) if class_of(path) is None else name if name in scans else None
         if owner is None:
             strangers.append(path)
         else:
@@ -289,9 +289,9 @@ def _owners(scans: Iterable[str]) -> dict[str, str]:
 
 
 def _owner(name: str, owners: Mapping[str, str]) -> str | None:
-    """The scan with the longest name that a mask's name is or begins with."""
-    starts = [place for place, character in enumerate(name) if not character.isalnum()]
-    return next((owners[name[:end]] for end in [len(name), *reversed(starts)] if name[:end] in owners), None)
+    """The scan with the longest name that a mask's name is or begins with; a UID does not end before a number."""
+    ends = [match.start() for match in re.finditer(r"_|\.(?!\d)|[^\w.]", name)]
+    return next((owners[name[:end]] for end in [len(name), *reversed(ends)] if name[:end] in owners), None)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading

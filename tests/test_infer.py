@@ -1683,7 +1683,7 @@ def test_missing_scan_is_an_error(trained, tmp_path):
 
 def test_scan_without_lungs_warns(trained, tmp_path, caplog):
     sitk.WriteImage(
-        sitk.GaussianSource(sitk.sitkFloat32, [16, 16, 16], scale=100.0, spacing=[10, 10, 10]),
+        sitk.GaussianSource(sitk.sitkFloat32, [16, 16, 16], scale=100.0, spacing=[7, 7, 7]),
         str(tmp_path / "blob.mha"),
     )
     trained(Nothing()).infer_scan(tmp_path / "blob.mha")

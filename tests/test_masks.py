@@ -406,6 +406,7 @@ SCANS = {name: Path(f"{name}.mhd") for name in ("lung_1", "lung_10", "1.2.3", "1
         ("1.2.3.4-majority.nii.gz", "1.2.3.4"),
         ("1.2.3.seg.nrrd", "1.2.3"),
         ("lung_1é.mha", None),
+        ("1.2.3.40.mha", None),
         ("case.nii.gz", "case_0000"),
     ],
 )
@@ -433,6 +434,8 @@ def test_folder_without_a_mask_of_any_scan_is_refused(tmp_path):
 
 def test_dicom_segmentation_belongs_to_the_series_that_it_refers_to(tmp_path, caplog):
     path = write_seg(tmp_path / "somewhere" / "x", ("a", LESION, blocks(_1=(5, 4, 6, 6))), series="1.2.3")
+    assert find_nodule_masks(tmp_path, SCANS) == {"1.2.3": (path,)}
+    write_seg(tmp_path / "another", ("a", LESION, blocks(_1=(5, 4, 6, 6))), series="1.2.3-9")
     assert find_nodule_masks(tmp_path, SCANS) == {"1.2.3": (path,)}
     write_seg(tmp_path / "y.dcm", ("a", LESION, blocks(_1=(5, 4, 6, 6))), series="")
     assert find_nodule_masks(tmp_path, SCANS) == {"1.2.3": (path,)}

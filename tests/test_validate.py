@@ -20,6 +20,7 @@ import validate
 from infer import FoundNodule, NoduleInferencer, Segmentation, find_candidates
 from model import DiceBCELoss, LungNodule3DUNet, load_checkpoint, save_checkpoint
 from utils import (
+    POSITION_COLUMNS,
     AnnotatedNodule,
     Box,
     Geometry,
@@ -996,6 +997,7 @@ def erring_run(run_dir, processed_dir, tmp_path_factory):
         output_dir = folder / f"out{len(list(folder.iterdir()))}"
         path = folder / "checkpoints" / "best_model.pth"
         validator = Validator(processed_dir, path, output_dir, "cpu", mixed_precision=False)
+        validator.inferencer.seen = {}  # which would contradict the split
         validator.inferencer.predictor.model = KnowsAndErrs(read_processed(processed_dir, uids[2]).mask)
         return output_dir, validator.run_validation(excluded_path=excluded_path)
 
@@ -1325,9 +1327,37 @@ def test_scan_of_a_patient_that_was_seen_is_left_out(processed_dir, run_dir, tmp
     assert table["part"].tolist() == ["new", "new", "seen in training", "new"]
 
 
+def test_findings_that_preprocessing_excluded_count_neither_way(copied_run, processed_dir, tmp_path, caplog):
+    shutil.copytree(processed_dir, tmp_path / "data")
+    uids = read_processed_list(processed_dir)
+    (copied_run.parent / "split.json").write_text(json.dumps({"train": uids[:2], "validation": uids[2:3]}))
+    scan = read_processed(processed_dir, uids[2])
+    wrong = KnowsAndErrs(scan.mask)
+    results = {}
+    for name, path in (
+        ("without", tmp_path / "none.csv"),
+        ("with", tmp_path / "none.csv"),
+        ("both", tmp_path / "of.csv"),
+    ):
+        if name == "with":
+            marks = results["without"].candidates
+            places = marks.loc[[marks["probability"].idxmax()], list(POSITION_COLUMNS)].to_numpy()
+            metadata = replace(scan.metadata, excluded=((*places[0].tolist(), -1.0),))
+            write_metadata(tmp_path / "data", metadata)
+            (tmp_path / "of.csv").write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\nanother,1,2,3,4\n")
+            caplog.clear()
+        validator = Validator(tmp_path / "data", copied_run, tmp_path / name, "cpu", mixed_precision=False)
+        validator.inferencer.predictor.model = wrong
+        results[name] = validator.run_validation(excluded_path=path)
+    found = {name: result.summary["on_excluded_findings"] for name, result in results.items()}
+    assert found == {"without": 0, "with": 1, "both": 1}
+    assert [results[name].summary["cpm"]["value"] < 1 for name in results] == [True, False, False]
+    assert "count as false positives" not in caplog.text
+
+
 def test_checkpoint_that_knows_nothing_of_its_scans_scores_none(processed_dir, run_dir, tmp_path):
     path = copy_without_split(run_dir, tmp_path / "given", seen={})
-    with pytest.raises(InputError, match="does not say what it learnt from; keep split"):
+    with pytest.raises(InputError, match="does not say what it learnt from; keep its split"):
         Validator(processed_dir, path, tmp_path / "all", "cpu").run_validation("all")
 
 
