@@ -371,7 +371,7 @@ class Trainer:
         """Gives an untrained network the weights of a checkpoint, and notes what these have seen.
 
         Raises:
-            InputError: They are those of another network.
+            InputError: They are those of another network, or hold numbers that are not finite.
         """
         checkpoint = load_checkpoint(path)
         theirs = checkpoint.arguments | {"network": checkpoint.network}
@@ -389,26 +389,27 @@ class Trainer:
             raise InputError(f"initial_weights {path} do not fit the network ({last_line(error)})") from error
         bad = [name for name, weight in network.state_dict().items() if not torch.isfinite(weight).all()]
         check(not bad, f"initial_weights {path} hold numbers that are not finite, such as in {next(iter(bad), '')}")
-        theirs, ours = checkpoint.preprocessing, self.preprocessing
-        if theirs != ours:
-            logger.warning(
-                "the scans were prepared otherwise than those of initial_weights: %s",
-                describe_difference(ours, theirs),
-            )
-        seen_by_them = checkpoint.seen
-        if not seen_by_them and split_path(path).is_file():
-            seen_by_them = {uid: (None, part) for uid, part in read_split(split_path(path)).parts.items()}
-        if not seen_by_them:
+        if checkpoint.preprocessing != self.preprocessing:
+            difference = describe_difference(self.preprocessing, checkpoint.preprocessing)
+            logger.warning("the scans were prepared otherwise than those of initial_weights: %s", difference)
+        self._note_earlier(checkpoint.seen, path)
+
+    def _note_earlier(self, seen: SeenScans, path: Path) -> None:
+        """Notes which scans the initial weights have seen, by their checkpoint or the split beside it."""
+        if not seen and split_path(path).is_file():
+            split = read_split(split_path(path))
+            seen = dict.fromkeys(split.train + split.validation, (None, "earlier"))
+        if not seen:
             logger.warning("%s does not say which scans it has seen; these may be scored as new ones", path)
-        self.earlier = {uid: (patient, "earlier") for uid, (patient, _) in seen_by_them.items()}
-        parts = parts_of({uid: scan.patient for uid, scan in self.metadata.items()}, None, self.earlier)
-        seen = [uid for uid in self.split.validation if parts[uid] == SEEN]
-        if seen:
+        self.earlier = {uid: (patient, "earlier") for uid, (patient, _) in seen.items()}
+        parts = parts_of({uid: self.metadata[uid].patient for uid in self.split.validation}, None, self.earlier)
+        known = [uid for uid, part in parts.items() if part == SEEN]
+        if known:
             logger.warning(
                 "%d of %d validation scans taught the initial weights, and will flatter this training, such as %s",
-                len(seen),
-                len(self.split.validation),
-                seen[0],
+                len(known),
+                len(parts),
+                known[0],
             )
 
     def _seen(self) -> SeenScans:

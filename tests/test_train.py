@@ -953,3 +953,38 @@ def test_patient_on_both_sides_of_given_folders_is_refused(two_folders, tmp_path
         write_metadata(folder, dataclasses.replace(read_metadata(folder, uid), patient="P"))
     with pytest.raises(InputError, match="of the same patient for training; move one of them"):
         Trainer(folders[0], tmp_path / "run", validation=ValidationSettings(data_dir=folders[1]), **CPU)
+
+
+def test_given_weights_without_a_list_have_seen_what_the_split_beside_them_says(fold_run, processed_dir, tmp_path):
+    checkpoint = load_checkpoint(fold_run / "checkpoints" / "best_model.pth")
+    shutil.copytree(fold_run / "checkpoints", tmp_path / "given")
+    save_checkpoint(tmp_path / "given" / "best_model.pth", dataclasses.replace(checkpoint, seen={}))
+    split = read_split(fold_run / "checkpoints" / "split.json")
+    given = CPU | {"initial_weights": tmp_path / "given" / "best_model.pth"}
+    assert set(Trainer(processed_dir, tmp_path / "run", **given).earlier) == {*split.train, *split.validation}
+    (tmp_path / "given" / "split.json").unlink()
+    assert Trainer(processed_dir, tmp_path / "run", **given).earlier == {}
+
+
+def test_given_weights_that_are_unusable_are_refused(run_dir, processed_dir, tmp_path):
+    checkpoint = load_checkpoint(run_dir / "checkpoints" / "best_model.pth")
+    name = next(iter(checkpoint.weights))
+    for weights_, message in (
+        ({key: value for key, value in checkpoint.weights.items() if key != name}, "do not fit the network"),
+        (checkpoint.weights | {name: checkpoint.weights[name] * math.nan}, f"not finite, such as in {name}"),
+    ):
+        save_checkpoint(tmp_path / "bad.pth", dataclasses.replace(checkpoint, weights=weights_))
+        with pytest.raises(InputError, match=message):
+            Trainer(processed_dir, tmp_path / "run", initial_weights=tmp_path / "bad.pth", **CPU)
+    with pytest.raises(InputError, match="is a folder; name a checkpoint in it"):
+        Trainer(processed_dir, tmp_path / "run", initial_weights=run_dir, **CPU)
+
+
+def test_run_goes_on_without_the_file_that_it_began_with(run_dir, processed_dir, tmp_path):
+    path = tmp_path / "given.pth"
+    shutil.copy(run_dir / "checkpoints" / "best_model.pth", path)
+    Trainer(processed_dir, tmp_path / "run", initial_weights=path, num_epochs=1, **CPU).train()
+    path.unlink()
+    trainer = Trainer(processed_dir, tmp_path / "run", initial_weights=path, num_epochs=2, resume=True, **CPU)
+    trainer.train()
+    assert trainer.earlier and trainer.epoch == 2
