@@ -489,8 +489,8 @@ class LUNA16Dataset(Dataset):
         start, drawn = np.zeros(3, int), None
         if key.center_zyx is not None and self.patch_size_zyx is not None:
             # Inside a piece of a scan, the nodule would lie in the middle of each patch.
-            is_piece = self.metadata[key.scan].lung_source == "small"
-            start = patch_start(key.center_zyx, image.shape, self.patch_size_zyx, inside=not is_piece)
+            is_whole = not self.metadata[key.scan].scan_geometry.is_piece
+            start = patch_start(key.center_zyx, image.shape, self.patch_size_zyx, inside=is_whole)
             image, mask = (cut_patch(array, start, self.patch_size_zyx) for array in (image, mask))
             points = _inside(points - start, self.patch_size_zyx)
         elif self.cache == "files":
@@ -680,7 +680,7 @@ class PatchSampler(Sampler):
         self.patches, self.seed, self.lung_points = patches, seed, lung_points
         self.nodules = [(scan, point) for scan, m in enumerate(metadata) for point in nodule_points(m)]
         self.reach = JITTER * np.asarray(patches.size)
-        whole = [index for index, scan in enumerate(metadata) if scan.lung_source != "small"]
+        whole = [index for index, scan in enumerate(metadata) if not scan.scan_geometry.is_piece]
         self.backgrounds = whole or list(range(len(metadata)))  # scans, without pieces of scans around nodules
         self.size = patches.per_scan * len(metadata)
         self.epoch = 0
@@ -855,7 +855,7 @@ def find_folds(metadata: dict[str, ScanMetadata], patients: dict[str, str]) -> d
     if folds:
         if len(folds) < len(metadata):
             logger.warning(
-                "%d of %d scans have no fold, such as %s, and are trained on whichever is held out",
+                "%d of %d scans have no fold, such as %s, and are held out in none",
                 len(metadata) - len(folds),
                 len(metadata),
                 next(uid for uid in metadata if uid not in folds),

@@ -42,12 +42,13 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data.lungs import LUNG_METHOD, SMALL_MM, measure_noise
+from data.lungs import LUNG_METHOD, measure_noise
 from model import InferenceSettings, SegmentationNetwork, checkpoint_file, load_checkpoint, to_device
 from preprocess import PreparedScan, Preprocessing
 from utils import (
     CANDIDATE_COLUMNS,
     LEARNT_FROM,
+    PIECE_MM,
     UID,
     UNKNOWN_DIAMETER_MM,
     Box,
@@ -67,6 +68,7 @@ from utils import (
     check,
     choose_scans,
     delete_files,
+    describe_difference,
     describe_unlike,
     do_once,
     folder_lock,
@@ -1482,11 +1484,12 @@ class NoduleInferencer:
         is_again = self.folder.claim(None, None, {name: source})
         part = self._part_of(raw)
         prepared = self.preprocessing.prepare(scan)
-        self._tell_prepared(name, prepared)
+        is_piece = Geometry.from_image(scan).is_piece
+        self._tell_prepared(name, prepared, is_piece)
         probability = self.predict_probability(prepared.array)
         found = self.segment(probability, prepared.grid)
         unlike = describe_unlike(scanning_of(Geometry.from_image(scan), measure_noise(scan)), self.learnt)
-        if prepared.lung_source == "none" and self.preprocessing.uses_lungs:
+        if prepared.lung_source == "none" and self.preprocessing.uses_lungs and not is_piece:
             unlike = "; ".join(filter(None, [unlike, "no lungs were found"]))
         if unlike:
             logger.warning("%s is unlike the training scans: %s", name, unlike)
@@ -1512,15 +1515,16 @@ class NoduleInferencer:
             logger.warning("%s was seen in training: what this network finds there says nothing of new scans", raw.name)
         return part
 
-    def _tell_prepared(self, name: str, prepared: PreparedScan) -> None:
+    def _tell_prepared(self, name: str, prepared: PreparedScan, is_piece: bool) -> None:
         """Says how the lungs were found and what grid the network sees."""
         assert self.preprocessing is not None
-        if prepared.lung_source == "none" and self.preprocessing.mask_lungs:
+        if prepared.lung_source == "none" and self.preprocessing.mask_lungs and not is_piece:
             logger.warning("%s: no lungs were found, so that the whole scan is searched; is it a chest CT in HU?", name)
         if prepared.lung_source == "threshold" and self.lung_method != LUNG_METHOD:
             logger.warning("%s: lungs are found otherwise than for the training of this checkpoint; train anew", name)
-        words = {"none": "no lungs used", "small": f"a piece of a scan below {SMALL_MM} mm, taken as it is"}
-        lungs = words.get(prepared.lung_source, f"lungs by {prepared.lung_source}")
+        lungs = "no lungs used" if prepared.lung_source == "none" else f"lungs by {prepared.lung_source}"
+        if is_piece:
+            lungs += f": a piece of a scan, below {PIECE_MM} mm, is taken as it is"
         if prepared.lung_note:
             lungs += f": {prepared.lung_note}"
         size = " x ".join(map(str, prepared.grid.shape_zyx))
@@ -1575,7 +1579,7 @@ class NoduleInferencer:
                 found = Preprocessing.from_dict(read_metadata(data_dir, uid).preprocessing).to_dict()
             except (InputError, OSError, TypeError):
                 continue
-            differing = ", ".join(f"{k}: {v} instead of {wanted[k]}" for k, v in found.items() if v != wanted[k])
+            differing = describe_difference(found, wanted)
             check(not differing, f"{uid} was preprocessed otherwise than the training data ({differing})")
 
     @property

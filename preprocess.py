@@ -38,21 +38,20 @@ from scipy import sparse
 
 from data.lungs import (
     LUNG_METHOD,
-    SMALL_MM,
     FoundLungs,
     check_scan,
     describe_misfit,
     fill_dents,
     find_lungs,
-    is_small,
     mask_bounds,
     measure_noise,
     select_lungs,
     widen,
 )
-from data.masks import MarkedNodule, Marks, find_nodule_masks, read_marks
+from data.masks import MarkedNodule, Marks, find_nodule_masks, mask_fingerprint, read_marks
 from utils import (
     ANNOTATION_COLUMNS,
+    PIECE_MM,
     SCAN_READERS,
     AnnotatedNodule,
     Box,
@@ -130,7 +129,7 @@ class PreparedScan:
         array: float16 (z, y, x); the HU window mapped to [0, 1], 0 outside the lungs.
         grid: Where its voxels lie; identity direction.
         lungs: bool (z, y, x), the widened lung mask, or None where no lungs were used.
-        lung_source: 'seg-lungs', 'threshold', 'none', or 'small' for a piece of a scan, taken as it is.
+        lung_source: 'seg-lungs', 'threshold' or 'none'.
         lung_note: What is to be said of lungs found by threshold: how much there is, what is cut, left out, in doubt.
     """
 
@@ -232,8 +231,6 @@ class Preprocessing:
         check_scan(scan)
         lungs, found, note = self._coarse_lungs(scan, labels, lung_labels)
         source = "none" if lungs is None else "seg-lungs" if found is None else "threshold"
-        if lungs is None and is_small(scan):
-            source = "small"
         distance = None if lungs is None else widen(lungs, self.lung_closing_mm, self.lung_margin_mm)
         lower, upper = Geometry.from_image(scan).bounds()
         doubtful = None
@@ -272,7 +269,7 @@ class Preprocessing:
         if labels is not None:
             there = np.unique(sitk.GetArrayViewFromImage(labels))[:10].tolist()
             unused = f"the lung mask holds the labels {there} and none of {lung_labels}, so it is not used"
-        found = None if is_small(scan) else find_lungs(scan)
+        found = None if Geometry.from_image(scan).is_piece else find_lungs(scan)
         if found is None:
             return None, None, unused
         return fill_dents(found), found, "; ".join(filter(None, [unused, str(found)]))
@@ -670,7 +667,7 @@ class ScanTask:
         """Hash of all that decides the result: settings, the case, and the files' headers, sizes and time stamps."""
         case = self.case
         files: list[Any] = [scan_reader(path).fingerprint(path) for path in (case.scan_path, case.lungs_path) if path]
-        files += [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in case.nodule_masks]
+        files += [mask_fingerprint(path) for path in case.nodule_masks]
         known: list[Any] = [
             case.nodules,
             case.lung_labels,
@@ -744,28 +741,29 @@ def _draw_nodules(
     mask = np.zeros(prepared.grid.shape_zyx, np.uint8)
     masked = prepared.lungs if task.settings.mask_lungs else None
     contours = read_contours(task.seriesuid, geometry) if task.mask_source == "lidc" else []
-    nodules = []
-    known: list[tuple[Vector, float, MarkedNodule | None]] = [
-        ((x, y, z), diameter, marks.take((x, y, z), max(diameter / 2, SAME_NODULE_MM)))
-        for x, y, z, diameter in task.case.nodules
-    ]
-    known += [(mark.center_xyz, mark.diameter_mm, mark) for mark in marks.nodules]
-    for center, diameter, mark in known:
-        source, drawn = "mask", None
+
+    def shape_of(center: Vector, diameter: float, mark: MarkedNodule | None) -> tuple[np.ndarray, str]:
+        """Voxels (m, 3) (z, y, x) of a nodule, and what drew them."""
         if mark is not None:
-            drawn = _voxels_mostly_covered(mark.inside, mark.geometry, prepared.grid)
-        elif contours:
-            source = "lidc"
-            drawn = draw_contours(prepared.grid, geometry, contours, center, diameter, task.lidc_readers)
-        if drawn is None:
-            source, drawn = "sphere", draw_sphere(prepared.grid, center, diameter)
-        where = tuple(drawn.T)
+            return _voxels_mostly_covered(mark.inside, mark.geometry, prepared.grid), "mask"
+        drawn = draw_contours(prepared.grid, geometry, contours, center, diameter, task.lidc_readers)
+        return (draw_sphere(prepared.grid, center, diameter), "sphere") if drawn is None else (drawn, "lidc")
+
+    listed = [((x, y, z), diameter) for x, y, z, diameter in task.case.nodules]
+    reaches = [max(diameter / 2, SAME_NODULE_MM) for _, diameter in listed]
+    assigned = marks.assign([center for center, _ in listed], reaches)
+    known = [(center, diameter, mark) for (center, diameter), mark in zip(listed, assigned, strict=True)]
+    others = [mark for mark in marks.nodules if not any(mark is other for other in assigned)]
+    nodules = []
+    for center, diameter, mark in [*known, *((mark.center_xyz, mark.diameter_mm, mark) for mark in others)]:
+        voxels, source = shape_of(center, diameter, mark)
+        where = tuple(voxels.T)
         mask[where] = 1
         nodule = AnnotatedNodule(
             center,
             tuple(prepared.grid.index(center).tolist()),
             diameter,
-            len(drawn),
+            len(voxels),
             source,
             bool(geometry.contains(center)),
             bool(masked is not None and not masked[where].all()),
@@ -875,6 +873,7 @@ class LUNA16Preprocessor:
             self.annotations_path = None
         self.excluded_path = Path(excluded_path) if excluded_path is not None else None
         if _is_missing_default(excluded_path, EXCLUDED_PATH):
+            logger.info("%s is not there: no finding is excluded", EXCLUDED_PATH)
             self.excluded_path = None
         self.nodule_masks_dir = Path(nodule_masks_dir) if nodule_masks_dir is not None else None
         self.nodule_labels = None if nodule_labels is None else tuple(map(str, nodule_labels))
@@ -928,7 +927,7 @@ class LUNA16Preprocessor:
         return {uid: replace(case, excluded=(*case.excluded, *more.get(uid, ()))) for uid, case in cases.items()}
 
     def _check_masks_dir(self) -> None:
-        """Scans and masks of files must not lie in one folder, where no one can tell which are which."""
+        """Refuses folders of scans and of masks of which one lies in the other; one folder for both is allowed."""
         if self.nodule_masks_dir is None:
             return
         raw, masks = self.raw_data_dir.resolve(), self.nodule_masks_dir.resolve()
@@ -1007,7 +1006,8 @@ class LUNA16Preprocessor:
         write_text(self.output_dir / "processed_files.txt", "".join(f"{uid}\n" for uid in usable))
         metadata = [read_metadata(self.output_dir, uid) for uid in usable]
         self._report_annotations(metadata)
-        self._report_sources(metadata)
+        self._report_masks(metadata)
+        self._report_lungs(metadata)
         return ProcessingSummary(
             [task.seriesuid for task in todo if task.seriesuid not in failed],
             skipped,
@@ -1116,46 +1116,53 @@ class LUNA16Preprocessor:
                 len(nodules),
             )
 
-    def _report_sources(self, metadata: list[ScanMetadata]) -> None:
-        """Counts where the lungs and the nodule masks of the usable scans came from."""
-        if self.mask_source == "lidc" or self.nodule_masks_dir is not None:
-            drawn = [nodule.mask_source for scan in metadata for nodule in scan.nodules]
-            words = {"mask": "given", "lidc": "by contours", "sphere": "by sphere"}
-            if self.nodule_masks_dir is None or self.mask_source != "lidc":
-                words.pop("mask" if self.nodule_masks_dir is None else "lidc")
+    def _report_masks(self, metadata: list[ScanMetadata]) -> None:
+        """Counts where the nodule masks of the usable scans came from, and says what is to be looked at."""
+        drawn = [nodule.mask_source for scan in metadata for nodule in scan.nodules]
+        words = (
+            {"lidc": "by contours", "sphere": "by sphere"} if self.mask_source == "lidc" else {"sphere": "by sphere"}
+        )
+        if "mask" in drawn or self.nodule_masks_dir is not None:
+            words = {"mask": "given"} | words
+        if len(words) > 1:
             counts = [f"{drawn.count(source)} {word}" for source, word in words.items()]
             logger.info("nodule masks: %s", ", ".join(counts))
-            notes = [f"{scan.seriesuid}: {scan.mask_note}" for scan in metadata if scan.mask_note]
-            if notes:
-                more = (
-                    f" and {len(notes) - MAX_NAMED} more (mask_note in the metadata)" if len(notes) > MAX_NAMED else ""
-                )
-                logger.warning("nodule masks to look at: %s%s", "; ".join(notes[:MAX_NAMED]), more)
-        if self.settings.uses_lungs:
-            sources = [scan.lung_source for scan in metadata]
-            counts = [f"{sources.count(source)} by {source}" for source in ("seg-lungs", "threshold")]
-            counts += [f"{sources.count('none')} not found", f"{sources.count('small')} pieces of scans as they are"]
-            logger.info("lungs: %s", ", ".join(counts[: None if "small" in sources else -1]))
-            if "small" in sources and self.settings.target_size is not None:
-                logger.warning(
-                    "%d of the scans are smaller than %d mm, and target_size stretches them, so that their nodules "
-                    "look larger than others; prepare all with --target_size null",
-                    sources.count("small"),
-                    SMALL_MM,
-                )
-            if "none" in sources and self.settings.mask_lungs:
-                logger.warning("%d scan(s) without lungs were left unmasked", sources.count("none"))
-            notes = [f"{scan.seriesuid}: {scan.lung_note}" for scan in metadata if _is_to_be_looked_at(scan)]
-            if notes:
-                more = (
-                    f" and {len(notes) - MAX_NAMED} more (lung_note in the metadata)" if len(notes) > MAX_NAMED else ""
-                )
-                logger.warning("lungs to look at: %s%s", "; ".join(notes[:MAX_NAMED]), more)
+        _warn_of_notes("nodule masks", "mask_note", {scan.seriesuid: scan.mask_note for scan in metadata})
+
+    def _report_lungs(self, metadata: list[ScanMetadata]) -> None:
+        """Counts where the lungs of the usable scans came from, and says what is to be looked at."""
+        if not self.settings.uses_lungs:
+            return
+        pieces = [scan for scan in metadata if scan.scan_geometry.is_piece and scan.lung_source == "none"]
+        sources = [scan.lung_source for scan in metadata]
+        missing = sources.count("none") - len(pieces)
+        counts = [f"{sources.count(source)} by {source}" for source in ("seg-lungs", "threshold")]
+        counts += [f"{missing} not found"] + [f"{len(pieces)} pieces of scans as they are"] * bool(pieces)
+        logger.info("lungs: %s", ", ".join(counts))
+        if pieces and self.settings.target_size is not None:
+            logger.warning(
+                "%d of the scans are smaller than %d mm, and target_size stretches them, so that their nodules look "
+                "larger than others; prepare all with --target_size null",
+                len(pieces),
+                PIECE_MM,
+            )
+        if missing and self.settings.mask_lungs:
+            logger.warning("%d scan(s) without lungs were left unmasked", missing)
+        notes = {scan.seriesuid: scan.lung_note for scan in metadata if _is_to_be_looked_at(scan)}
+        _warn_of_notes("lungs", "lung_note", notes)
+
+
+def _warn_of_notes(what: str, field: str, notes: dict[str, str]) -> None:
+    """Warns of what {series UID: note} say, the first ones by name."""
+    said = [f"{uid}: {note}" for uid, note in notes.items() if note]
+    if said:
+        more = f" and {len(said) - MAX_NAMED} more ({field} in the metadata)" if len(said) > MAX_NAMED else ""
+        logger.warning("%s to look at: %s%s", what, "; ".join(said[:MAX_NAMED]), more)
 
 
 def _is_missing_default(path: str | Path | None, default: str) -> bool:
-    """Whether a path that the user did not name is not there."""
-    return path == default and not Path(default).is_file()
+    """Whether a path is the default and is not there."""
+    return path is not None and Path(path) == Path(default) and not Path(default).is_file()
 
 
 def _is_to_be_looked_at(scan: ScanMetadata) -> bool:

@@ -74,6 +74,7 @@ from utils import (
     autocast_dtype,
     check,
     count_cores,
+    describe_difference,
     do_once,
     folder_lock,
     free_memory,
@@ -147,7 +148,7 @@ class ValidationSettings:
     """Which scans choose the best epoch, when, and how they are looked at.
 
     Args:
-        fraction: Share of the scans kept for validation.
+        fraction: Share of the scans kept for validation, without a data_dir for it.
         data_dir: Processed folder or folders whose scans are all kept for validation; those of the training's data_dir
             are then all trained on. null keeps a fraction of these.
         fold: LUNA16's subset (0 to 9) to hold out for `validate.py --fold`; null holds out nothing.
@@ -166,8 +167,8 @@ class ValidationSettings:
     def __post_init__(self) -> None:
         check(self.interval >= 1, f"validation.interval must be at least 1, not {self.interval}")
         check(
-            self.data_dir is None or (self.fold is None and self.fraction == type(self).fraction),
-            "validation.data_dir names all scans for validation; leave out validation.fraction and validation.fold",
+            self.data_dir is None or self.fold is None,
+            "validation.data_dir names all scans for validation; leave out validation.fold",
         )
 
 
@@ -339,8 +340,8 @@ class Trainer:
             logger.warning("on CPUs batch norm sees a process's share of a batch; subpixel_instance has none")
         network.expect(self._nodule_share())
         self.earlier: SeenScans = {}
-        goes_on = self.resume and bool(self._old_files(RUN_FILE))  # then its own checkpoints have the weights
-        if given["initial_weights"] is not None and not goes_on:
+        # A run that goes on has them in its own checkpoints.
+        if given["initial_weights"] is not None and not (self.resume and self._whole_checkpoint()):
             self._take_initial_weights(network, checkpoint_file(given["initial_weights"]))
         self.network: SegmentationNetwork = to_device(network, self.device)
         loss = {name: given[name] for name in ("dice_weight", "bce_weight", "smooth")}
@@ -417,8 +418,8 @@ class Trainer:
         seen = dict(self.earlier)
         for part in ("train", "validation"):
             for uid in getattr(self.split, part):
-                if uid not in self.earlier:
-                    seen[uid] = (self.metadata[uid].patient, part)
+                patient, before = self.earlier.get(uid, (None, part))
+                seen[uid] = (patient or self.metadata[uid].patient, before)
         return seen
 
     def _nodule_share(self) -> float:
@@ -496,8 +497,7 @@ class Trainer:
 
     def _split(self, uids: list[str]) -> Split:
         """The split of a run that goes on, or a new one."""
-        path = self.checkpoint_dir / "split.json"
-        given = self.settings
+        path, given = split_path(self.checkpoint_dir / "best_model.pth"), self.settings
         if given["validation.data_dir"] is None:
             fraction, fold = given["validation.fraction"], given["validation.fold"]
             split = make_split(self.data_dir, uids, fraction, given["seed"], fold)
@@ -917,15 +917,23 @@ class Trainer:
             },
         )
 
-    def _load_newest(self) -> None:
-        """Restores the newest checkpoint that is whole; a folder without any starts from the beginning."""
-        numbered = sorted(self.checkpoint_dir.glob("checkpoint_epoch_*.pth"), key=_epoch_of, reverse=True)
-        best = self.checkpoint_dir / "best_model.pth"
-        newest = _first_good(numbered)
+    def _numbered_checkpoints(self) -> list[Path]:
+        """Those of single epochs, the newest first."""
+        return sorted(self.checkpoint_dir.glob("checkpoint_epoch_*.pth"), key=_epoch_of, reverse=True)
+
+    def _whole_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint of output_dir that is whole."""
+        newest, best = _first_good(self._numbered_checkpoints()), self.checkpoint_dir / "best_model.pth"
         if (other := _first_good([best] if best.is_file() else [])) and (not newest or other.epoch > newest.epoch):
             newest = other
+        return newest
+
+    def _load_newest(self) -> None:
+        """Restores the newest checkpoint that is whole; a folder without any starts from the beginning."""
+        newest = self._whole_checkpoint()
         if newest is None:
-            check(not numbered, f"no checkpoint in {self.checkpoint_dir} is whole; start anew with overwrite=True")
+            whole = not self._numbered_checkpoints()
+            check(whole, f"no checkpoint in {self.checkpoint_dir} is whole; start anew with overwrite=True")
             logger.warning("no checkpoint in %s: starting from the beginning", self.checkpoint_dir)
             return
         self._restore(newest)
@@ -960,6 +968,12 @@ class Trainer:
             "a run can only be resumed with its own settings; "
             + ", ".join(f"{name} was {theirs.get(name)}, not {mine[name]}" for name in differing)
             + "; train anew with others, by overwrite=True or in another output_dir",
+        )
+        begun = [settings.get("initial_weights") is not None for settings in (theirs, mine)]
+        check(
+            begun[0] == begun[1],
+            f"the run began with {'given' if begun[0] else 'random'} weights; resume it "
+            + ("with initial_weights, of whatever path" if begun[0] else "without initial_weights"),
         )
         check(checkpoint.preprocessing == self.preprocessing, "the data was preprocessed anew with other settings")
         if theirs["num_epochs"] != self.num_epochs and done < self.num_epochs:
@@ -1087,12 +1101,6 @@ def gather_samples(figures: Tensor) -> Tensor:
     distributed.all_gather(parts, figures.detach().contiguous())
     parts[process_rank()] = figures
     return torch.cat(parts, dim=1)
-
-
-def describe_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """Settings that differ, each with both values."""
-    names = [name for name in ours if theirs.get(name) != ours[name]]
-    return ", ".join(f"{name} is {ours[name]}, not {theirs.get(name)}" for name in names)
 
 
 def _flatten(settings: dict[str, Any]) -> dict[str, Any]:

@@ -53,9 +53,10 @@ Vector = tuple[float, float, float]
 Shape = tuple[int, int, int]
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
-# Columns of LUNA16's tables; positions are world positions in mm.
+PIECE_MM = 100  # of no chest
 UNKNOWN_DIAMETER_MM = 10.0  # of a finding with a diameter of -1, as in LUNA16's official script
 IGNORED = 2  # in the masks of training samples: neither nodule nor background
+# Columns of LUNA16's tables; positions are world positions in mm.
 POSITION_COLUMNS = ("coordX", "coordY", "coordZ")
 ANNOTATION_COLUMNS = ("seriesuid", *POSITION_COLUMNS, "diameter_mm")
 CANDIDATE_COLUMNS = ("seriesuid", *POSITION_COLUMNS, "probability")
@@ -256,6 +257,12 @@ class Geometry:
         """Finest sampling distance (x, y, z) in mm met when walking along each world axis."""
         voxels_per_mm = np.abs(np.asarray(self.direction).reshape(3, 3)) / np.asarray(self.spacing)
         return 1.0 / voxels_per_mm.max(axis=1)
+
+    @property
+    def is_piece(self) -> bool:
+        """Whether it is smaller than PIECE_MM in all directions: a piece of a scan, such as a cube around a nodule."""
+        lower, upper = self.bounds()
+        return bool((upper - lower < PIECE_MM).all())
 
     @property
     def is_axis_aligned(self) -> bool:
@@ -1094,8 +1101,7 @@ class ScanMetadata:
         nodules: Its annotated nodules.
         fold: Fold of the data set's own cross-validation, from 0; None where it has none.
         patient: Whose scan it is; None where that is unknown.
-        lung_source: Where the lungs came from: 'seg-lungs', 'threshold', 'none', or 'small' for a piece of a scan,
-            in which none were looked for.
+        lung_source: Where the lungs came from: 'seg-lungs', 'threshold' or 'none'.
         lung_note: What is to be said of lungs found by threshold; '' for a given mask.
         scan_geometry: Where the voxels of the raw scan lie.
         preprocessing: ``Preprocessing.to_dict()``.
@@ -1201,6 +1207,12 @@ def describe_unlike(figures: dict[str, float], learnt: dict[str, tuple[float, fl
     return "; ".join(found)
 
 
+def describe_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """Settings that differ, each with both values."""
+    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    return ", ".join(f"{name}: {ours.get(name)} instead of {theirs.get(name)}" for name in names)
+
+
 @dataclass(frozen=True)
 class ProcessedScan:
     """One scan as ``preprocess.py`` left it.
@@ -1282,6 +1294,14 @@ def read_metadata(data_dir: Folders, seriesuid: str) -> ScanMetadata:
         return ScanMetadata.from_dict(read_json(path))
     except (LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged or of another version; run python preprocess.py again") from error
+
+
+def readable_metadata(data_dir: Folders, seriesuid: str) -> ScanMetadata | None:
+    """The same; None for a scan that fails when its turn comes."""
+    try:
+        return read_metadata(data_dir, seriesuid)
+    except (InputError, OSError):
+        return None
 
 
 def read_lung_points(data_dir: Folders, seriesuid: str) -> np.ndarray:
@@ -1423,7 +1443,7 @@ def split_path(checkpoint_path: Path) -> Path:
     return checkpoint_path.parent / "split.json"
 
 
-SEEN = "seen in training"  # the part of a scan from which the weights learnt that a training began with
+SEEN = "seen in training"  # part of a scan that taught the network, or whose patient did, outside of its own split
 LEARNT_FROM = ("train", SEEN)  # parts whose scans are never scored
 # {series UID: (patient or None, part)} of the scans that a network has learnt from ('train', or 'earlier' for those of
 # the weights that its training began with), or that chose its best epoch ('validation').
@@ -1441,8 +1461,8 @@ def parts_of(
         seen: The scans that the checkpoint says it has seen; None: it says nothing.
 
     Returns:
-        {series UID: its part of the split; SEEN where the network learnt from it, or from its patient, otherwise; 'new'
-        for a scan in no part; 'unknown' where neither split nor checkpoint tells}.
+        {series UID: its part of the split beside the checkpoint. It is SEEN instead where the network learnt from the
+        scan or its patient otherwise, 'new' in no part, and 'unknown' where neither split nor checkpoint tells}.
     """
     path = None if checkpoint_path is None else split_path(checkpoint_path)
     own = read_split(path).parts if path is not None and path.is_file() else {}
@@ -1474,7 +1494,8 @@ def choose_scans(
     path = split_path(checkpoint_path)
     if subset != "all" and not (subset == "new" and seen):
         read_split(path)  # says what is missing
-    patients = {uid: read_metadata(data_dir, uid).patient for uid in read_processed_list(data_dir)}
+    metadata = {uid: readable_metadata(data_dir, uid) for uid in read_processed_list(data_dir)}
+    patients = {uid: scan.patient if scan else None for uid, scan in metadata.items()}
     parts = parts_of(patients, checkpoint_path, seen)
     own = read_split(path).parts if path.is_file() else {}
     kinds = {uid: own.get(uid, "new" if part == SEEN else part) for uid, part in parts.items()}

@@ -66,7 +66,6 @@ from utils import (
     delete_files,
     do_once,
     folder_lock,
-    metadata_path,
     name_folders,
     now,
     parse_command_line,
@@ -78,9 +77,11 @@ from utils import (
     read_seriesuids,
     read_split,
     read_table,
+    readable_metadata,
     refuse_options,
     resolve_folders,
     run_main,
+    split_path,
     without_repeats,
     write_csv,
     write_json,
@@ -103,6 +104,7 @@ VALIDATION_FILES = (
     "froc.png",
     "froc.json",
 )
+EXCLUDED_PATH = "data/LUNA16/annotations_excluded.csv"
 PREDICTIONS_DIR = "experiments/predictions"  # for the score of anyone's marks
 METRICS = ("dice", "sensitivity", "precision", "recall")
 COUNTS = (
@@ -294,7 +296,7 @@ class Validator:
         self,
         subset: Subset = "validation",
         fold: int | None = None,
-        excluded_path: str | Path = "data/LUNA16/annotations_excluded.csv",
+        excluded_path: str | Path = EXCLUDED_PATH,
     ) -> ValidationResult:
         """Scores every scan; with a checkpoint, writes tables, summary and pictures.
 
@@ -303,7 +305,8 @@ class Validator:
                 its part and still scores no training scan, or 'new' for a data set that training never saw.
             fold: Score the fold that the training held out (``train.py --validation.fold``), which must be this one.
             excluded_path: LUNA16's annotations_excluded.csv: findings on which marks do not count as wrong, nor
-                predicted nodules in ``dice_without_excluded``. Without the file they count.
+                predicted nodules in ``dice_without_excluded``. They are added to those that preprocess.py noted, which
+                never count as wrong.
 
         Scans that cannot be used stand in ``failed`` and failed_scans.csv, each with its reason; with a live network
         they are an error.
@@ -319,7 +322,7 @@ class Validator:
         parts = self._choose(subset, fold)
         scored = [uid for uid, part in parts.items() if part not in LEARNT_FROM]
         self.inferencer.check_prepared_alike(self.data_dir, scored)
-        excluded = self._excluded(scored, excluded_path) if self.writes_files else None
+        excluded = self._excluded(scored, excluded_path)
         provenance: dict[str, Any] = {}
         if self.writes_files:
             provenance = self.inferencer.provenance | {"data_dir": resolve_folders(self.data_dir), "subset": subset}
@@ -335,18 +338,20 @@ class Validator:
         return result
 
     def _excluded(self, seriesuids: Sequence[str], path: str | Path) -> pd.DataFrame | None:
-        """The excluded findings of a table and those that preprocess.py noted; None where there is neither."""
-        rows = [
-            (uid, *finding)
-            for uid in seriesuids
-            if metadata_path(self.data_dir, uid).is_file()
-            for finding in read_metadata(self.data_dir, uid).excluded
-        ]
+        """The excluded findings that preprocess.py noted and, with a checkpoint, those of a table; None: neither."""
+        metadata = [scan for uid in seriesuids if (scan := readable_metadata(self.data_dir, uid)) is not None]
+        rows = [(scan.seriesuid, *finding) for scan in metadata for finding in scan.excluded]
         noted = pd.DataFrame(rows, columns=list(ANNOTATION_COLUMNS))
+        if not self.writes_files:
+            return noted if rows else None
         if rows and not Path(path).is_file():
+            if Path(path) != Path(EXCLUDED_PATH):
+                logger.warning("%s does not exist: only findings that preprocess.py noted are excluded", path)
             return noted
         table = read_excluded(path)
-        return table if table is None or not rows else pd.concat([table, noted]).drop_duplicates(ignore_index=True)
+        if table is None:
+            return noted if rows else None
+        return pd.concat([table, noted]).drop_duplicates(ignore_index=True) if rows else table
 
     def _examine_scans(self, seriesuids: Sequence[str], excluded: pd.DataFrame | None) -> list[ExaminedScan]:
         """Compares each scan with the truth, and tells which cannot be scored or are mostly noise."""
@@ -407,7 +412,7 @@ class Validator:
             return dict.fromkeys(self.seriesuids, "validation")
         checkpoint_path = self.inferencer.checkpoint_path
         if fold is not None:
-            held_out = read_split(checkpoint_path.parent / "split.json").fold
+            held_out = read_split(split_path(checkpoint_path)).fold
             theirs = "no fold" if held_out is None else f"fold {held_out}"
             check(held_out == fold, f"{checkpoint_path} was trained with {theirs} held out, not fold {fold}")
         parts = choose_scans(self.data_dir, checkpoint_path, subset, self.inferencer.seen)
@@ -512,19 +517,14 @@ class ExaminedScan:
     def of(
         cls, scan: ProcessedScan, found: Segmentation, loss: float = math.nan, excluded: pd.DataFrame | None = None
     ) -> ExaminedScan:
-        """Counts what ``find_candidates`` found in a scan against its mask, and against excluded findings.
-
-        Without a table of these they are those that preprocess.py knew of.
-        """
+        """Counts what ``find_candidates`` found in a scan against its mask, and against excluded findings."""
         annotated, truth, count = scan.metadata.nodules, np.asarray(scan.mask), len(found.scores) - 1
         boxes = [nodule_crop(scan.geometry, nodule).slices for nodule in annotated]
         crops = [Overlap.of(found.labels[box], truth[box], count) for box in boxes]
         unlabelled = replace(found, labels=found.labels[:0].copy())  # counted; a scan's array is too large to be kept
         on_excluded = np.zeros(count + 1, bool)
-        findings = np.reshape(scan.metadata.excluded, (-1, 4))
         if excluded is not None:
             findings = excluded.loc[excluded["seriesuid"] == scan.seriesuid, [*_XYZ, "diameter_mm"]].to_numpy()
-        if len(findings):
             centers = np.reshape([mark.center_xyz for mark in found.candidates], (-1, 1, 3))
             on_finding = is_hit(centers, findings[None, :, :3], findings[:, 3]).any(axis=1)
             on_nodule = hits_of(found.candidates, annotated).any(axis=1)
@@ -543,10 +543,10 @@ class ExaminedScan:
             "false_positive_nodules": false,
             "on_excluded_findings": int((kept & self.on_excluded).sum()),
         }
-        dice = {"dice_without_excluded": self.whole.metrics(kept & ~self.on_excluded)["dice"]}
+        dice = {"dice_without_excluded": self.dice_without_excluded(min_score)}
         return self.whole.metrics(kept) | dice | counts
 
-    def dice(self, min_score: float) -> float:
+    def dice_without_excluded(self, min_score: float) -> float:
         """Dice of the whole scan; what was found on excluded findings is neither right nor wrong."""
         return self.whole.metrics((self.found.scores >= min_score) & ~self.on_excluded)["dice"]
 
@@ -567,7 +567,7 @@ def choose_min_score(scans: Sequence[ExaminedScan]) -> float:
     the bagged score loses more than MUCH_WORSE, the best score of all scans together is taken. Without Dice it is 0.
     """
     scores = np.linspace(0, 1, 101)
-    dice = np.array([[scan.dice(score) for scan in scans] for score in scores])
+    dice = np.array([[scan.dice_without_excluded(score) for scan in scans] for score in scores])
     draws = np.random.default_rng(0).multinomial(len(scans), np.full(len(scans), 1 / len(scans)), size=SCORE_DRAWS)
     draws = np.vstack([np.ones(len(scans), int), draws]).T  # all scans, then the draws of them
     means = np.nan_to_num(dice) @ draws / np.maximum(np.isfinite(dice) @ draws, 1)  # (scores, draws)

@@ -19,11 +19,13 @@ from preprocess import Case, draw_contours, luna16_cases, read_contours, resampl
 from utils import (
     Geometry,
     Progress,
+    Vector,
     atomic_path,
     check,
     noting,
     parse_command_line,
     read_scan,
+    reason_of,
     run_main,
     write_csv,
 )
@@ -58,6 +60,7 @@ class CubeMaker:
         check(per_patient >= 1, f"per_patient must be at least 1, not {per_patient}")
         self.raw_data_dir, self.annotations_path = Path(raw_data_dir), Path(annotations_path)
         self.output_dir, self.per_patient = Path(output_dir), per_patient
+        self.failed: dict[str, str] = {}  # {series UID: reason} of the last run
 
     def write(self) -> pd.DataFrame:
         """Writes both files; returns the table.
@@ -74,12 +77,13 @@ class CubeMaker:
         with Progress(len(cases), "cutting cubes", "scan") as progress:
             for case in cases:
                 with noting(failed, case.seriesuid):
-                    for center, hu, mask in cut_cubes(case):
-                        diameter = 2 * (3 * int(mask.sum()) / (4 * np.pi)) ** (1 / 3)
+                    for center, volume_mm3, hu, mask in cut_cubes(case):
+                        diameter = 2 * (3 * volume_mm3 / (4 * np.pi)) ** (1 / 3)
                         rows.append((case.patient, case.seriesuid, *center, round(diameter, 2)))
                         cubes.append(hu)
                         masks.append(mask)
                 progress.advance()
+        self.failed = {uid: reason_of(error) for uid, error in failed.items()}
         check(bool(rows), f"no nodule of {self.annotations_path} in {self.raw_data_dir} has contours")
         table = pd.DataFrame(rows, columns=list(COLUMNS[1:]))
         kept = self._largest(table)
@@ -97,10 +101,11 @@ class CubeMaker:
         return sorted(order.groupby("owner").head(self.per_patient).index.tolist())
 
 
-def cut_cubes(case: Case) -> Iterator[tuple[tuple[float, float, float], np.ndarray, np.ndarray]]:
-    """Centre (x, y, z) in mm, HU int16 and mask uint8 (z, y, x) of the cube around each nodule that has contours.
+def cut_cubes(case: Case) -> Iterator[tuple[Vector, int, np.ndarray, np.ndarray]]:
+    """Of each nodule that has contours: centre (x, y, z) in mm, volume in mm³, and a cube around it.
 
-    A cube that reaches out of its scan, or that a nodule reaches out of, is left out.
+    A cube is HU int16 and a mask uint8 (z, y, x), which shows all annotated nodules in it. A cube that reaches out of
+    its scan, or that its own nodule reaches out of, is left out.
     """
     if not case.nodules:
         return
@@ -112,6 +117,7 @@ def cut_cubes(case: Case) -> Iterator[tuple[tuple[float, float, float], np.ndarr
         center = (x, y, z)
         lower = np.subtract(center, half)
         grid = Geometry.covering(lower, lower + CUBE_VOXELS, shape_zyx=(CUBE_VOXELS,) * 3)
+        drawn = [draw_contours(grid, geometry, contours, nodule[:3], nodule[3]) for nodule in case.nodules]
         voxels = draw_contours(grid, geometry, contours, center, diameter)
         is_in_scan = bool(geometry.contains(np.stack([lower, lower + CUBE_VOXELS])).all())
         if voxels is None or not len(voxels) or not is_in_scan:
@@ -119,9 +125,11 @@ def cut_cubes(case: Case) -> Iterator[tuple[tuple[float, float, float], np.ndarr
         if voxels.min() == 0 or voxels.max() == CUBE_VOXELS - 1:
             continue
         mask = np.zeros(grid.shape_zyx, np.uint8)
-        mask[tuple(voxels.T)] = 1
+        for own in drawn:
+            if own is not None:
+                mask[tuple(own.T)] = 1
         hu = np.concatenate([values for _, values in resample_mean(scan, grid, LIMITS_HU[0], LIMITS_HU)])
-        yield center, np.rint(hu).astype(np.int16), mask
+        yield center, len(voxels), np.rint(hu).astype(np.int16), mask
 
 
 def _command(argv: list[str] | None) -> int:
@@ -129,7 +137,9 @@ def _command(argv: list[str] | None) -> int:
     maker = CubeMaker(**options)
     table = maker.write()
     print(f"{len(table)} cubes of {table['seriesuid'].nunique()} scans in {maker.output_dir}")
-    return 0
+    if maker.failed:
+        print(f"{len(maker.failed)} scans could not be read, such as {next(iter(maker.failed))}; the log says why")
+    return 1 if maker.failed else 0
 
 
 def main(argv: list[str] | None = None) -> int:

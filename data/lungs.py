@@ -18,7 +18,6 @@ from utils import Box, Geometry, check, resample, signed_distance
 
 TISSUE_HU = (0, 100)  # where a slice is smooth but for its noise
 LEAST_TISSUE_VOXELS = 200
-SMALL_MM = 100  # an array that is smaller in all directions is a piece of a scan, in which no lungs are looked for
 CHEST_MM = 150  # a scan that is larger in all directions holds a chest, not a cube out of one
 AIR_HU = -600  # something in a chest is darker, if only an airway
 SOFT_HU = -200  # soft tissue and bone are brighter
@@ -61,12 +60,6 @@ def _shrink(image: sitk.Image) -> sitk.Image:
     """Averages blocks of voxels up to LUNG_GRID_MM; physical positions stay."""
     pairs = zip(image.GetSpacing(), image.GetSize(), strict=True)
     return sitk.BinShrink(image, [min(max(1, int(LUNG_GRID_MM / spacing + 0.1)), size) for spacing, size in pairs])
-
-
-def is_small(scan: sitk.Image) -> bool:
-    """Whether an array is a piece of a scan, such as a cube around a nodule."""
-    lower, upper = Geometry.from_image(scan).bounds()
-    return bool((upper - lower < SMALL_MM).all())
 
 
 def select_lungs(labels: sitk.Image, lung_labels: tuple[int, ...] | None = None) -> sitk.Image | None:

@@ -12,13 +12,15 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import cc3d
 import numpy as np
+import numpy.typing as npt
 import SimpleITK as sitk
 from scipy import ndimage
 
@@ -50,8 +52,9 @@ MOST_LABELS = 1000  # of a mask; a picture has more
 MIN_EQUAL_GAPS = 2  # between the slices of a segmentation, for them to be its usual ones
 LEAST_DIAMETER_MM = 2.0  # of a marked region that is a nodule; a smaller one is a slip of the brush
 MOST_DIAMETER_MM = 150.0  # 1.8 litres
-APART_MM = 5.0  # parts of one label that lie further from each other are several nodules
-MOST_RIM_MM = 3.0  # how deep a rim may be that some readers drew around what most drew
+APART_MM = 5.0  # parts of one label whose boxes lie so far from each other are several nodules
+SAME_FINDING = 0.1  # of the smaller region, that regions of two masks share where they are of one finding
+MOST_RIM_MM = 3.0  # how far readers may differ about where a nodule ends
 MAX_ROUNDING = 1e-3  # of labels that were stored as scaled numbers
 MIN_LEVELS = 4  # labels, from which on they may be levels of a picture
 MOST_TOUCHING = 0.5  # of the voxels, that may lie beside another label
@@ -85,6 +88,19 @@ class Segment:
     def box(self) -> Box:
         """Its box in the mask's grid."""
         return Box.of_size(self.lower, self.inside.shape)
+
+    def moved(self, offset_zyx: npt.ArrayLike) -> Segment:
+        """The same so many voxels further."""
+        z, y, x = (int(size) for size in np.add(self.lower, offset_zyx))
+        return replace(self, lower=(z, y, x))
+
+    def overlap(self, other: Segment) -> int:
+        """Number of voxels that both hold."""
+        lower, upper = np.maximum(self.lower, other.lower), np.minimum(self.box.upper, other.box.upper)
+        if (upper <= lower).any():
+            return 0
+        shared = [part.inside[Box.of_size(lower - part.lower, upper - lower).slices] for part in (self, other)]
+        return int((shared[0] & shared[1]).sum())
 
     def is_one_of(self, labels: Sequence[str]) -> bool:
         """Whether some label is its number or, as a pattern such as 'gtv*' and in any case, its name."""
@@ -165,18 +181,27 @@ class Marks:
     doubtful: list[MarkedNodule]
     note: str = ""
 
-    def take(self, center_xyz: Vector, reach_mm: float) -> MarkedNodule | None:
-        """The nodule that a position lies in, or the nearest within ``reach_mm``; it is taken out of the list."""
-        found = min(self.nodules, key=lambda nodule: nodule.distance_mm(center_xyz), default=None)
-        if found is None or found.distance_mm(center_xyz) >= reach_mm:
-            return None
-        self.nodules[:] = [nodule for nodule in self.nodules if nodule is not found]
-        return found
-
     @property
     def excluded(self) -> list[tuple[float, float, float, float]]:
         """Centre (x, y, z) and diameter in mm of the doubtful ones."""
         return [(*mark.center_xyz, max(mark.diameter_mm, LEAST_DIAMETER_MM)) for mark in self.doubtful]
+
+    def assign(self, centers_xyz: Sequence[Vector], reaches_mm: Sequence[float]) -> list[MarkedNodule | None]:
+        """The nodule of each annotated position: the one that it lies in, or else the nearest within its reach.
+
+        No nodule is that of two positions; the nearest pairs come first.
+        """
+        pairs = [
+            (distance, position, nodule)
+            for position, (center, reach) in enumerate(zip(centers_xyz, reaches_mm, strict=True))
+            for nodule, mark in enumerate(self.nodules)
+            if (distance := mark.distance_mm(center)) < reach
+        ]
+        found: dict[int, int] = {}
+        for _, position, nodule in sorted(pairs):
+            if position not in found and nodule not in found.values():
+                found[position] = nodule
+        return [self.nodules[found[position]] if position in found else None for position in range(len(centers_xyz))]
 
 
 # ------------------------------------------------------------------------------------------------- which belong where
@@ -206,19 +231,18 @@ def find_nodule_masks(folder: Path, scans: Mapping[str, Path]) -> dict[str, tupl
     owners = _owners(scans)
     found: dict[str, list[Path]] = {}
     strangers: list[Path] = []
-    unread: dict[str, int] = {}
+    unread: Counter[str] = Counter()
     own_files = {path.resolve() for path in scans.values()}
     for path in _walk_all(folder):
-        name, reason = mask_name(path)
-        if reason:
-            unread[reason] = unread.get(reason, 0) + 1
-        if name is None or path.resolve() in own_files:
+        if path.resolve() in own_files:
             continue
-        owner = _owner(name, owners) if class_of(path) is None else name if name in scans else None
-        if owner is None:
-            strangers.append(path)
-        else:
+        owner, reason = _owner_of(path, owners)
+        if reason:
+            unread[reason] += 1
+        elif owner is not None and owner in scans:
             found.setdefault(owner, []).append(path)
+        elif owner is not None:
+            strangers.append(path)
     for reason, count in unread.items():
         logger.warning("%d file(s) in %s left out: %s", count, folder, reason)
     example = next(iter(scans), "scan")
@@ -249,9 +273,15 @@ def _tell_belongings(folder: Path, found: Mapping[str, list[Path]], strangers: l
     numbers = [len(paths) for paths in found.values()]
     if max(numbers) > 1:
         most = max(found, key=lambda name: len(found[name]))
-        tell = logger.info if min(numbers) == max(numbers) else logger.warning
+        is_even = min(numbers) == max(numbers)
         names = ", ".join(path.name for path in found[most][:3]) + ", ..." * (len(found[most]) > 3)
-        tell("scans have %d to %d masks, as of several readers: %s has %s", min(numbers), max(numbers), most, names)
+        logger.log(
+            logging.INFO if is_even else logging.WARNING,
+            "%s, as of several readers: %s has %s",
+            f"each scan has {numbers[0]} masks" if is_even else f"scans have {min(numbers)} to {max(numbers)} masks",
+            most,
+            names,
+        )
 
 
 def _walk_all(folder: Path) -> Iterator[Path]:
@@ -263,35 +293,40 @@ def _walk_all(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def mask_name(path: Path) -> tuple[str | None, str]:
-    """Name of the scan that a mask is for, or one that begins with it, or None; and why a file is left out, or ''."""
+def mask_fingerprint(path: Path) -> Any:
+    """What differs between masks and is read in no time; see ``ScanReader.fingerprint``."""
+    if class_of(path) is None and not path.name.lower().endswith(SEGMENTATION):
+        return scan_reader(path).fingerprint(path)
+    return path.name, path.stat().st_size, path.stat().st_mtime_ns
+
+
+def _owner_of(path: Path, owners: Mapping[str, str]) -> tuple[str | None, str]:
+    """(scan, reason): whose mask a file is, another name for a mask of no scan, None for a file that is no mask.
+
+    The reason says why a mask is left out; '' where it is not.
+    """
     kind = class_of(path)
     if kind in SEG_CLASSES:
         data = import_pydicom().dcmread(path, specific_tags=["ReferencedSeriesSequence"], stop_before_pixels=True)
         series = data.get("ReferencedSeriesSequence") or []
-        if not series:
-            return None, "a DICOM segmentation that does not say which series it was drawn on; save it as .nii.gz"
-        return str(series[0].SeriesInstanceUID), ""
+        reason = "a DICOM segmentation that does not say which series it was drawn on; save it as .nii.gz"
+        return (str(series[0].SeriesInstanceUID), "") if series else (None, reason)
     if kind == CONTOURS_CLASS:
         return None, "RT structure sets are not read; convert them to DICOM segmentations or .nii.gz, e.g. by 3D Slicer"
     if kind is not None:
         return None, ""
     try:
-        name = scan_reader(path).name(path)
+        name = re.sub(r"\.seg$", "", scan_reader(path).name(path), flags=re.IGNORECASE)
     except (InputError, FileNotFoundError):
         return None, ""
-    return re.sub(r"\.seg$", "", name, flags=re.IGNORECASE), ""
+    # A mask begins with its scan's name; a UID does not end before a number.
+    ends = [match.start() for match in re.finditer(r"_|\.(?!\d)|[^\w.]", name)]
+    return next((owners[name[:end]] for end in [len(name), *reversed(ends)] if name[:end] in owners), name), ""
 
 
 def _owners(scans: Iterable[str]) -> dict[str, str]:
     """{beginning of the names of masks: scan}."""
     return {name.removesuffix("_0000"): name for name in scans} | {name: name for name in scans}
-
-
-def _owner(name: str, owners: Mapping[str, str]) -> str | None:
-    """The scan with the longest name that a mask's name is or begins with; a UID does not end before a number."""
-    ends = [match.start() for match in re.finditer(r"_|\.(?!\d)|[^\w.]", name)]
-    return next((owners[name[:end]] for end in [len(name), *reversed(ends)] if name[:end] in owners), None)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -300,10 +335,10 @@ def _owner(name: str, owners: Mapping[str, str]) -> str | None:
 def read_marks(paths: Sequence[Path], labels: Sequence[str] | None, scan: Geometry) -> Marks:
     """The nodules that the masks of one scan show.
 
-    Of one mask each label is a nodule, and so are parts of it that lie more than APART_MM from each other; of a mask
-    with one label each connected region is a nodule. Of several readers' masks a voxel is nodule where more than half
-    of the readers marked it, and each connected region of these is one. Readers are as many as masks that marked the
-    same place, and those that marked nothing; so masks that share no place are those of other nodules.
+    Of one mask each label is a nodule, and so are parts of it whose boxes lie APART_MM or more from each other; of a
+    mask with one label each connected region is a nodule. Of several masks, regions that overlap are of one finding.
+    There are as many readers as the most masks that marked one finding, and the empty masks. A voxel is nodule where
+    more than half of the readers marked it.
 
     Args:
         paths: The masks.
@@ -319,38 +354,48 @@ def read_marks(paths: Sequence[Path], labels: Sequence[str] | None, scan: Geomet
     masks = [mask.chosen(labels) for mask in whole]
     for path, mask in zip(paths, masks, strict=True):
         _check_sizes(path, mask)
-    note = "; ".join(filter(None, [_note_on_labels(whole, masks), _note_on_places(whole, scan)]))
-    if not any(mask.segments for mask in masks):
-        return Marks([], [], note)
+    notes = [_note_on_labels(whole, masks), _note_on_places(whole, scan)]
+    nodules: list[MarkedNodule] = []
+    doubtful: list[MarkedNodule] = []
     if len(masks) == 1:
-        geometry, segments = masks[0].geometry, masks[0].segments
-        apart_mm = APART_MM if len(segments) > 1 else 0.0
-        nodules = [part for segment in segments for part in _parts(segment, geometry, apart_mm)]
-        return Marks(*_by_size(nodules), note)
-    votes, lower, readers = _count_votes(masks, scan)
-    if readers == 1:
-        alone = f"its {len(masks)} masks share no place, so they are taken for masks of different nodules"
-        note = "; ".join(filter(None, [note, alone]))
-    return Marks(*_settle(votes, readers, scan.cropped(Box.of_size(lower, votes.shape))), note)
+        segments = masks[0].segments
+        for segment in segments:
+            regions = _parts(segment, masks[0].geometry, APART_MM if len(segments) > 1 else 0.0)
+            nodules += [region for region in regions if region.diameter_mm >= LEAST_DIAMETER_MM]
+            doubtful += [region for region in regions if region.diameter_mm < LEAST_DIAMETER_MM]
+    elif any(mask.segments for mask in masks):
+        findings = _findings([_union(mask, scan) for mask in masks])
+        readers = max((len({mask for mask, _ in finding}) for finding in findings), default=1)
+        readers += sum(not mask.segments for mask in whole)
+        for finding in findings:
+            sure, unsure = _settle(finding, readers, scan)
+            nodules += sure
+            doubtful += unsure
+        if readers == 1:
+            notes.append(f"its {len(masks)} masks share no place, so they are taken for masks of different nodules")
+        elif doubtful and not nodules:
+            notes.append(f"its {readers} readers agree on no place, so that nothing they marked is a nodule")
+    return Marks(nodules, doubtful, "; ".join(filter(None, notes)))
 
 
 def _note_on_labels(whole: Sequence[Mask], chosen: Sequence[Mask]) -> str:
-    """Which labels there are, where none of them was asked for."""
-    there = [segment for mask in whole for segment in mask.segments]
-    if not there or any(mask.segments for mask in chosen):
-        return ""
-    named = ", ".join(sorted({str(segment) for segment in there})[:5])
-    return f"its masks hold none of nodule_labels, but {named}"
+    """Which labels masks hold that have none of those asked for."""
+    others = [mask.segments for mask, own in zip(whole, chosen, strict=True) if mask.segments and not own.segments]
+    named = ", ".join(sorted({str(segment) for segments in others for segment in segments})[:5])
+    return f"{len(others)} of its {len(whole)} masks hold none of nodule_labels, but {named}" if others else ""
 
 
 def _note_on_places(masks: Sequence[Mask], scan: Geometry) -> str:
-    """Whether a mask of the scan's shape lies elsewhere."""
+    """Whether a mask of the scan's shape lies elsewhere, or another one outside of the scan."""
     moved = [mask for mask in masks if mask.geometry.shape_zyx == scan.shape_zyx and not _is_same(mask.geometry, scan)]
     if not moved:
-        return ""
-    corner = moved[0].geometry.world((0, 0, 0)) - scan.world((0, 0, 0))
-    by = f", by {np.linalg.norm(corner):.1f} mm at its first voxel" if np.linalg.norm(corner) > 0 else ""
-    return f"a mask has the shape of its scan and lies elsewhere{by}; does its header belong to it?"
+        outside = sum(bool(mask.segments) and _union(mask, scan) is None for mask in masks)
+        return f"{outside} of its masks lie outside of the scan" if outside else ""
+    apart = float(np.linalg.norm(moved[0].geometry.world((0, 0, 0)) - scan.world((0, 0, 0))))
+    return (
+        f"a mask has the shape of its scan and lies elsewhere (its first voxel by {apart:.1f} mm); does its header "
+        "belong to it?"
+    )
 
 
 def _check_sizes(path: Path, mask: Mask) -> None:
@@ -364,44 +409,46 @@ def _check_sizes(path: Path, mask: Mask) -> None:
         )
 
 
-def _by_size(regions: list[MarkedNodule]) -> tuple[list[MarkedNodule], list[MarkedNodule]]:
-    """Regions of a nodule's size, and smaller ones."""
-    large = [region for region in regions if region.diameter_mm >= LEAST_DIAMETER_MM]
-    return large, [region for region in regions if region.diameter_mm < LEAST_DIAMETER_MM]
-
-
 def _parts(segment: Segment, geometry: Geometry, apart_mm: float) -> list[MarkedNodule]:
     """The connected regions of a segment; those whose boxes lie less than ``apart_mm`` from each other are one."""
+    local = geometry.cropped(segment.box)
+    if not apart_mm:
+        return _regions(segment.inside, local)
     numbers, boxes = _label(segment.inside)
-    group = np.arange(len(boxes))
-    for one, other in itertools.combinations(range(len(boxes)), 2):
-        if _gap_mm(boxes[one], boxes[other], geometry) < apart_mm:
-            group[group == group[other]] = group[one]
-    numbers = np.append(0, group + 1)[numbers]
-    local, parts = geometry.cropped(segment.box), []
-    for number in np.unique(group + 1):
-        box = Box.around(numbers == number)
-        assert box is not None
-        parts.append(MarkedNodule(numbers[box.slices] == number, local.cropped(box)))
+    parts = []
+    for members in _groups(len(boxes), lambda one, other: _gap_mm(boxes[one], boxes[other], geometry) < apart_mm):
+        box = _around([boxes[member] for member in members])
+        parts.append(MarkedNodule(np.isin(numbers[box.slices], np.add(members, 1)), local.cropped(box)))
     return parts
 
 
+def _groups(count: int, belong: Callable[[int, int], bool]) -> list[list[int]]:
+    """Things 0 to ``count`` - 1, those together that belong to each other, directly or by others."""
+    group = np.arange(count)
+    for one, other in itertools.combinations(range(count), 2):
+        if group[one] != group[other] and belong(one, other):
+            group[group == group[other]] = group[one]
+    return [np.flatnonzero(group == number).tolist() for number in np.unique(group)]
+
+
 def _gap_mm(one: Box, other: Box, geometry: Geometry) -> float:
-    """Widest distance along an axis between two boxes of voxels."""
+    """Widest distance along an axis between two boxes of voxels; 0 where they overlap."""
     gap = np.maximum(np.subtract(one.lower, other.upper), np.subtract(other.lower, one.upper))
     return float((np.maximum(gap, 0) * geometry.spacing_zyx).max())
+
+
+def _around(boxes: Sequence[Box]) -> Box:
+    """The smallest box around some boxes."""
+    lower, upper = np.min([box.lower for box in boxes], axis=0), np.max([box.upper for box in boxes], axis=0)
+    return Box.of_size(lower, upper - lower)
 
 
 def _label(inside: np.ndarray) -> tuple[np.ndarray, list[Box]]:
     """Numbers from 1 on of the connected regions of an array (z, y, x), and the box of each."""
     numbers = cc3d.connected_components(inside, connectivity=26)
-    boxes = [Box(*_ends(slices)) for slices in cc3d.statistics(numbers)["bounding_boxes"][1:]] if inside.any() else []
-    return numbers, boxes
-
-
-def _ends(slices: tuple[slice, slice, slice]) -> tuple[Any, Any]:
-    """First voxel of a box, and one past its last."""
-    return tuple(int(part.start) for part in slices), tuple(int(part.stop) for part in slices)
+    slices = cc3d.statistics(numbers)["bounding_boxes"][1:] if inside.any() else []
+    corners = [([part.start for part in box], [part.stop - part.start for part in box]) for box in slices]
+    return numbers, [Box.of_size(lower, shape) for lower, shape in corners]
 
 
 def _regions(inside: np.ndarray, geometry: Geometry) -> list[MarkedNodule]:
@@ -412,50 +459,69 @@ def _regions(inside: np.ndarray, geometry: Geometry) -> list[MarkedNodule]:
     ]
 
 
-def _settle(votes: np.ndarray, readers: int, geometry: Geometry) -> tuple[list[MarkedNodule], list[MarkedNodule]]:
-    """What is nodule and what is in doubt, by the number of readers who marked each voxel (z, y, x)."""
-    agreed = votes > readers / 2
-    numbers, boxes = _label(agreed)
-    for number, box in enumerate(boxes, start=1):
-        part = numbers[box.slices] == number
-        if MarkedNodule(part, geometry.cropped(box)).diameter_mm < LEAST_DIAMETER_MM:
-            agreed[box.slices] &= ~part
-    doubtful = []
-    numbers, boxes = _label(votes > 0)
-    for number, box in enumerate(boxes, start=1):
-        marked, sure = numbers[box.slices] == number, agreed[box.slices]
-        if not (marked & sure).any():
-            doubtful.append(MarkedNodule(marked, geometry.cropped(box)))
-            continue
-        for region in _regions(marked & ~sure, geometry.cropped(box)):
-            depth = ndimage.distance_transform_edt(np.pad(region.inside, 1), sampling=geometry.spacing_zyx).max()
-            if depth > MOST_RIM_MM:  # thicker than readers differ about where a nodule ends
-                doubtful.append(region)
-    return _regions(agreed, geometry), doubtful
+# ------------------------------------------------------------------------------------------------------------ readers
+
+Finding = list[tuple[int, Segment]]  # regions that overlap, each with the number of its mask
 
 
-def _count_votes(masks: Sequence[Mask], grid: Geometry) -> tuple[np.ndarray, np.ndarray, int]:
-    """Number of masks that mark each voxel in a box of a grid, first voxel of the box, and number of readers."""
-    marked = [[_on_grid(segment, mask.geometry, grid) for segment in mask.segments] for mask in masks]
-    boxes = [segment.box for segments in marked for segment in segments if segment is not None]
-    if not boxes:
-        return np.zeros((1, 1, 1), np.uint8), np.zeros(3, int), 1
-    lower, upper = np.min([box.lower for box in boxes], axis=0), np.max([box.upper for box in boxes], axis=0)
-    votes = np.zeros(upper - lower, np.uint8)
-    marks = []
-    for segments in marked:
+def _union(mask: Mask, grid: Geometry) -> Segment | None:
+    """All that a mask marks, on a grid; None where it marks nothing there."""
+    parts = [part for segment in mask.segments if (part := _on_grid(segment, mask.geometry, grid)) is not None]
+    if not parts:
+        return None
+    box = _around([part.box for part in parts])
+    inside = np.zeros(box.shape_zyx, bool)
+    for part in parts:
+        inside[part.moved(np.negative(box.lower)).box.slices] |= part.inside
+    return Segment(0, "", False, box.lower, inside)
+
+
+def _findings(unions: Sequence[Segment | None]) -> list[Finding]:
+    """The connected regions of all masks, those together that overlap by SAME_FINDING of the smaller one."""
+    regions: Finding = []
+    for mask, union in enumerate(unions):
+        if union is not None:
+            numbers, boxes = _label(union.inside)
+            for number, box in enumerate(boxes, start=1):
+                region = Segment(0, "", False, box.lower, numbers[box.slices] == number)
+                regions.append((mask, region.moved(union.lower)))
+
+    def overlap(one: int, other: int) -> bool:
+        """Whether two regions are of one finding."""
+        (mask, region), (other_mask, other_region) = regions[one], regions[other]
+        if mask == other_mask:
+            return False
+        least = min(region.inside.sum(), other_region.inside.sum())
+        return region.overlap(other_region) >= SAME_FINDING * least
+
+    return [[regions[member] for member in members] for members in _groups(len(regions), overlap)]
+
+
+def _settle(finding: Finding, readers: int, grid: Geometry) -> tuple[list[MarkedNodule], list[MarkedNodule]]:
+    """What of a finding is nodule, and what is in doubt."""
+    box = _around([region.box for _, region in finding])
+    votes = np.zeros(box.shape_zyx, np.uint8)
+    for mask in {mask for mask, _ in finding}:
         own = np.zeros(votes.shape, bool)
-        for segment in filter(None, segments):
-            own[Box.of_size(segment.lower - lower, segment.inside.shape).slices] |= segment.inside
+        for region in (region.moved(np.negative(box.lower)) for other, region in finding if other == mask):
+            own[region.box.slices] |= region.inside
         votes += own
-        marks.append(own)
-    numbers, boxes_of_places = _label(votes > 0)
-    owners: list[set[int]] = [set() for _ in boxes_of_places]
-    for mask, own in enumerate(marks):
-        for number in np.unique(numbers[own]).tolist():
-            owners[number - 1].add(mask)
-    silent = sum(not own.any() for own in marks)
-    return votes, lower, max(len(place) for place in owners) + silent
+    local = grid.cropped(box)
+    sure = np.zeros(votes.shape, bool)
+    nodules = [region for region in _regions(votes > readers / 2, local) if region.diameter_mm >= LEAST_DIAMETER_MM]
+    if not nodules:
+        return [], [MarkedNodule(votes > 0, local)]
+    for nodule in nodules:
+        lower = np.rint(local.index(nodule.geometry.origin)).astype(int)
+        sure[Box.of_size(lower, nodule.inside.shape).slices] |= nodule.inside
+    beyond_mm = ndimage.distance_transform_edt(~sure, sampling=local.spacing_zyx)
+    numbers, boxes = _label((votes > 0) & ~sure)
+    doubtful = []
+    for number, part in enumerate(boxes, start=1):
+        inside = numbers[part.slices] == number
+        if beyond_mm[part.slices][inside].max() > MOST_RIM_MM:  # further than readers differ about a nodule's edge
+            doubtful.append(MarkedNodule(inside, local.cropped(part)))
+    return nodules, doubtful
 
 
 def _on_grid(segment: Segment, geometry: Geometry, grid: Geometry) -> Segment | None:
@@ -472,15 +538,12 @@ def _on_grid(segment: Segment, geometry: Geometry, grid: Geometry) -> Segment | 
     image = local.image(segment.inside.astype(np.uint8))
     inside = sitk.GetArrayFromImage(resample(image, grid.cropped(box), linear=False, pixel_type=sitk.sitkUInt8))
     moved = Segment.of(segment.number, inside, segment.name, segment.is_lesion)
-    if moved is None:
-        return None
-    z, y, x = (int(a + b) for a, b in zip(box.lower, moved.lower, strict=True))
-    return Segment(moved.number, moved.name, moved.is_lesion, (z, y, x), moved.inside)
+    return None if moved is None else moved.moved(box.lower)
 
 
 def _is_same(one: Geometry, other: Geometry) -> bool:
     """Whether two grids have the same voxels."""
-    corners = np.array([[0, 0, 0], np.asarray(one.shape_zyx) - 1])
+    corners = np.vstack([np.zeros(3), np.diag(np.asarray(one.shape_zyx) - 1)])
     return one.shape_zyx == other.shape_zyx and np.allclose(one.world(corners), other.world(corners), atol=0.01)
 
 
@@ -519,8 +582,7 @@ def _split_labels(path: Path, labels: np.ndarray) -> Iterator[Segment]:
     for number in numbers.tolist():
         segment = Segment.of(int(number), inside == number)
         assert segment is not None
-        lower = tuple(int(a + b) for a, b in zip(box.lower, segment.lower, strict=True))
-        yield Segment(segment.number, "", False, lower, segment.inside)  # type: ignore[arg-type]
+        yield segment.moved(box.lower)
 
 
 def _check_levels(path: Path, labels: np.ndarray, count: int) -> None:
@@ -584,6 +646,8 @@ def _read_dicom(path: Path) -> Mask:
     kind, most = file.data.SegmentationType, float(file.data.get("MaximumFractionalValue", 1))
     segments = []
     for described in file.data.SegmentSequence:
+        if int(described.SegmentNumber) == 0:  # the background of a map of labels
+            continue
         number, volume = int(described.SegmentNumber), np.zeros(geometry.shape_zyx, bool)
         for frame, group, z in zip(frames, file.groups, index_z, strict=True):
             if kind == "LABELMAP":
@@ -645,6 +709,8 @@ class _DicomSegmentation:
         places = [self.value(group, "PlanePositionSequence", "ImagePositionPatient") for group in self.groups]
         positions = np.array(places, float)
         heights = positions @ normal
+        across = positions - np.outer(heights, normal)
+        check(np.allclose(across, across[0], atol=0.1), f"{self.path}: its frames step sideways; save it as .nii.gz")
         step = self._step(np.unique(np.round(heights, 3)))
         index_z = np.rint((heights - heights.min()) / step).astype(int)
         check(

@@ -40,7 +40,7 @@ from dataset import (
     nodule_points,
     patch_start,
 )
-from utils import read_metadata, read_processed, read_processed_list, write_metadata
+from utils import Geometry, read_metadata, read_processed, read_processed_list, write_metadata
 
 NO_POINTS = np.empty((0, 3), int)
 NO_CHANGE = Augmentation(
@@ -795,7 +795,9 @@ def test_patch_that_reaches_out_of_its_array_is_filled_up_with_air(start, size):
 def test_patch_of_a_piece_of_a_scan_may_reach_out_of_it(processed_dir, tmp_path):
     shutil.copytree(processed_dir, tmp_path / "data")
     uid = read_processed_list(processed_dir)[0]
-    write_metadata(tmp_path / "data", dataclasses.replace(read_metadata(processed_dir, uid), lung_source="small"))
+    metadata = read_metadata(processed_dir, uid)
+    piece = dataclasses.replace(metadata.scan_geometry, spacing=(1.0, 1.0, 1.0))
+    write_metadata(tmp_path / "data", dataclasses.replace(metadata, scan_geometry=piece))
     found = []
     for folder in (processed_dir, tmp_path / "data"):
         data = LUNA16Dataset(folder, [uid], patch_size_zyx=(8, 8, 8))
@@ -1127,7 +1129,7 @@ def test_flat_scans_of_one_patient_are_in_one_fold():
 
 def test_scan_without_a_fold_beside_others_is_never_held_out(caplog):
     assert find_folds({"a": metadata_of(fold=3), "b": metadata_of()}, {"a": "a", "b": "b"}) == {"a": 3}
-    assert "1 of 2 scans have no fold, such as b, and are trained on whichever is held out" in caplog.text
+    assert "1 of 2 scans have no fold, such as b, and are held out in none" in caplog.text
 
 
 @pytest.mark.parametrize("fold", [-1, 10])
@@ -1198,8 +1200,9 @@ def test_turns_and_affines_keep_what_is_ignored():
 
 
 def test_background_is_drawn_from_whole_scans_while_there_are_any():
-    piece = dataclasses.replace(metadata_of(seriesuid="piece", shape_zyx=(10, 10, 10)), lung_source="small")
-    scans = [piece, metadata_of(seriesuid="whole")]
+    whole = metadata_of(seriesuid="whole")
+    whole = dataclasses.replace(whole, scan_geometry=Geometry((40, 40, 40), (0.0, 0.0, 0.0), (3.0, 3.0, 3.0)))
+    scans = [metadata_of(seriesuid="piece", shape_zyx=(10, 10, 10)), whole]
     points = [np.full((5, 3), 5), np.full((5, 3), 20)]
     patches = Patches((8, 8, 8), per_scan=20, nodule_share=0.0, hard_share=0.0, warmup_epochs=0)
     assert {key.scan for key in PatchSampler(scans, points, patches, seed=0)} == {1}

@@ -135,12 +135,12 @@ def test_what_is_no_mask_is_refused(tmp_path, values, reason):
 
 def test_labels_that_were_asked_for_and_are_not_there_are_told(tmp_path):
     marks = marks_in(write(tmp_path / "a.mha", blocks(_1=(2, 2, 2, 4), _5=(12, 2, 2, 4))), labels=["9", "gtv*"])
-    assert (marks.nodules, marks.note) == ([], "its masks hold none of nodule_labels, but 1, 5")
+    assert (marks.nodules, marks.note) == ([], "1 of its 1 masks hold none of nodule_labels, but 1, 5")
 
 
 def test_mask_that_lost_its_place_is_told(tmp_path):
     path = write(tmp_path / "a.mha", blocks(_1=(2, 2, 2, 4)), origin=(3.0, 4.0, 0.0))
-    assert "has the shape of its scan and lies elsewhere, by 5.0 mm at its first voxel" in marks_in(path).note
+    assert "has the shape of its scan and lies elsewhere (its first voxel by 5.0 mm)" in marks_in(path).note
 
 
 def test_label_that_is_too_large_for_a_nodule_is_refused(tmp_path):
@@ -187,16 +187,47 @@ def test_grid_of_one_reader_does_not_limit_the_others(tmp_path):
     assert found_in([cropped, *others]) == found_in([*others, cropped]) == expected
 
 
-def test_what_readers_share_but_a_voxel_of_is_in_doubt_as_a_whole(tmp_path):
-    paths = [write(tmp_path / f"{n}.mha", blocks(_1=(n, n, n, 8))) for n in (2, 9)]
+def test_regions_that_share_little_are_different_findings(tmp_path):
+    both = (12, 12, 20, 5)
+    paths = [write(tmp_path / f"{n}.mha", blocks(_1=[(n, n, n, 5), both])) for n in (2, 6)]  # a voxel of 125
     marks = marks_in(*paths)
-    assert marks.nodules == [] and [int(region.inside.sum()) for region in marks.doubtful] == [2 * 512 - 1]
+    assert [int(region.inside.sum()) for region in marks.nodules] == [125]
+    assert [int(region.inside.sum()) for region in marks.doubtful] == [125, 125]
+
+
+def test_masks_of_two_nodules_that_touch_make_no_reader_of_the_others(tmp_path):
+    places = [(2, 2, 2, 4), (6, 6, 6, 4), (12, 2, 2, 4), (2, 12, 12, 4), (12, 12, 20, 4)]
+    paths = [write(tmp_path / f"{n}.mha", blocks(_1=place)) for n, place in enumerate(places)]
+    assert (len(marks_in(*paths).nodules), marks_in(*paths).doubtful) == (5, [])
+
+
+def test_mask_without_the_chosen_labels_is_no_reader(tmp_path):
+    nodule = write(tmp_path / "1.mha", blocks(_1=(2, 2, 2, 4)))
+    lobes = write(tmp_path / "2.mha", blocks(_7=(2, 2, 2, 12)))
+    marks = marks_in(nodule, lobes, labels=["1"])
+    assert len(marks.nodules) == 1 and marks.note.startswith("1 of its 2 masks hold none of nodule_labels, but 7")
+
+
+def test_readers_who_agree_on_nothing_are_told(tmp_path):
+    paths = [write(tmp_path / f"{n}.mha", blocks()) for n in range(2)]
+    marks = marks_in(*paths, write(tmp_path / "2.mha", blocks(_1=(4, 4, 4, 6))))
+    assert (marks.nodules, len(marks.doubtful)) == ([], 1)
+    assert marks.note == "its 3 readers agree on no place, so that nothing they marked is a nodule"
+
+
+@pytest.mark.parametrize(("rim", "doubtful"), [(3, 0), (4, 1)])
+def test_rim_that_one_of_three_drew_further_out_is_background_up_to_3_mm(tmp_path, rim, doubtful):
+    paths = [write(tmp_path / f"{n}.mha", blocks(_1=(8, 8, 8, 6))) for n in (1, 2)]
+    wide = write(tmp_path / "3.mha", blocks(_1=(8 - rim, 8 - rim, 8 - rim, 6 + 2 * rim)))
+    marks = marks_in(*paths, wide)
+    assert [int(nodule.inside.sum()) for nodule in marks.nodules] == [216]
+    assert len(marks.doubtful) == (doubtful or int(np.sqrt(3) * rim > 3))  # the corners lie further out
 
 
 def test_what_one_reader_added_to_a_nodule_is_in_doubt(tmp_path):
     paths = [write(tmp_path / f"{n}.mha", blocks(_1=(4, 4, 4, 6))) for n in (1, 2)]
     both = blocks(_1=[(4, 4, 4, 6), (6, 6, 10, 10)])
-    both[3, 3:11, 3:11] = 1  # a rim of one voxel is no doubt
+    both[3, 3:11, 3:11] = 1  # a rim of one voxel alone is no doubt
     marks = marks_in(*paths, write(tmp_path / "3.mha", both))
     assert [int(nodule.inside.sum()) for nodule in marks.nodules] == [216]
     (more,) = marks.doubtful
@@ -210,7 +241,8 @@ def test_half_of_the_readers_are_not_enough(tmp_path):
 
 
 def test_readers_may_use_other_grids(tmp_path):
-    one = write(tmp_path / "1.mha", blocks(_1=(4, 4, 4, 8)))
+    array = blocks(_1=(4, 4, 4, 8))
+    one = write(tmp_path / "1.mha", array)
     half = blocks(_1=(2, 2, 2, 4), shape=(10, 12, 14))  # the same cube on voxels of 2 mm
     two = write(tmp_path / "2.nii.gz", half, spacing=(2.0, 2.0, 2.0), origin=(0.5, 0.5, 0.5))
     turned = blocks(_1=(4, 4, 4, 8))[:, ::-1, ::-1]
@@ -219,7 +251,8 @@ def test_readers_may_use_other_grids(tmp_path):
     away = write(tmp_path / "4.mha", blocks(_1=(4, 4, 4, 8)), origin=(500.0, 0.0, 0.0))
     assert found_in([one, two, three]) == [([7.5, 7.5, 7.5], 512)]
     assert found_in([one, two, three, away]) == [([7.5, 7.5, 7.5], 512)]
-    assert found_in([one, two, away, away]) == []
+    marks = marks_in(one, two, write(tmp_path / "5.mha", array[:5, :5, :5], origin=(500.0, 0.0, 0.0)))
+    assert (len(marks.nodules), marks.note) == (1, "1 of its masks lie outside of the scan")
 
 
 # ----------------------------------------------------------------------------------------------------- 3D Slicer's
@@ -360,6 +393,24 @@ def test_frames_that_are_not_evenly_spaced_are_refused(tmp_path):
     data.save_as(path)
     with pytest.raises(InputError, match="its frames are not evenly spaced"):
         read_mask(path)
+
+
+def test_frames_that_step_sideways_are_refused(tmp_path):
+    path = write_seg(tmp_path / "seg", ("a", LESION, blocks(_1=(5, 4, 6, 6))))
+    data = pydicom.dcmread(path)
+    for number, group in enumerate(data.PerFrameFunctionalGroupsSequence):
+        group.PlanePositionSequence[0].ImagePositionPatient[1] += 0.7 * number  # a tilted gantry
+    data.save_as(path)
+    with pytest.raises(InputError, match="its frames step sideways"):
+        read_mask(path)
+
+
+def test_background_of_a_map_of_labels_is_no_nodule(tmp_path):
+    path = write_seg(tmp_path / "seg", ("a", LESION, blocks(_1=(5, 4, 6, 6))), kind="LABELMAP")
+    data = pydicom.dcmread(path)
+    data.SegmentSequence.insert(0, sequence(SegmentNumber=0, SegmentLabel="Background")[0])
+    data.save_as(path)
+    assert [voxels for _, voxels in found_in([path])] == [216]
 
 
 def test_damaged_dicom_segmentation_is_refused(tmp_path):
@@ -517,7 +568,7 @@ def test_annotation_takes_the_mask_that_it_lies_in(folder):
 
 def test_labels_that_are_nowhere_are_told(folder, caplog):
     prepare(folder, nodule_labels=["gtv*"]).process_all()
-    assert "nodule masks to look at: a: its masks hold none of nodule_labels, but 1" in caplog.text
+    assert "nodule masks to look at: a: 3 of its 3 masks hold none of nodule_labels, but 1" in caplog.text
     with pytest.raises(InputError, match="nodule_labels must name a label"):
         prepare(folder, nodule_labels=[])
 

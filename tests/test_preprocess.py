@@ -434,10 +434,10 @@ def test_piece_of_a_scan_is_taken_as_it_is():
     array = np.full((51, 51, 51), -850, np.int16)
     array[:, 40:], array[20:30, 20:30, 20:30] = 40, 0  # a wall, and a nodule in lung that find_lungs would see
     piece = Preprocessing(target_size=None, crop_to_lungs=True).prepare(image_of(array))
-    assert (piece.lung_source, piece.lungs, piece.array.shape) == ("small", None, (51, 51, 51))
+    assert (piece.lung_source, piece.lungs, piece.array.shape) == ("none", None, (51, 51, 51))
     np.testing.assert_allclose(piece.array, (array + 1000) / 1400, atol=1e-3)
     large = image_of(array, spacing=(2, 2, 2))
-    assert Preprocessing(target_size=None).prepare(large).lung_source != "small"
+    assert Preprocessing(target_size=None).prepare(large).lung_source == "threshold"
 
 
 def test_scan_without_lungs_is_left_unmasked():
@@ -1578,7 +1578,7 @@ def test_data_set_from_outside_is_prepared(toy_data_set):
     assert summary.nodules == {"toy-a": 1, "toy-b": 0}
     metadata = [read_metadata(toy_data_set.parent / "processed", uid) for uid in summary.processed]
     found = [[scan.seriesuid, scan.patient, scan.fold, scan.lung_source] for scan in metadata]
-    assert found == [["toy-a", "P1", 1, "seg-lungs"], ["toy-b", "P2", 0, "small"]]
+    assert found == [["toy-a", "P1", 1, "seg-lungs"], ["toy-b", "P2", 0, "none"]]
     mask = np.load(toy_data_set.parent / "processed" / "masks" / "toy-a.npy")
     assert mask[10, 10, 10] == 1
     assert toy(toy_data_set).process_all().skipped == ["toy-a", "toy-b"]

@@ -279,7 +279,7 @@ def test_chosen_score_is_no_mean_of_two_that_exclude_each_other():
     low, high, empty = examined(10, (0.2, 10, 10)), examined(10, (0.9, 10, 10)), examined(0, (0.6, 5, 0))
     scans = [low] * 7 + [high] * 9 + [empty] * 10
     chosen = choose_min_score(scans)
-    means = [np.nanmean([scan.dice(score) for scan in scans]) for score in (0.1, chosen, 0.8)]
+    means = [np.nanmean([scan.dice_without_excluded(score) for scan in scans]) for score in (0.1, chosen, 0.8)]
     assert means[1] == max(means)
 
 
@@ -292,7 +292,7 @@ def test_row_counts_only_what_reaches_the_score():
     scan = examined(10, (0.9, 8, 8), (0.3, 5, 0))
     assert scan.row(0.5)["fp_voxels"] == 0 and scan.row(0.3)["fp_voxels"] == 5
     assert scan.row(0.5)["false_positive_nodules"] == 1  # nothing is annotated
-    assert scan.dice(0.5) == scan.row(0.5)["dice"] == 16 / 18
+    assert scan.dice_without_excluded(0.5) == scan.row(0.5)["dice"] == 16 / 18
 
 
 @pytest.mark.parametrize(
@@ -1353,6 +1353,7 @@ def test_findings_that_preprocessing_excluded_count_neither_way(copied_run, proc
     assert found == {"without": 0, "with": 1, "both": 1}
     assert [results[name].summary["cpm"]["value"] < 1 for name in results] == [True, False, False]
     assert "count as false positives" not in caplog.text
+    assert "none.csv does not exist: only findings that preprocess.py noted are excluded" in caplog.text
 
 
 def test_checkpoint_that_knows_nothing_of_its_scans_scores_none(processed_dir, run_dir, tmp_path):
@@ -1379,6 +1380,8 @@ def test_score_is_chosen_without_what_lies_on_findings_that_preprocessing_exclud
     for name, excluded in (("with", ((14.0, 14.0, 14.0, 6.0),)), ("without", ())):
         metadata = replace(metadata_of(nodule, shape_zyx=(20, 20, 20)), excluded=excluded)
         scan = ProcessedScan("a", probability, mask, metadata)
-        scans[name] = ExaminedScan.of(scan, find_candidates(probability, grid, 0.5))
-    assert (scans["with"].dice(0.1), scans["without"].dice(0.1)) == (1.0, 2 / 3)
+        rows = [("a", *finding) for finding in excluded]
+        table = pd.DataFrame(rows, columns=["seriesuid", *POSITION_COLUMNS, "diameter_mm"])
+        scans[name] = ExaminedScan.of(scan, find_candidates(probability, grid, 0.5), excluded=table)
+    assert (scans["with"].dice_without_excluded(0.1), scans["without"].dice_without_excluded(0.1)) == (1.0, 2 / 3)
     assert scans["with"].row(0.1)["on_excluded_findings"] == 1

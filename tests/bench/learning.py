@@ -206,7 +206,7 @@ def best_of_all(checkpoint_path: Path, data_dir: Path, device: str) -> float:
     validator = Validator(data_dir, device=device, model=network, settings=checkpoint.inference, seriesuids=uids)
     scans = validator._examine_scans(uids, None)
     scores = np.linspace(0, 1, 101)
-    means = np.array([np.nanmean([scan.dice(score) for scan in scans]) for score in scores])
+    means = np.array([np.nanmean([scan.dice_without_excluded(score) for scan in scans]) for score in scores])
     return float(scores[_middle_of_best(means)])
 
 
