@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import random
 import shutil
@@ -1385,3 +1386,15 @@ def test_score_is_chosen_without_what_lies_on_findings_that_preprocessing_exclud
         scans[name] = ExaminedScan.of(scan, find_candidates(probability, grid, 0.5), excluded=table)
     assert (scans["with"].dice_without_excluded(0.1), scans["without"].dice_without_excluded(0.1)) == (1.0, 2 / 3)
     assert scans["with"].row(0.1)["on_excluded_findings"] == 1
+
+
+def test_results_of_handed_on_weights_say_what_these_are(processed_dir, run_dir, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    given = {"about": "phantoms alone; no medical device", "seen": {"another": (None, "train")}}
+    path = copy_without_split(run_dir, tmp_path / "given", **given)
+    inferencer = NoduleInferencer(path, tmp_path / "inference", "cpu")
+    inferencer.infer_dataset(processed_dir, "new")
+    Validator(processed_dir, path, tmp_path / "all", "cpu").run_validation("all", excluded_path="none")
+    for name in ("inference/inference_summary.json", "inference/inference.json", "all/validation_summary.json"):
+        assert json.loads((tmp_path / name).read_text())["about"] == "phantoms alone; no medical device"
+    assert "model.pth: phantoms alone; no medical device" in caplog.text
