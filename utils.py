@@ -1774,14 +1774,14 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    def advance(self, note: str = "") -> None:
-        """One thing is done; ``note`` says how things stand and is kept until the next one."""
-        self.done += 1
+    def advance(self, note: str = "", count: int = 1) -> None:
+        """Some things are done; ``note`` says how things stand and is kept until the next one."""
+        self.done += count
         self.note = note or self.note
         self.bar.set_postfix_str(self.note, refresh=False)
-        self.bar.update()
+        self.bar.update(count)
         now_s = time.monotonic()
-        if self.bar.disable and not self.silent and now_s - self._last >= SECONDS_BETWEEN_LINES:
+        if self.bar.disable and self.done and not self.silent and now_s - self._last >= SECONDS_BETWEEN_LINES:
             self._last = now_s
             left_min = (now_s - self._start) / self.done * (self.total - self.done) / 60
             note = f", {self.note}" if self.note else ""
