@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data.lungs import LUNG_METHOD, measure_noise
+from data.slicer import write_points, write_segmentation
 from model import InferenceSettings, SegmentationNetwork, checkpoint_file, load_checkpoint, to_device
 from preprocess import PreparedScan, Preprocessing
 from utils import (
@@ -438,6 +439,14 @@ class Segmentation:
         return replace(self, labels=np.where(kept[self.labels], self.labels, 0), numbers=numbers)
 
     @property
+    def ranks(self) -> np.ndarray:
+        """uint16 (z, y, x); the place of each nodule in ``nodules``, counted from 1, 0 is background."""
+        ranks = np.zeros(max(self.numbers, default=0) + 1, np.uint16)
+        numbers = [number for number in self.numbers if number]
+        ranks[numbers] = np.arange(1, len(numbers) + 1)
+        return ranks[self.labels]
+
+    @property
     def mask(self) -> np.ndarray:
         """uint8 (z, y, x), 1 = nodule."""
         return (self.labels > 0).astype(np.uint8)
@@ -745,6 +754,8 @@ RUN_FILES = (
 SCAN_FILES = (
     "predicted_masks/{}.npy",
     "predicted_masks/{}.nii.gz",
+    "predicted_masks/{}.seg.nrrd",
+    "predicted_masks/{}.mrk.json",
     "visualizations/{}.png",
     "{}_nodules.npy",
     "{}_nodules.json",
@@ -846,16 +857,24 @@ class ResultFolder:
             write_json(path, ours | {"date": now(), "scans": known | scans})
             return any(name in known for name in scans)
 
-    def write_scan(self, result: ScanResult, figure: Figure, own_mask: sitk.Image | None = None) -> None:
-        """Mask, nodules and picture of one scan; of a raw one also the mask in its own grid."""
+    def write_scan(self, result: ScanResult, figure: Figure, own_ranks: sitk.Image | None = None) -> None:
+        """Mask, nodules and picture of one scan; of a raw one also files in its own grid, from its nodules' ranks."""
         uid, nodules = result.seriesuid, result.found.nodules
         write_array(self.path / "predicted_masks" / f"{uid}.npy", result.found.mask)
         write_objects(self.path / f"{uid}_nodules.npy", [nodule.to_dict() for nodule in nodules])
         write_csv(self.path / f"{uid}_nodules.csv", nodule_table(uid, nodules))
         with atomic_path(self.path / "visualizations" / f"{uid}.png") as temporary:
             figure.savefig(temporary)
-        if own_mask is not None:
-            write_image(self.path / "predicted_masks" / f"{uid}.nii.gz", own_mask)
+        if own_ranks is not None:
+            path = self.path / "predicted_masks" / uid
+            write_image(Path(f"{path}.nii.gz"), sitk.Cast(own_ranks > 0, sitk.sitkUInt8))
+            names = [f"nodule {n}: {found.diameter_mm:.1f} mm, {found.score:.2f}" for n, found in enumerate(nodules, 1)]
+            write_points(Path(f"{path}.mrk.json"), nodules, names)
+            ranks = sitk.GetArrayViewFromImage(own_ranks)
+            if ranks.any():
+                write_segmentation(Path(f"{path}.seg.nrrd"), ranks, Geometry.from_image(own_ranks), names)
+            else:
+                delete_files(path.parent, [f"{uid}.seg.nrrd"])
 
     def write_tables(self, results: Sequence[ScanResult], failed: dict[str, str]) -> None:
         """The tables of a data set."""
@@ -1499,10 +1518,9 @@ class NoduleInferencer:
         ct = self.preprocessing.apply_hu_window(scan, prepared.grid).astype(np.float32)
         title = name + (f"\nlungs: {prepared.lung_note}" if prepared.lung_note else "")
         figure = draw_overlay(ct, prepared.grid, found.mask, found.nodules, title=title)
-        own_mask = resample(
-            prepared.grid.image(found.mask), Geometry.from_image(scan), linear=False, pixel_type=sitk.sitkUInt8
-        )
-        self.folder.write_scan(result, figure, own_mask)
+        ranks = prepared.grid.image(found.ranks)
+        own_ranks = resample(ranks, Geometry.from_image(scan), linear=False, pixel_type=sitk.sitkUInt16)
+        self.folder.write_scan(result, figure, own_ranks)
         self.folder.add(result, is_again)
         tell(f"{name}: {result}")
         return result

@@ -25,6 +25,7 @@ from torch import nn
 
 import infer
 from data.formats import NiftiHeader
+from data.masks import read_marks, read_mask
 from infer import (
     MAX_CANDIDATES,
     WINDOW_BATCH,
@@ -1403,6 +1404,18 @@ def test_other_scan_of_the_same_file_name_is_not_replaced(trained, tmp_path):
     trained(Nothing(), overwrite=True).infer_scan(second)
     summary = json.loads((inferencer.output_dir / "inference_summary.json").read_text())
     assert summary["scans"]["ct"]["source"] == str(second)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_files_for_slicer_show_the_nodules_where_they_are(chest_runs, flipped):
+    _, mask, nodule, folder = chest_runs[flipped]
+    (segment,) = read_mask(folder / "predicted_masks" / "chest.seg.nrrd").segments
+    assert segment.name == f"nodule 1: {nodule['diameter_mm']:.1f} mm, {nodule['probability']:.2f}"
+    shown = read_marks([folder / "predicted_masks" / "chest.seg.nrrd"], None, Geometry.from_image(mask))
+    assert int(shown.nodules[0].inside.sum()) == int(sitk.GetArrayFromImage(mask).sum())
+    np.testing.assert_allclose(shown.nodules[0].center_xyz, nodule["center_world"], atol=2.0)  # coarser voxels
+    points = json.loads((folder / "predicted_masks" / "chest.mrk.json").read_text())["markups"][0]["controlPoints"]
+    assert [point["position"] for point in points] == [nodule["center_world"]]
 
 
 @pytest.mark.parametrize("flipped", [False, True])
