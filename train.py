@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -103,6 +103,9 @@ from utils import (
 )
 from validate import ValidationResult, Validator, delete_results_of_run
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 logger = logging.getLogger(__name__)
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -111,7 +114,7 @@ AUGMENTATION = Augmentation()
 LEAST_SHARE = 1e-4  # of voxels that an untrained network takes for nodule; from 1e-5 on, one did not learn in trials
 WARM_UP = 3  # eager steps before capture: cuDNN tries its kernels, AdamW allocates its state
 # Files of a run, and TensorBoard's beside them.
-RUN_FILE = re.compile(r"checkpoints/(best_model|checkpoint_epoch_\d+)\.pth|log\.csv")
+RUN_FILE = re.compile(r"checkpoints/(best_model|checkpoint_epoch_\d+)\.pth|log\.csv|curves\.png")
 LOG_FILE = re.compile(r"logs_\d{8}-\d{6}/events\.out\.tfevents.*")
 GPU_SETTINGS = ("num_workers", "speed.record_steps")
 REPORT_EVERY = 10  # steps between reads of what lies on the device; each read makes the host wait for it
@@ -847,10 +850,14 @@ class Trainer:
         return row
 
     def _write_log(self, result: ValidationResult | None) -> None:
-        """log.csv, and TensorBoard's figures and picture of the epoch that is done."""
+        """log.csv, curves.png, and TensorBoard's figures and picture of the epoch that is done."""
         if self.writer is None:
             return
-        write_csv(self.output_dir / "log.csv", pd.DataFrame(self.log))
+        table = pd.DataFrame(self.log)
+        write_csv(self.output_dir / "log.csv", table)
+        if result is not None or self.epoch == self.num_epochs:
+            with atomic_path(self.output_dir / "curves.png") as temporary:
+                draw_curves(table).savefig(temporary)
         with naming(Path(self.writer.log_dir)):
             for name, value in self.log[-1].items():
                 if name != "epoch" and not name.endswith("_seconds") and math.isfinite(value):
@@ -1204,6 +1211,35 @@ def _first_good(paths: Sequence[Path]) -> Checkpoint | None:
         except InputError as error:  # damage alone; for want of memory or permission no older one is taken
             logger.warning("%s", error)
     return None
+
+
+def draw_curves(log: pd.DataFrame) -> Figure:
+    """Losses and validation Dice over the epochs, and the learning rate.
+
+    Args:
+        log: As in ``log.csv``.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), dpi=100, layout="constrained")
+    losses, scores = figure.subplots(1, 2)
+    losses.plot(log["epoch"], log["train_loss"], label="training")
+    losses.set(xlabel="epoch", ylabel="loss", title="loss")
+    validated = log.dropna(subset=["validation_loss"]) if "validation_loss" in log else log[:0]
+    if len(validated):
+        losses.plot(validated["epoch"], validated["validation_loss"], "o-", markersize=3, label="validation")
+        for name, label in (("validation_dice", "Dice per scan"), ("validation_sensitivity", "sensitivity")):
+            scores.plot(validated["epoch"], validated[name], "o-", markersize=3, label=label)
+        scores.legend(loc="lower right", frameon=False)
+    losses.legend(loc="upper right", frameon=False)
+    scores.set(xlabel="epoch", title="validation", ylim=(0, 1), xlim=losses.get_xlim())
+    rates = scores.twinx()
+    rates.plot(log["epoch"], log["learning_rate"], color="0.6", linestyle=":")
+    rates.set_ylabel("learning rate (dotted)", color="0.5")
+    rates.set_ylim(0, None)
+    for axes in (losses, scores):
+        axes.grid(color="0.9")
+    return figure
 
 
 def _render(figure: Any) -> np.ndarray:

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
@@ -74,6 +75,7 @@ def test_writes_checkpoints_split_log_and_tensorboard(run_dir):
     names = {path.name for path in (run_dir / "checkpoints").iterdir()}
     assert names == {"best_model.pth", "checkpoint_epoch_2.pth", "split.json"}
     assert pd.read_csv(run_dir / "log.csv")["epoch"].tolist() == [1, 2]
+    assert matplotlib.image.imread(run_dir / "curves.png").shape == (400, 1000, 4)
     assert list(run_dir.glob("logs_*/events*"))
 
 
