@@ -750,8 +750,7 @@ def _draw_nodules(
         return (draw_sphere(prepared.grid, center, diameter), "sphere") if drawn is None else (drawn, "lidc")
 
     listed = [((x, y, z), diameter) for x, y, z, diameter in task.case.nodules]
-    reaches = [max(diameter / 2, SAME_NODULE_MM) for _, diameter in listed]
-    assigned = marks.assign([center for center, _ in listed], reaches)
+    assigned = marks.assign([center for center, _ in listed])
     known = [(center, diameter, mark) for (center, diameter), mark in zip(listed, assigned, strict=True)]
     others = [mark for mark in marks.nodules if not any(mark is other for other in assigned)]
     nodules = []

@@ -1460,6 +1460,9 @@ def parts_of(
         checkpoint_path: Checkpoint of the network, beside which its split may lie; None: there is no split.
         seen: The scans that the checkpoint says it has seen; None: it says nothing.
 
+    Raises:
+        InputError: The split is that of another network.
+
     Returns:
         {series UID: its part of the split beside the checkpoint. It is SEEN instead where the network learnt from the
         scan or its patient otherwise, 'new' in no part, and 'unknown' where neither split nor checkpoint tells}.
@@ -1467,6 +1470,13 @@ def parts_of(
     path = None if checkpoint_path is None else split_path(checkpoint_path)
     own = read_split(path).parts if path is not None and path.is_file() else {}
     seen = seen or {}
+    trained = {uid for uid, (_, part) in seen.items() if part == "train"}
+    strangers = trained - {uid for uid, part in own.items() if part == "train"} if own else set()
+    check(
+        not strangers,
+        f"{path} is not the split of {checkpoint_path}, which learnt from {min(strangers, default='')}; keep beside a "
+        "checkpoint its own split.json, or none",
+    )
     learnt = {uid: patient for uid, (patient, part) in seen.items() if not own or part != "validation"}
     theirs = {patient for patient in learnt.values() if patient is not None}
     earlier = {patient for patient, part in seen.values() if patient is not None and part == "earlier"}
@@ -1493,6 +1503,11 @@ def choose_scans(
     check(subset in get_args(Subset), f"subset must be one of {', '.join(get_args(Subset))}, not {subset!r}")
     path = split_path(checkpoint_path)
     if subset != "all" and not (subset == "new" and seen):
+        advice = "; or name the subset 'new' or 'all', since the checkpoint itself says what it has seen"
+        if seen and not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist; keep split.json of the training beside its checkpoints{advice}"
+            )
         read_split(path)  # says what is missing
     metadata = {uid: readable_metadata(data_dir, uid) for uid in read_processed_list(data_dir)}
     patients = {uid: scan.patient if scan else None for uid, scan in metadata.items()}

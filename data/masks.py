@@ -13,7 +13,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,16 @@ MIN_EQUAL_GAPS = 2  # between the slices of a segmentation, for them to be its u
 LEAST_DIAMETER_MM = 2.0  # of a marked region that is a nodule; a smaller one is a slip of the brush
 MOST_DIAMETER_MM = 150.0  # 1.8 litres
 APART_MM = 5.0  # parts of one label whose boxes lie so far from each other are several nodules
-SAME_FINDING = 0.1  # of the smaller region, that regions of two masks share where they are of one finding
+MOST_PARTS = 200  # of one label; of more, each is a nodule
+SAME_NODULE_MM = 3.0  # an annotation this near to what a mask marks is of that nodule
+MOST_BALLS = 30  # that a finding in doubt is covered with ...
+ENOUGH_COVERED = 0.8  # ... up to this share of it
+MOST_SHIFT = 0.75  # voxel edges, by which a mask may lie beside its scan
 MOST_RIM_MM = 3.0  # how far readers may differ about where a nodule ends
 MAX_ROUNDING = 1e-3  # of labels that were stored as scaled numbers
-MIN_LEVELS = 4  # labels, from which on they may be levels of a picture
-MOST_TOUCHING = 0.5  # of the voxels, that may lie beside another label
+MIN_LEVELS = 3  # labels, from which on they may be levels of a picture
+MOST_NESTED = 0.5  # of the labels that may lie within another one, and of the voxels that may touch one
+USUAL_STEP_MM = 5.0  # slices are seldom further apart
 
 
 @dataclass(frozen=True)
@@ -94,14 +99,6 @@ class Segment:
         z, y, x = (int(size) for size in np.add(self.lower, offset_zyx))
         return replace(self, lower=(z, y, x))
 
-    def overlap(self, other: Segment) -> int:
-        """Number of voxels that both hold."""
-        lower, upper = np.maximum(self.lower, other.lower), np.minimum(self.box.upper, other.box.upper)
-        if (upper <= lower).any():
-            return 0
-        shared = [part.inside[Box.of_size(lower - part.lower, upper - lower).slices] for part in (self, other)]
-        return int((shared[0] & shared[1]).sum())
-
     def is_one_of(self, labels: Sequence[str]) -> bool:
         """Whether some label is its number or, as a pattern such as 'gtv*' and in any case, its name."""
         words, name = [label.strip().lower() for label in labels], self.name.strip().lower()
@@ -123,12 +120,11 @@ class Mask:
     geometry: Geometry
     segments: list[Segment]
 
-    def chosen(self, labels: Sequence[str] | None) -> Mask:
-        """With some labels alone; None takes those that are called lesions or, where none is, all."""
-        lesions = [segment for segment in self.segments if segment.is_lesion]
+    def chosen(self, labels: Sequence[str] | None, has_lesions: bool) -> Mask:
+        """With some labels alone; None takes all or, where ``has_lesions``, those that are called lesions."""
         if labels is not None:
             return Mask(self.geometry, [segment for segment in self.segments if segment.is_one_of(labels)])
-        return Mask(self.geometry, lesions or self.segments)
+        return Mask(self.geometry, [segment for segment in self.segments if segment.is_lesion or not has_lesions])
 
 
 @dataclass(frozen=True)
@@ -160,11 +156,27 @@ class MarkedNodule:
         return float(2 * (3 * self.inside.sum() * self.geometry.voxel_volume_mm3 / (4 * math.pi)) ** (1 / 3))
 
     def distance_mm(self, position_xyz: Vector) -> float:
-        """Of a position from its middle; 0 where the position lies in it."""
-        index = np.rint(self.geometry.index(position_xyz)).astype(int)
-        is_in_box = bool(((index >= 0) & (index < self.inside.shape)).all())
-        is_inside = is_in_box and bool(self.inside[tuple(index)])
-        return 0.0 if is_inside else float(np.linalg.norm(np.subtract(position_xyz, self.center_xyz)))
+        """Of a position from its nearest voxel."""
+        voxels = self.geometry.world(np.argwhere(self.inside))
+        return float(np.linalg.norm(voxels - position_xyz, axis=1).min())
+
+    def balls(self) -> list[tuple[float, float, float, float]]:
+        """Centres (x, y, z) and diameters in mm of balls that cover it: one where it is round, or else those in it."""
+        voxels = np.argwhere(self.inside)
+        places = self.geometry.world(voxels)
+        whole = (*self.center_xyz, max(self.diameter_mm, LEAST_DIAMETER_MM))
+        if (np.linalg.norm(places - whole[:3], axis=1) <= whole[3] / 2).mean() >= ENOUGH_COVERED:
+            return [whole]
+        depth_mm = ndimage.distance_transform_edt(np.pad(self.inside, 1), sampling=self.geometry.spacing_zyx)
+        depths, least = depth_mm[tuple(voxels.T + 1)], (1 - ENOUGH_COVERED) * len(voxels)
+        balls: list[tuple[float, float, float, float]] = []
+        while len(places) > least and len(balls) < MOST_BALLS:
+            deepest = depths.argmax()
+            center, radius = places[deepest], max(float(depths[deepest]), LEAST_DIAMETER_MM / 2)
+            balls.append((*center.tolist(), 2 * radius))
+            left = np.linalg.norm(places - center, axis=1) > radius
+            places, depths = places[left], depths[left]
+        return balls
 
 
 @dataclass(frozen=True)
@@ -183,19 +195,19 @@ class Marks:
 
     @property
     def excluded(self) -> list[tuple[float, float, float, float]]:
-        """Centre (x, y, z) and diameter in mm of the doubtful ones."""
-        return [(*mark.center_xyz, max(mark.diameter_mm, LEAST_DIAMETER_MM)) for mark in self.doubtful]
+        """Centres (x, y, z) and diameters in mm of balls that fill the doubtful ones."""
+        return [ball for mark in self.doubtful for ball in mark.balls()]
 
-    def assign(self, centers_xyz: Sequence[Vector], reaches_mm: Sequence[float]) -> list[MarkedNodule | None]:
-        """The nodule of each annotated position: the one that it lies in, or else the nearest within its reach.
+    def assign(self, centers_xyz: Sequence[Vector]) -> list[MarkedNodule | None]:
+        """The nodule of each annotated position: the one that it lies in, or the nearest within SAME_NODULE_MM.
 
         No nodule is that of two positions; the nearest pairs come first.
         """
         pairs = [
             (distance, position, nodule)
-            for position, (center, reach) in enumerate(zip(centers_xyz, reaches_mm, strict=True))
+            for position, center in enumerate(centers_xyz)
             for nodule, mark in enumerate(self.nodules)
-            if (distance := mark.distance_mm(center)) < reach
+            if (distance := mark.distance_mm(center)) < SAME_NODULE_MM
         ]
         found: dict[int, int] = {}
         for _, position, nodule in sorted(pairs):
@@ -310,7 +322,8 @@ def _owner_of(path: Path, owners: Mapping[str, str]) -> tuple[str | None, str]:
         data = import_pydicom().dcmread(path, specific_tags=["ReferencedSeriesSequence"], stop_before_pixels=True)
         series = data.get("ReferencedSeriesSequence") or []
         reason = "a DICOM segmentation that does not say which series it was drawn on; save it as .nii.gz"
-        return (str(series[0].SeriesInstanceUID), "") if series else (None, reason)
+        uid = series[0].get("SeriesInstanceUID") if series else None
+        return (str(uid), "") if uid else (None, reason)
     if kind == CONTOURS_CLASS:
         return None, "RT structure sets are not read; convert them to DICOM segmentations or .nii.gz, e.g. by 3D Slicer"
     if kind is not None:
@@ -336,46 +349,49 @@ def read_marks(paths: Sequence[Path], labels: Sequence[str] | None, scan: Geomet
     """The nodules that the masks of one scan show.
 
     Of one mask each label is a nodule, and so are parts of it whose boxes lie APART_MM or more from each other; of a
-    mask with one label each connected region is a nodule. Of several masks, regions that overlap are of one finding.
-    There are as many readers as the most masks that marked one finding, and the empty masks. A voxel is nodule where
-    more than half of the readers marked it.
+    mask with one label each connected region is a nodule. Several masks are those of several readers: a voxel is nodule
+    where more than half of the masks mark it, and each connected region is one. Masks that share no voxel are of
+    different nodules.
 
     Args:
         paths: The masks.
         labels: Numbers, and names or patterns of names such as 'gtv*', of the labels that are nodules. None takes
             those that a DICOM segmentation calls lesions, or else all.
-        scan: Grid of the scan, on which readers are compared.
+        scan: Grid of the scan.
 
     Raises:
         FileNotFoundError: A file is missing.
         InputError: A file is no mask, or marks what is too large for a nodule.
     """
     whole = [read_mask(path) for path in paths]
-    masks = [mask.chosen(labels) for mask in whole]
+    has_lesions = any(segment.is_lesion for mask in whole for segment in mask.segments)
+    masks = [mask.chosen(labels, has_lesions) for mask in whole]
     for path, mask in zip(paths, masks, strict=True):
         _check_sizes(path, mask)
-    notes = [_note_on_labels(whole, masks), _note_on_places(whole, scan)]
-    nodules: list[MarkedNodule] = []
-    doubtful: list[MarkedNodule] = []
-    if len(masks) == 1:
-        segments = masks[0].segments
-        for segment in segments:
-            regions = _parts(segment, masks[0].geometry, APART_MM if len(segments) > 1 else 0.0)
-            nodules += [region for region in regions if region.diameter_mm >= LEAST_DIAMETER_MM]
-            doubtful += [region for region in regions if region.diameter_mm < LEAST_DIAMETER_MM]
-    elif any(mask.segments for mask in masks):
-        findings = _findings([_union(mask, scan) for mask in masks])
-        readers = max((len({mask for mask, _ in finding}) for finding in findings), default=1)
-        readers += sum(not mask.segments for mask in whole)
-        for finding in findings:
-            sure, unsure = _settle(finding, readers, scan)
-            nodules += sure
-            doubtful += unsure
-        if readers == 1:
-            notes.append(f"its {len(masks)} masks share no place, so they are taken for masks of different nodules")
-        elif doubtful and not nodules:
-            notes.append(f"its {readers} readers agree on no place, so that nothing they marked is a nodule")
+    notes = [_note_on_labels(whole, masks) if labels is not None else "", _note_on_places(whole, scan)]
+    # A mask of other labels alone is no reader, an empty one is.
+    readers = [own for mask, own in zip(whole, masks, strict=True) if own.segments or not mask.segments]
+    if not any(mask.segments for mask in readers):
+        return Marks([], [], "; ".join(filter(None, notes)))
+    votes, grid = _count_votes(readers)
+    share_nothing = votes.max() == 1 and all(mask.segments for mask in readers)
+    if len(readers) > 1 and share_nothing:
+        notes.append(f"its {len(readers)} masks share no voxel, so they are taken for masks of different nodules")
+    if share_nothing:
+        regions = [region for mask in readers for region in _nodules_of(mask)]
+        nodules = [region for region in regions if region.diameter_mm >= LEAST_DIAMETER_MM]
+        doubtful = [region for region in regions if region.diameter_mm < LEAST_DIAMETER_MM]
+    else:
+        nodules, doubtful = _settle(votes, len(readers) / 2, grid)
+        if doubtful and not nodules:
+            notes.append(f"its {len(readers)} masks agree on no place, so that nothing they mark is a nodule")
     return Marks(nodules, doubtful, "; ".join(filter(None, notes)))
+
+
+def _nodules_of(mask: Mask) -> list[MarkedNodule]:
+    """The regions that are nodules where there is no other mask."""
+    apart_mm = APART_MM if len(mask.segments) > 1 else 0.0
+    return [part for segment in mask.segments for part in _parts(segment, mask.geometry, apart_mm)]
 
 
 def _note_on_labels(whole: Sequence[Mask], chosen: Sequence[Mask]) -> str:
@@ -386,16 +402,13 @@ def _note_on_labels(whole: Sequence[Mask], chosen: Sequence[Mask]) -> str:
 
 
 def _note_on_places(masks: Sequence[Mask], scan: Geometry) -> str:
-    """Whether a mask of the scan's shape lies elsewhere, or another one outside of the scan."""
-    moved = [mask for mask in masks if mask.geometry.shape_zyx == scan.shape_zyx and not _is_same(mask.geometry, scan)]
-    if not moved:
-        outside = sum(bool(mask.segments) and _union(mask, scan) is None for mask in masks)
-        return f"{outside} of its masks lie outside of the scan" if outside else ""
-    apart = float(np.linalg.norm(moved[0].geometry.world((0, 0, 0)) - scan.world((0, 0, 0))))
-    return (
-        f"a mask has the shape of its scan and lies elsewhere (its first voxel by {apart:.1f} mm); does its header "
-        "belong to it?"
-    )
+    """Whether a mask of as many voxels as its scan lies elsewhere; another order of the axes is no other place."""
+    ends = np.array(scan.bounds())
+    for mask in masks:
+        apart = float(np.abs(np.array(mask.geometry.bounds()) - ends).max())
+        if sorted(mask.geometry.shape_zyx) == sorted(scan.shape_zyx) and apart > MOST_SHIFT * max(scan.spacing):
+            return f"a mask has as many voxels as its scan and lies {apart:.1f} mm away; does its header belong to it?"
+    return ""
 
 
 def _check_sizes(path: Path, mask: Mask) -> None:
@@ -412,23 +425,19 @@ def _check_sizes(path: Path, mask: Mask) -> None:
 def _parts(segment: Segment, geometry: Geometry, apart_mm: float) -> list[MarkedNodule]:
     """The connected regions of a segment; those whose boxes lie less than ``apart_mm`` from each other are one."""
     local = geometry.cropped(segment.box)
-    if not apart_mm:
-        return _regions(segment.inside, local)
     numbers, boxes = _label(segment.inside)
-    parts = []
-    for members in _groups(len(boxes), lambda one, other: _gap_mm(boxes[one], boxes[other], geometry) < apart_mm):
-        box = _around([boxes[member] for member in members])
-        parts.append(MarkedNodule(np.isin(numbers[box.slices], np.add(members, 1)), local.cropped(box)))
-    return parts
-
-
-def _groups(count: int, belong: Callable[[int, int], bool]) -> list[list[int]]:
-    """Things 0 to ``count`` - 1, those together that belong to each other, directly or by others."""
-    group = np.arange(count)
-    for one, other in itertools.combinations(range(count), 2):
-        if group[one] != group[other] and belong(one, other):
+    if not apart_mm or len(boxes) > MOST_PARTS:
+        return _regions(segment.inside, local)
+    group = np.arange(len(boxes))
+    for one, other in itertools.combinations(range(len(boxes)), 2):
+        if _gap_mm(boxes[one], boxes[other], geometry) < apart_mm:
             group[group == group[other]] = group[one]
-    return [np.flatnonzero(group == number).tolist() for number in np.unique(group)]
+    parts = []
+    for number in np.unique(group):
+        members = np.flatnonzero(group == number)
+        box = _around([boxes[member] for member in members])
+        parts.append(MarkedNodule(np.isin(numbers[box.slices], members + 1), local.cropped(box)))
+    return parts
 
 
 def _gap_mm(one: Box, other: Box, geometry: Geometry) -> float:
@@ -459,77 +468,68 @@ def _regions(inside: np.ndarray, geometry: Geometry) -> list[MarkedNodule]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------ readers
+def _count_votes(masks: Sequence[Mask]) -> tuple[np.ndarray, Geometry]:
+    """Number of masks that mark each voxel (z, y, x) of a grid around all that they mark, and that grid.
 
-Finding = list[tuple[int, Segment]]  # regions that overlap, each with the number of its mask
-
-
-def _union(mask: Mask, grid: Geometry) -> Segment | None:
-    """All that a mask marks, on a grid; None where it marks nothing there."""
-    parts = [part for segment in mask.segments if (part := _on_grid(segment, mask.geometry, grid)) is not None]
-    if not parts:
-        return None
-    box = _around([part.box for part in parts])
-    inside = np.zeros(box.shape_zyx, bool)
-    for part in parts:
-        inside[part.moved(np.negative(box.lower)).box.slices] |= part.inside
-    return Segment(0, "", False, box.lower, inside)
-
-
-def _findings(unions: Sequence[Segment | None]) -> list[Finding]:
-    """The connected regions of all masks, those together that overlap by SAME_FINDING of the smaller one."""
-    regions: Finding = []
-    for mask, union in enumerate(unions):
-        if union is not None:
-            numbers, boxes = _label(union.inside)
-            for number, box in enumerate(boxes, start=1):
-                region = Segment(0, "", False, box.lower, numbers[box.slices] == number)
-                regions.append((mask, region.moved(union.lower)))
-
-    def overlap(one: int, other: int) -> bool:
-        """Whether two regions are of one finding."""
-        (mask, region), (other_mask, other_region) = regions[one], regions[other]
-        if mask == other_mask:
-            return False
-        least = min(region.inside.sum(), other_region.inside.sum())
-        return region.overlap(other_region) >= SAME_FINDING * least
-
-    return [[regions[member] for member in members] for members in _groups(len(regions), overlap)]
-
-
-def _settle(finding: Finding, readers: int, grid: Geometry) -> tuple[list[MarkedNodule], list[MarkedNodule]]:
-    """What of a finding is nodule, and what is in doubt."""
-    box = _around([region.box for _, region in finding])
-    votes = np.zeros(box.shape_zyx, np.uint8)
-    for mask in {mask for mask, _ in finding}:
+    It has the voxels of the finest mask, so that no mask loses what it marks.
+    """
+    finest = min((mask.geometry for mask in masks if mask.segments), key=lambda grid: grid.voxel_volume_mm3)
+    corners = [
+        finest.index(mask.geometry.cropped(segment.box).world(_corners(segment.inside.shape)))
+        for mask in masks
+        for segment in mask.segments
+    ]
+    lower = np.floor(np.min(corners, axis=(0, 1))).astype(int)
+    grid = finest.cropped(Box.of_size(lower, np.ceil(np.max(corners, axis=(0, 1))).astype(int) + 1 - lower))
+    votes = np.zeros(grid.shape_zyx, np.uint8)
+    for mask in masks:
         own = np.zeros(votes.shape, bool)
-        for region in (region.moved(np.negative(box.lower)) for other, region in finding if other == mask):
-            own[region.box.slices] |= region.inside
+        for segment in mask.segments:
+            part = _on_grid(segment, mask.geometry, grid)
+            if part is not None:
+                own[part.box.slices] |= part.inside
         votes += own
-    local = grid.cropped(box)
-    sure = np.zeros(votes.shape, bool)
-    nodules = [region for region in _regions(votes > readers / 2, local) if region.diameter_mm >= LEAST_DIAMETER_MM]
-    if not nodules:
-        return [], [MarkedNodule(votes > 0, local)]
-    for nodule in nodules:
-        lower = np.rint(local.index(nodule.geometry.origin)).astype(int)
-        sure[Box.of_size(lower, nodule.inside.shape).slices] |= nodule.inside
-    beyond_mm = ndimage.distance_transform_edt(~sure, sampling=local.spacing_zyx)
-    numbers, boxes = _label((votes > 0) & ~sure)
-    doubtful = []
-    for number, part in enumerate(boxes, start=1):
-        inside = numbers[part.slices] == number
-        if beyond_mm[part.slices][inside].max() > MOST_RIM_MM:  # further than readers differ about a nodule's edge
-            doubtful.append(MarkedNodule(inside, local.cropped(part)))
+    return votes, grid
+
+
+def _settle(votes: np.ndarray, needed: float, grid: Geometry) -> tuple[list[MarkedNodule], list[MarkedNodule]]:
+    """What is nodule, marked by more masks than ``needed``, and what is in doubt.
+
+    Args:
+        votes: Number of masks that mark each voxel (z, y, x).
+        needed: See above.
+        grid: Where the voxels lie.
+    """
+    nodules, doubtful = [], []
+    numbers, boxes = _label(votes > 0)
+    for number, box in enumerate(boxes, start=1):
+        marked, local = numbers[box.slices] == number, grid.cropped(box)
+        agreed = marked & (votes[box.slices] > needed)
+        sure = [region for region in _regions(agreed, local) if region.diameter_mm >= LEAST_DIAMETER_MM]
+        nodules += sure
+        if not sure:
+            doubtful.append(MarkedNodule(marked, local))
+        elif (agreed != marked).any():
+            kept = np.zeros(marked.shape, bool)
+            for region in sure:
+                lower = np.rint(local.index(region.geometry.origin)).astype(int)
+                kept[Box.of_size(lower, region.inside.shape).slices] |= region.inside
+            beyond_mm = ndimage.distance_transform_edt(~kept, sampling=local.spacing_zyx)
+            # Readers differ by some mm about where a nodule ends.
+            beyond = _regions(marked & (beyond_mm > MOST_RIM_MM), local)
+            doubtful += [region for region in beyond if region.diameter_mm >= LEAST_DIAMETER_MM]
     return nodules, doubtful
+
+
+def _corners(shape_zyx: Sequence[int]) -> np.ndarray:
+    """(8, 3) the voxels (z, y, x) at the corners of an array."""
+    return np.array(list(np.ndindex(2, 2, 2))) * (np.asarray(shape_zyx) - 1)
 
 
 def _on_grid(segment: Segment, geometry: Geometry, grid: Geometry) -> Segment | None:
     """A segment of a mask on another grid; None where nothing of it lies there."""
-    if _is_same(geometry, grid):
-        return segment
     local = geometry.cropped(segment.box)
-    corners = grid.index(local.world(list(np.ndindex(2, 2, 2)) * (np.asarray(local.shape_zyx) - 1)))
+    corners = grid.index(local.world(_corners(local.shape_zyx)))
     lower = np.clip(np.floor(corners.min(axis=0)).astype(int) - 1, 0, grid.shape_zyx)
     upper = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 2, 0, grid.shape_zyx)
     if (upper <= lower).any():
@@ -555,7 +555,10 @@ def read_mask(path: Path) -> Mask:
         InputError: It is no mask: its values are no labels, or it does not say where its voxels lie.
     """
     if class_of(path) in SEG_CLASSES:
-        return _read_dicom(path)
+        try:
+            return _read_dicom(path)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise InputError(f"{path} lacks what a DICOM segmentation must hold ({error}); save it again") from error
     if path.name.lower().endswith(SEGMENTATION):
         return _read_slicer(path)
     image = read_scan(path, constant=True)
@@ -577,7 +580,7 @@ def _split_labels(path: Path, labels: np.ndarray) -> Iterator[Segment]:
         "numbers from 1 on, and background is 0",
     )
     check(bool((labels == 0).any()), f"{path} is no mask of labels: none of its voxels is 0, which must be background")
-    _check_levels(path, rounded, len(numbers))
+    _check_levels(path, rounded, numbers)
     inside = rounded
     for number in numbers.tolist():
         segment = Segment.of(int(number), inside == number)
@@ -585,20 +588,24 @@ def _split_labels(path: Path, labels: np.ndarray) -> Iterator[Segment]:
         yield segment.moved(box.lower)
 
 
-def _check_levels(path: Path, labels: np.ndarray, count: int) -> None:
-    """Refuses a picture or a map of probabilities, whose values lie in each other like shells."""
-    if count < MIN_LEVELS:
+def _check_levels(path: Path, labels: np.ndarray, numbers: np.ndarray) -> None:
+    """Refuses a picture or a map of probabilities or votes, whose values lie in each other like shells."""
+    if len(numbers) < MIN_LEVELS:
         return
-    padded = np.pad(labels, 1)
-    touches = np.zeros(labels.shape, bool)
-    for axis in range(3):
-        for step in (-1, 1):
-            beside = np.roll(padded, step, axis)[1:-1, 1:-1, 1:-1]
-            touches |= (beside != 0) & (beside != labels) & (labels != 0)
+    spans = ndimage.find_objects(np.searchsorted(numbers, labels, side="right") * (labels != 0))
+    lower, upper = (
+        np.array([[getattr(part, end) for part in span] for span in spans if span]) for end in ("start", "stop")
+    )
+    holds = ((lower[:, None] <= lower[None]) & (upper[:, None] >= upper[None])).all(axis=2)
+    nested = (holds.sum(axis=0) > 1).mean()  # each holds itself
+    padded, touches = np.pad(labels, 1), np.zeros(labels.shape, bool)
+    for axis, step in itertools.product(range(3), (-1, 1)):
+        beside = np.roll(padded, step, axis)[1:-1, 1:-1, 1:-1]
+        touches |= (beside != 0) & (beside != labels) & (labels != 0)
     share = touches.sum() / (labels != 0).sum()
     check(
-        share < MOST_TOUCHING,
-        f"{path} is no mask of labels: its {count} values lie in each other like the levels of a picture or of "
+        min(nested, share) < MOST_NESTED,
+        f"{path} is no mask of labels: its {len(numbers)} values lie in each other like the levels of a picture or of "
         "probabilities; threshold it, or resample masks by the nearest neighbour",
     )
 
@@ -626,7 +633,7 @@ def _read_slicer(path: Path) -> Mask:
     if not numbers:
         check(layers.shape[-1] == 1, f"{path} does not say what its {layers.shape[-1]} layers are; save it again")
         return Mask(geometry, list(_split_labels(path, layers[..., 0])))
-    segments = []
+    segments, described = [], set()
     for number in numbers:
         texts = fields[f"Segment{number}_LabelValue"], fields.get(f"Segment{number}_Layer", "0")
         label, layer = (int(text) if text.isdigit() else -1 for text in texts)
@@ -635,7 +642,14 @@ def _read_slicer(path: Path) -> Mask:
             f"{path}: segment {number} has the label {texts[0]!r} in layer {texts[1]!r} of {layers.shape[-1]}; save it "
             "again",
         )
-        segments.append(Segment.of(label, layers[..., layer] == label, fields.get(f"Segment{number}_Name", "")))
+        if (label, layer) not in described:
+            segments.append(Segment.of(label, layers[..., layer] == label, fields.get(f"Segment{number}_Name", "")))
+        described.add((label, layer))
+    for layer in range(layers.shape[-1]):
+        others = [
+            segment for segment in _split_labels(path, layers[..., layer]) if (segment.number, layer) not in described
+        ]
+        segments += others
     return Mask(geometry, [segment for segment in segments if segment is not None])
 
 
@@ -742,4 +756,4 @@ class _DicomSegmentation:
         smallest = float(gaps.min())
         is_common = np.isclose(gaps, smallest, rtol=0.02).sum() >= MIN_EQUAL_GAPS
         is_multiple = thickness > 0 and abs(smallest / thickness - round(smallest / thickness)) < 0.1
-        return thickness if is_multiple and smallest > thickness and not is_common else smallest
+        return thickness if is_multiple and smallest > max(thickness, USUAL_STEP_MM) and not is_common else smallest

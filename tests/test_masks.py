@@ -125,12 +125,18 @@ DISTANCE = np.linalg.norm(np.indices((20, 24, 28)).reshape(3, -1).T - (10, 12, 1
         (1 + blocks(_1=(4, 4, 4, 6)), "none of its voxels is 0, which must be background"),
         ((100 * np.exp(-(DISTANCE**2) / 30)).round(), "like the levels of a picture or of probabilities"),
         (np.clip(255 * (6 - DISTANCE) / 2, 0, 255).round(), "like the levels of a picture or of probabilities"),
+        (np.clip(4 - DISTANCE // 2, 0, 3), "like the levels of a picture or of probabilities"),  # votes of readers
     ],
 )
 def test_what_is_no_mask_is_refused(tmp_path, values, reason):
     path = write(tmp_path / "a.mha", values.astype(np.float32))
     with pytest.raises(InputError, match=f"is no mask of labels: .*{reason}"):
         read_mask(path)
+
+
+def test_nodules_that_touch_are_no_levels_of_a_picture(tmp_path):
+    array = blocks(_1=(2, 2, 2, 3), _2=(2, 2, 5, 3), _3=(2, 5, 2, 3), _4=(2, 5, 5, 3), _5=(5, 2, 2, 3))
+    assert len(marks_in(write(tmp_path / "a.mha", array)).nodules) == 5
 
 
 def test_labels_that_were_asked_for_and_are_not_there_are_told(tmp_path):
@@ -140,7 +146,7 @@ def test_labels_that_were_asked_for_and_are_not_there_are_told(tmp_path):
 
 def test_mask_that_lost_its_place_is_told(tmp_path):
     path = write(tmp_path / "a.mha", blocks(_1=(2, 2, 2, 4)), origin=(3.0, 4.0, 0.0))
-    assert "has the shape of its scan and lies elsewhere (its first voxel by 5.0 mm)" in marks_in(path).note
+    assert "a mask has as many voxels as its scan and lies 4.0 mm away" in marks_in(path).note
 
 
 def test_label_that_is_too_large_for_a_nodule_is_refused(tmp_path):
@@ -162,43 +168,12 @@ def test_a_voxel_is_nodule_where_more_than_half_of_the_readers_marked_it(tmp_pat
     assert [(mark[:3], round(mark[3], 2)) for mark in marks.excluded] == [((21.0, 15.0, 15.0), 3.72)]  # one of three
 
 
-def test_masks_that_share_no_place_are_those_of_different_nodules(tmp_path):
-    places = [(2, 2, 2, 4), (12, 12, 12, 4), (2, 16, 20, 4)]
-    paths = [write(tmp_path / f"{n}.mha", blocks(_1=place)) for n, place in enumerate(places)]
-    marks = marks_in(*paths)
-    assert (len(marks.nodules), marks.doubtful) == (3, [])
-    assert marks.note == "its 3 masks share no place, so they are taken for masks of different nodules"
-
-
-def test_masks_of_each_nodule_by_each_reader_are_counted_by_place(tmp_path):
-    first, second = (2, 2, 2, 5), (12, 12, 12, 5)  # by three readers and by two of these
-    paths = [write(tmp_path / f"{n}.mha", blocks(_1=place)) for n, place in enumerate([first] * 3 + [second] * 2)]
-    marks = marks_in(*paths)
-    assert ([int(nodule.inside.sum()) for nodule in marks.nodules], marks.doubtful, marks.note) == ([125, 125], [], "")
-    one_alone = write(tmp_path / "one.mha", blocks(_1=(12, 2, 20, 5)))
-    assert (len(marks_in(*paths, one_alone).nodules), len(marks_in(*paths, one_alone).doubtful)) == (2, 1)
-
-
 def test_grid_of_one_reader_does_not_limit_the_others(tmp_path):
     array = blocks(_1=(4, 4, 4, 6))
     cropped = write(tmp_path / "1.mha", array[2:12, 2:12, 2:12], origin=(2.0, 2.0, 2.0))
     others = [write(tmp_path / f"{n}.mha", blocks(_1=[(4, 4, 4, 6), (12, 14, 18, 5)])) for n in (2, 3)]
     expected = [([6.5, 6.5, 6.5], 216), ([20.0, 16.0, 14.0], 125)]
     assert found_in([cropped, *others]) == found_in([*others, cropped]) == expected
-
-
-def test_regions_that_share_little_are_different_findings(tmp_path):
-    both = (12, 12, 20, 5)
-    paths = [write(tmp_path / f"{n}.mha", blocks(_1=[(n, n, n, 5), both])) for n in (2, 6)]  # a voxel of 125
-    marks = marks_in(*paths)
-    assert [int(region.inside.sum()) for region in marks.nodules] == [125]
-    assert [int(region.inside.sum()) for region in marks.doubtful] == [125, 125]
-
-
-def test_masks_of_two_nodules_that_touch_make_no_reader_of_the_others(tmp_path):
-    places = [(2, 2, 2, 4), (6, 6, 6, 4), (12, 2, 2, 4), (2, 12, 12, 4), (12, 12, 20, 4)]
-    paths = [write(tmp_path / f"{n}.mha", blocks(_1=place)) for n, place in enumerate(places)]
-    assert (len(marks_in(*paths).nodules), marks_in(*paths).doubtful) == (5, [])
 
 
 def test_mask_without_the_chosen_labels_is_no_reader(tmp_path):
@@ -208,36 +183,67 @@ def test_mask_without_the_chosen_labels_is_no_reader(tmp_path):
     assert len(marks.nodules) == 1 and marks.note.startswith("1 of its 2 masks hold none of nodule_labels, but 7")
 
 
+def test_masks_that_share_no_voxel_are_those_of_different_nodules(tmp_path):
+    places = [(2, 2, 2, 4), (6, 6, 6, 4), (12, 2, 2, 4), (2, 12, 12, 4), (12, 12, 20, 4)]  # the first two touch
+    paths = [write(tmp_path / f"{n}.mha", blocks(_1=place)) for n, place in enumerate(places)]
+    marks = marks_in(*paths)
+    assert (len(marks.nodules), marks.doubtful) == (5, [])
+    assert marks.note == "its 5 masks share no voxel, so they are taken for masks of different nodules"
+
+
+def test_what_readers_hardly_share_is_in_doubt(tmp_path):
+    both = (12, 12, 20, 5)
+    paths = [write(tmp_path / f"{n}.mha", blocks(_1=[(n, n, n, 5), both])) for n in (2, 6)]  # a voxel of 125
+    marks = marks_in(*paths)
+    assert [int(region.inside.sum()) for region in marks.nodules] == [125]
+    assert [int(region.inside.sum()) for region in marks.doubtful] == [249]
+
+
 def test_readers_who_agree_on_nothing_are_told(tmp_path):
     paths = [write(tmp_path / f"{n}.mha", blocks()) for n in range(2)]
     marks = marks_in(*paths, write(tmp_path / "2.mha", blocks(_1=(4, 4, 4, 6))))
     assert (marks.nodules, len(marks.doubtful)) == ([], 1)
-    assert marks.note == "its 3 readers agree on no place, so that nothing they marked is a nodule"
+    assert marks.note == "its 3 masks agree on no place, so that nothing they mark is a nodule"
 
 
-@pytest.mark.parametrize(("rim", "doubtful"), [(3, 0), (4, 1)])
-def test_rim_that_one_of_three_drew_further_out_is_background_up_to_3_mm(tmp_path, rim, doubtful):
-    paths = [write(tmp_path / f"{n}.mha", blocks(_1=(8, 8, 8, 6))) for n in (1, 2)]
-    wide = write(tmp_path / "3.mha", blocks(_1=(8 - rim, 8 - rim, 8 - rim, 6 + 2 * rim)))
-    marks = marks_in(*paths, wide)
-    assert [int(nodule.inside.sum()) for nodule in marks.nodules] == [216]
-    assert len(marks.doubtful) == (doubtful or int(np.sqrt(3) * rim > 3))  # the corners lie further out
+def ball(center: tuple[int, int, int], radius: float) -> np.ndarray:
+    """A ball around a voxel (z, y, x) of an array of 40 voxels along each edge."""
+    places = np.indices((40, 40, 40)).reshape(3, -1).T
+    return (np.linalg.norm(places - center, axis=1) <= radius).reshape(40, 40, 40).astype(np.uint8)
 
 
-def test_what_one_reader_added_to_a_nodule_is_in_doubt(tmp_path):
-    paths = [write(tmp_path / f"{n}.mha", blocks(_1=(4, 4, 4, 6))) for n in (1, 2)]
-    both = blocks(_1=[(4, 4, 4, 6), (6, 6, 10, 10)])
-    both[3, 3:11, 3:11] = 1  # a rim of one voxel alone is no doubt
-    marks = marks_in(*paths, write(tmp_path / "3.mha", both))
-    assert [int(nodule.inside.sum()) for nodule in marks.nodules] == [216]
-    (more,) = marks.doubtful
-    assert more.inside.sum() >= 900 and np.allclose(more.center_xyz, (14.5, 10.5, 10.5), atol=1)
+def covered(findings) -> np.ndarray:
+    """Voxels that excluded findings cover."""
+    parts = [ball((z, y, x), diameter / 2) for x, y, z, diameter in findings]
+    return np.any(parts, axis=0) if parts else np.zeros((40, 40, 40), bool)
+
+
+def test_rim_that_one_of_three_drew_further_out_is_background_up_to_3_mm(tmp_path):
+    nodule = ball((20, 20, 20), 6)
+    paths = [write(tmp_path / f"{n}.mha", nodule) for n in (1, 2)]
+    assert marks_in(*paths, write(tmp_path / "3.mha", ball((20, 20, 20), 8.9))).doubtful == []
+    marks = marks_in(*paths, write(tmp_path / "4.mha", nodule | ball((20, 20, 29), 5)))
+    assert [int(found.inside.sum()) for found in marks.nodules] == [int(nodule.sum())]
+    assert covered(marks.excluded).any() and not (covered(marks.excluded) & (nodule > 0)).any()
+
+
+def test_long_finding_in_doubt_is_covered_with_balls(tmp_path):
+    bar, nodule = np.zeros((40, 40, 40), np.uint8), ball((30, 30, 30), 4)
+    bar[10:15, 10:15, 2:38] = 1
+    found = covered(marks_in(write(tmp_path / "1.mha", nodule), write(tmp_path / "2.mha", bar | nodule)).excluded)
+    assert (found & (bar > 0)).sum() > 0.7 * bar.sum() and (found & (bar == 0)).sum() < 0.2 * bar.sum()
 
 
 def test_half_of_the_readers_are_not_enough(tmp_path):
     paths = [write(tmp_path / "1.mha", blocks(_1=(4, 4, 4, 6))), write(tmp_path / "2.mha", blocks())]
     marks = marks_in(*paths)
     assert (marks.nodules, len(marks.doubtful)) == ([], 1)  # the second one marked nothing
+
+
+def test_thin_masks_of_a_thick_scan_lose_no_nodule(tmp_path):
+    thick = Geometry((4, 24, 28), (0.0, 0.0, 0.0), (1.0, 1.0, 5.0))
+    paths = [write(tmp_path / f"{n}.mha", blocks(_1=(7, 4, 4, 2))) for n in (1, 2)]  # between two slices
+    assert [int(nodule.inside.sum()) for nodule in marks_in(*paths, scan=thick).nodules] == [8]
 
 
 def test_readers_may_use_other_grids(tmp_path):
@@ -251,8 +257,9 @@ def test_readers_may_use_other_grids(tmp_path):
     away = write(tmp_path / "4.mha", blocks(_1=(4, 4, 4, 8)), origin=(500.0, 0.0, 0.0))
     assert found_in([one, two, three]) == [([7.5, 7.5, 7.5], 512)]
     assert found_in([one, two, three, away]) == [([7.5, 7.5, 7.5], 512)]
-    marks = marks_in(one, two, write(tmp_path / "5.mha", array[:5, :5, :5], origin=(500.0, 0.0, 0.0)))
-    assert (len(marks.nodules), marks.note) == (1, "1 of its masks lie outside of the scan")
+    assert found_in([one, two, away, away]) == []
+    assert "lies 500.0 mm away; does its header belong to it?" in marks_in(one, two, three, away).note
+    assert marks_in(one, three).note == ""  # another order of the voxels is no other place
 
 
 # ----------------------------------------------------------------------------------------------------- 3D Slicer's
@@ -270,6 +277,14 @@ def test_layers_of_slicer_may_overlap(tmp_path):
     assert found_in([path]) == [([4.5] * 3, 216), ([6.5] * 3, 216), ([13.5] * 3, 64)]
     assert found_in([path], ["GTV*"]) == [([4.5] * 3, 216), ([6.5] * 3, 216)]
     assert found_in([path], ["vessel"]) == [([13.5] * 3, 64)]
+
+
+def test_label_that_no_segment_of_slicer_describes_is_a_nodule_too(tmp_path):
+    image = sitk.GetImageFromArray(blocks(_1=(2, 2, 2, 4), _2=(10, 10, 10, 5)))
+    for number in range(2):  # one segment, twice
+        image.SetMetaData(f"Segment{number}_LabelValue", "1")
+    sitk.WriteImage(image, str(tmp_path / "a.seg.nrrd"))
+    assert [segment.number for segment in read_mask(tmp_path / "a.seg.nrrd").segments] == [1, 2]
 
 
 def test_segmentation_of_slicer_without_names_is_a_map_of_labels(tmp_path):
@@ -363,6 +378,8 @@ def test_organs_beside_a_lesion_are_no_nodules_unless_named(tmp_path):
     path = write_seg(tmp_path / "seg.dcm", ("Heart", ORGAN, heart), ("GTV-1", LESION, nodule))
     assert [voxels for _, voxels in found_in([path])] == [216]
     assert [voxels for _, voxels in found_in([path], ["heart"])] == [64]
+    others = write_seg(tmp_path / "organs.dcm", ("Lung", ORGAN, blocks(_1=(2, 2, 2, 14))))
+    assert [voxels for _, voxels in found_in([path, others])] == [216]
     alone = write_seg(tmp_path / "alone.dcm", ("Nodule", ORGAN, heart))  # as 3D Slicer calls everything
     assert [voxels for _, voxels in found_in([alone])] == [64]
 
@@ -411,6 +428,16 @@ def test_background_of_a_map_of_labels_is_no_nodule(tmp_path):
     data.SegmentSequence.insert(0, sequence(SegmentNumber=0, SegmentLabel="Background")[0])
     data.save_as(path)
     assert [voxels for _, voxels in found_in([path])] == [216]
+
+
+@pytest.mark.parametrize("name", ["SegmentSequence", "SegmentationType", "Rows"])
+def test_dicom_segmentation_that_lacks_something_is_refused(tmp_path, name):
+    path = write_seg(tmp_path / "seg", ("a", LESION, blocks(_1=(5, 4, 6, 6))))
+    data = pydicom.dcmread(path)
+    delattr(data, name)
+    data.save_as(path)
+    with pytest.raises(InputError, match=r"lacks what a DICOM segmentation must hold|its frames cannot be read"):
+        read_mask(path)
 
 
 def test_damaged_dicom_segmentation_is_refused(tmp_path):
