@@ -1503,10 +1503,10 @@ def choose_scans(
     check(subset in get_args(Subset), f"subset must be one of {', '.join(get_args(Subset))}, not {subset!r}")
     path = split_path(checkpoint_path)
     if subset != "all" and not (subset == "new" and seen):
-        advice = "; or name the subset 'new' or 'all', since the checkpoint itself says what it has seen"
         if seen and not path.is_file():
             raise FileNotFoundError(
-                f"{path} does not exist; keep split.json of the training beside its checkpoints{advice}"
+                f"{path} does not exist; keep split.json of the training beside its checkpoints, or name the subset "
+                "'new' or 'all': the checkpoint itself says what it has seen"
             )
         read_split(path)  # says what is missing
     metadata = {uid: readable_metadata(data_dir, uid) for uid in read_processed_list(data_dir)}
