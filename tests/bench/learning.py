@@ -134,6 +134,13 @@ TRIALS = {
 }
 
 
+def run_script(script: str, *words: object) -> None:
+    """Prints and runs one script; raises CalledProcessError where it fails."""
+    command = [sys.executable, script, *map(str, words)]
+    print("$", *command[1:], flush=True)
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
 class Bench:
     """Makes what trials need, in one folder.
 
@@ -145,11 +152,7 @@ class Bench:
     def __init__(self, work_dir: Path, device: str) -> None:
         self.work_dir, self.device = work_dir, device
 
-    def run(self, script: str, *words: object) -> None:
-        """Prints and runs one script; raises CalledProcessError where it fails."""
-        command = [sys.executable, script, *map(str, words)]
-        print("$", *command[1:], flush=True)
-        subprocess.run(command, cwd=ROOT, check=True)
+    run = staticmethod(run_script)
 
     def phantoms(self, name: str) -> Path:
         """Folder of a set of phantoms."""
