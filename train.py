@@ -276,10 +276,9 @@ class Trainer:
         self.settings = _flatten(given)
         check(not (resume and overwrite), "resume and overwrite exclude each other; leave one of them out")
         self._check_settings()
-        self.data_dir, self.output_dir = as_folders(data_dir), Path(output_dir)
-        self._num_trained = len(self.data_dir)  # folders, before those of validation alone
-        if validation.data_dir is not None:
-            self.data_dir = as_folders([*self.data_dir, *as_folders(validation.data_dir)])
+        self._validation_dirs = [] if validation.data_dir is None else as_folders(validation.data_dir)
+        self._training_dirs, self.output_dir = as_folders(data_dir), Path(output_dir)
+        self.data_dir = as_folders([*self._training_dirs, *self._validation_dirs])
         self.checkpoint_dir = self.output_dir / "checkpoints"
         self.num_epochs, self.batch_size = num_epochs, batch_size
         self.checkpoint_interval, self.validation_interval = checkpoint_interval, validation.interval
@@ -299,15 +298,16 @@ class Trainer:
         self.preprocessing = next(iter(self.metadata.values())).preprocessing
         self.device = own_gpu(select_device(device, warn=False))
         self.autocast_dtype = autocast_dtype(self.device, mixed_precision)
-        spacing = np.median([self.metadata[uid].grid.spacing for uid in self.split.train], axis=0)
-        # The last validation chooses its min_score.
-        self.inference = InferenceSettings(
-            mirrors=validation.mirrors, window=self.patch_size, grid_spacing=tuple(spacing.tolist())
-        )
+        self.inference = self._first_inference_settings(validation.mirrors)
         if not is_distributed():  # else the processes must have found each other
             self._build()
 
     # ---- before training
+
+    def _first_inference_settings(self, mirrors: int) -> InferenceSettings:
+        """How the network looks at scans; the last validation chooses the min_score."""
+        spacing = np.median([self.metadata[uid].grid.spacing for uid in self.split.train], axis=0)
+        return InferenceSettings(mirrors=mirrors, window=self.patch_size, grid_spacing=tuple(spacing.tolist()))
 
     def _build(self) -> None:
         """Network, loss, optimiser and data; leaves the global random states as they were."""
@@ -514,10 +514,7 @@ class Trainer:
 
     def _split_by_folder(self) -> Split:
         """The scans of the folders of validation alone, and all others."""
-        train, validation = (
-            read_processed_list(part)
-            for part in (self.data_dir[: self._num_trained], self.data_dir[self._num_trained :])
-        )
+        train, validation = (read_processed_list(part) for part in (self._training_dirs, self._validation_dirs))
         patients = {uid: read_metadata(self.data_dir, uid).patient for uid in train + validation}
         shared = {patients[uid]: uid for uid in train if patients[uid] is not None}
         for uid in validation:
