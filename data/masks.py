@@ -658,16 +658,23 @@ def _read_dicom(path: Path) -> Mask:
     file = _DicomSegmentation(path)
     frames, (geometry, index_z) = file.frames(), file.places()
     kind, most = file.data.SegmentationType, float(file.data.get("MaximumFractionalValue", 1))
+    half = most / 2 if kind == "FRACTIONAL" else 0
     segments = []
     for described in file.data.SegmentSequence:
         if int(described.SegmentNumber) == 0:  # the background of a map of labels
             continue
-        number, volume = int(described.SegmentNumber), np.zeros(geometry.shape_zyx, bool)
+        number, highest, volume = int(described.SegmentNumber), 0, np.zeros(geometry.shape_zyx, bool)
         for frame, group, z in zip(frames, file.groups, index_z, strict=True):
             if kind == "LABELMAP":
                 volume[z] |= frame == number
             elif int(file.value(group, "SegmentIdentificationSequence", "ReferencedSegmentNumber")) == number:
-                volume[z] |= frame > (most / 2 if kind == "FRACTIONAL" else 0)
+                highest = max(highest, int(frame.max()))
+                volume[z] |= frame > half
+        check(
+            volume.any() or not highest,
+            f"{path}: segment {number} nowhere exceeds half of its scale (at most {highest} of {most:g}); save it as a "
+            "binary segmentation",
+        )
         category = described.get("SegmentedPropertyCategoryCodeSequence") or [{}]
         is_lesion = str(category[0].get("CodeValue", "")) in LESION_CATEGORIES
         segments.append(Segment.of(number, volume, str(described.get("SegmentLabel", "")), is_lesion))

@@ -324,7 +324,9 @@ def sequence(**values) -> Sequence:
     return Sequence([item])
 
 
-def write_seg(path: Path, *segments: tuple[str, tuple[str, str], np.ndarray], kind="BINARY", series=CT_UID) -> Path:
+def write_seg(
+    path: Path, *segments: tuple[str, tuple[str, str], np.ndarray], kind="BINARY", series=CT_UID, certainty=150
+) -> Path:
     """A segmentation whose frames without a mark are left out, from the head down; slices of 2.5 mm."""
     data = Dataset()
     data.SOPClassUID = BINARY_SEG if kind != "LABELMAP" else f"{BINARY_SEG[:-1]}7"
@@ -342,7 +344,7 @@ def write_seg(path: Path, *segments: tuple[str, tuple[str, str], np.ndarray], ki
             group = Dataset()
             group.PlanePositionSequence = sequence(ImagePositionPatient=[-30.0, 40.0, 2.5 * z])
             group.SegmentIdentificationSequence = sequence(ReferencedSegmentNumber=number)
-            frames.append(array[z] * {"BINARY": 1, "FRACTIONAL": 150, "LABELMAP": number}[kind])
+            frames.append(array[z] * {"BINARY": 1, "FRACTIONAL": certainty, "LABELMAP": number}[kind])
             groups.append(group)
     data.SegmentSequence, data.PerFrameFunctionalGroupsSequence = Sequence(described), Sequence(groups)
     shared = Dataset()
@@ -371,6 +373,12 @@ def test_dicom_segmentation_is_read(tmp_path, kind):
     path = write_seg(tmp_path / "seg", ("a", LESION, nodule), ("b", LESION, other), kind=kind)
     # Columns of 0.5 mm, rows of 1 mm, slices of 2.5 mm.
     assert found_in([path]) == [([-25.75, 46.5, 18.75], 216), ([-22.25, 55.5, 38.75], 64)]
+
+
+def test_fractional_segmentation_below_half_is_refused(tmp_path):
+    path = write_seg(tmp_path / "seg", ("a", LESION, blocks(_1=(5, 4, 6, 6))), kind="FRACTIONAL", certainty=90)
+    with pytest.raises(InputError, match=r"segment 1 nowhere exceeds half of its scale \(at most 90 of 200\)"):
+        read_mask(path)
 
 
 def test_organs_beside_a_lesion_are_no_nodules_unless_named(tmp_path):

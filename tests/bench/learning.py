@@ -130,6 +130,7 @@ TRIALS = {
     "defaults, subpixel": defaults("--network", "subpixel"),
     PLAIN: defaults(),
     "defaults": defaults(seeds=(0, 1, 2)),
+    "defaults at 1e-4": defaults("--validation.interval", "20", rate="1e-4", epochs=400),
     "defaults, nothing pasted": defaults("--augmentation.paste_per_scan", "0"),
 }
 
