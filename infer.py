@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data.lungs import LUNG_METHOD, measure_noise
+from data.report import ct_of, lungs_of, report_scan, write_index
 from data.slicer import write_points, write_segmentation
 from model import InferenceSettings, SegmentationNetwork, checkpoint_file, load_checkpoint, to_device
 from preprocess import PreparedScan, Preprocessing
@@ -750,6 +751,7 @@ RUN_FILES = (
     "candidates.csv",
     "failed_scans.csv",
     "inference.json",
+    "report.html",
 )
 SCAN_FILES = (
     "predicted_masks/{}.npy",
@@ -760,6 +762,10 @@ SCAN_FILES = (
     "{}_nodules.npy",
     "{}_nodules.json",
     "{}_nodules.csv",
+    "{}_measures.json",
+    "{}_measures.csv",
+    "reports/{}.html",
+    "reports/{}.jpg",
 )
 SUMMARY_SHARE = 0.05  # a summary is written anew when so many of its scans are new
 MAX_LISTED = 40  # scans on the console
@@ -908,7 +914,14 @@ class ResultFolder:
 
     def flush_summary(self) -> None:
         """Brings inference_summary.json and .npy up to date with the raw scans that were added."""
-        self._num_summarized = _add_to_summary(self.path, self.provenance, self._new_scans)
+        self._num_summarized = _add_to_summary(self.path, self.provenance, self._new_scans) or self._num_summarized
+
+    def finish(self) -> None:
+        """Brings summary and report.html up to date with all scans of a run, those that failed, too."""
+        self.flush_summary()
+        path = self.path / "inference_summary.json"
+        if (self.path / "reports").is_dir() and path.is_file():
+            write_index(self.path, self.provenance, read_json(path)["scans"])
 
 
 def summary_table(scans: dict[str, dict[str, Any]]) -> pd.DataFrame:
@@ -921,6 +934,8 @@ def write_summary(output_dir: Path, provenance: dict[str, Any], scans: dict[str,
     path = output_dir / "inference_summary.npy"
     write_objects(path, provenance | {"date": now(), "scans": scans})
     write_csv(path.with_suffix(".csv"), summary_table(scans))
+    if (output_dir / "reports").is_dir():
+        write_index(output_dir, provenance, scans)
 
 
 def _add_to_summary(output_dir: Path, provenance: dict[str, Any], new: dict[str, dict[str, Any]]) -> int:
@@ -933,6 +948,8 @@ def _add_to_summary(output_dir: Path, provenance: dict[str, Any], new: dict[str,
         new.clear()
         # The table may hold rows of other processes that are not in their summary yet, so it stays as it is.
         write_objects(path.with_suffix(".npy"), provenance | {"date": now(), "scans": scans})
+        if (output_dir / "reports").is_dir():
+            write_index(output_dir, provenance, scans)
         return len(scans)
 
 
@@ -1257,6 +1274,7 @@ class NoduleInferencer:
             min_score with, and 0 for a live network.
         mixed_precision: Compute in half precision where the hardware gains by it.
         overwrite: Replace the results of another checkpoint, data set or setting in output_dir.
+        report: Write pages to look at the results with: report.html, and one for each scan; null does it for raw scans.
         model: A live network instead of a checkpoint.
         settings: How a live network looks at a scan, where the arguments above say nothing; a checkpoint knows its own.
 
@@ -1275,10 +1293,12 @@ class NoduleInferencer:
         mirrors: int | None = None,
         mixed_precision: bool = True,
         overwrite: bool = False,
+        report: bool | None = None,
         model: nn.Module | None = None,
         settings: InferenceSettings | None = None,
     ) -> None:
         self.checkpoint_path = checkpoint_file(checkpoint_path)
+        self.report = report
         self.output_dir = Path(output_dir)
         self.preprocessing: Preprocessing | None = None
         self.checkpoint_sha256, self.about = "", ""
@@ -1395,6 +1415,7 @@ class NoduleInferencer:
         self, parts: dict[str, str], sources: dict[str, str], scan: ProcessedScan, probability: np.ndarray
     ) -> ScanResult:
         """Nodules, files and picture of a processed scan."""
+        assert self.preprocessing is not None
         uid, found = scan.seriesuid, self.segment(probability, scan.geometry)
         lungs = scan.metadata.lung_note or f"by {scan.metadata.lung_source}"
         unlike = describe_unlike(scanning_of(scan.metadata.scan_geometry, scan.metadata.noise_hu), self.learnt)
@@ -1402,6 +1423,10 @@ class NoduleInferencer:
         image, annotated = np.asarray(scan.image, np.float32), scan.metadata.nodules
         figure = draw_overlay(image, scan.geometry, found.mask, found.nodules, scan.mask, uid, annotated=annotated)
         self.folder.write_scan(result, figure)
+        if self.report:
+            (ct, note), margin = ct_of(scan), self.preprocessing.lung_margin_mm
+            rest = lungs_of(scan), margin, [note] if note else [], scan.mask
+            report_scan(self.output_dir, self.provenance, result, ct, scan.geometry, *rest)
         return result
 
     def infer_scan(self, path: str | Path) -> list[dict[str, Any]]:
@@ -1449,6 +1474,7 @@ class NoduleInferencer:
                 tables.append(nodule_table(scan.name, self._infer_scan(scan).found.nodules))
             self.failed |= {name: scan.hide(reason_of(error)) for name, error in failures.items()}
         write_failures(self.output_dir, self.failed)
+        self.folder.finish()
         check(bool(scans), "none of the inputs is a scan that can be read")
         found = [table for table in tables if len(table)]  # pandas wants no empty ones
         return pd.concat(found, ignore_index=True) if found else nodule_table("", [])
@@ -1521,6 +1547,9 @@ class NoduleInferencer:
         ranks = prepared.grid.image(found.ranks)
         own_ranks = resample(ranks, Geometry.from_image(scan), linear=False, pixel_type=sitk.sitkUInt16)
         self.folder.write_scan(result, figure, own_ranks)
+        if self.report is not False:
+            margin = self.preprocessing.lung_margin_mm
+            report_scan(self.output_dir, self.provenance, result, scan, prepared.grid, prepared.lungs, margin)
         self.folder.add(result, is_again)
         tell(f"{name}: {result}")
         return result

@@ -725,6 +725,7 @@ def process_scan(task: ScanTask) -> ScanMetadata:
         noise_hu=measure_noise(scan),
         excluded=(*case.excluded, *marks.excluded),
         mask_note=marks.note,
+        scan_path=str(case.scan_path.absolute()),
     )
     for path in task.metadata_files():  # what says that the scan is done goes first
         path.unlink(missing_ok=True)

@@ -1110,6 +1110,7 @@ class ScanMetadata:
         excluded: World centre (x, y, z) and diameter in mm, below 0 where it is unknown, of each finding that is
             neither nodule nor background.
         mask_note: What is to be said of its nodule masks.
+        scan_path: The raw scan; '' where that is unknown.
     """
 
     seriesuid: str
@@ -1125,6 +1126,7 @@ class ScanMetadata:
     noise_hu: float | None = None
     excluded: tuple[tuple[float, float, float, float], ...] = ()
     mask_note: str = ""
+    scan_path: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Built-in types, for JSON; origin and spacing are those of the processed grid (x, y, z)."""
@@ -1144,6 +1146,7 @@ class ScanMetadata:
             "noise_hu": self.noise_hu,
             "excluded": [list(finding) for finding in self.excluded],
             "mask_note": self.mask_note,
+            "scan_path": self.scan_path,
         }
 
     @classmethod
@@ -1163,6 +1166,7 @@ class ScanMetadata:
             values.get("noise_hu"),
             tuple((x, y, z, diameter) for x, y, z, diameter in values.get("excluded", ())),
             values.get("mask_note", ""),
+            values.get("scan_path", ""),
         )
 
     def excluded_voxels(self, box: Box | None = None) -> np.ndarray:

@@ -671,7 +671,7 @@ def _read_dicom(path: Path) -> Mask:
                 highest = max(highest, int(frame.max()))
                 volume[z] |= frame > half
         check(
-            volume.any() or not highest,
+            bool(volume.any()) or not highest,
             f"{path}: segment {number} nowhere exceeds half of its scale (at most {highest} of {most:g}); save it as a "
             "binary segmentation",
         )

@@ -1,4 +1,4 @@
-"""Small phantom data sets that the tests share, made once a session, and a scan format from outside."""
+"""Small phantom data sets that the tests share, made once a session, a chest, and a scan format from outside."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from torch import nn
 
 import preprocess
 from data.phantom import write_phantoms
+from infer import NoduleInferencer
 from preprocess import Case, LUNA16Preprocessor
 from train import Trainer, ValidationSettings
 from utils import SCAN_READERS, AnnotatedNodule, Geometry, ScanHeader, ScanMetadata, ScanReader, read_processed_list
@@ -173,3 +175,68 @@ def two_folders(processed_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
         (folder / "processed_files.txt").write_text("".join(f"{uid}\n" for uid in own))
         folders.append(folder)
     return folders
+
+
+class Bright(nn.Module):
+    """Takes what is brighter than a level for nodule."""
+
+    def __init__(self, level=0.75):
+        super().__init__()
+        self.level = level
+
+    def forward(self, image):
+        return 40 * (image - self.level)
+
+
+class Nothing(nn.Module):
+    """Finds no nodule."""
+
+    def forward(self, image):
+        return torch.full_like(image, -10)
+
+
+BALL_CENTER, BALL_RADIUS_MM = (-60.0, 12.0, -20.0), 16.0
+HALF = 0.55  # brightness halfway between lung and ball
+
+
+def chest(shape_zyx, flipped=False):
+    """A chest of boxes in LPS mm: air, body (-350 HU), two lungs (-850 HU), and a ball of 400 HU in one of them."""
+    size = np.array([300.0, 280.0, 240.0])  # x, y, z, around the origin
+    spacing = size / shape_zyx[::-1]
+    first = -size / 2 + spacing / 2
+    x, y, z = (first[i] + spacing[i] * np.arange(shape_zyx[2 - i]) for i in range(3))
+    x, y, z = x[None, None, :], y[None, :, None], z[:, None, None]
+    array = np.full(shape_zyx, -1000, np.int16)
+    array[(abs(x) < 130) & (abs(y) < 110) & (abs(z) < 500)] = -350
+    array[(abs(x) > 20) & (abs(x) < 105) & (abs(y) < 80) & (abs(z) < 90)] = -850
+    cx, cy, cz = BALL_CENTER
+    array[(x - cx) ** 2 + (y - cy) ** 2 + (z - cz) ** 2 <= BALL_RADIUS_MM**2] = 400
+    origin, direction = first.copy(), np.eye(3)
+    if flipped:  # as about 14 scans of LUNA16: the same patient, x and y stored from the other end
+        array = np.ascontiguousarray(array[:, ::-1, ::-1])
+        origin[:2] = -first[:2]
+        direction[:2] *= -1
+    image = sitk.GetImageFromArray(array)
+    image.SetOrigin(origin.tolist())
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection(direction.ravel().tolist())
+    return image
+
+
+def write_chest(path, shape_zyx=(40, 56, 60), flipped=False):
+    sitk.WriteImage(chest(shape_zyx, flipped), str(path))
+    return path
+
+
+@pytest.fixture
+def trained(run_dir, tmp_path):
+    """An inferencer of the checkpoint, whose network may be replaced by one that finds something sensible."""
+
+    def make(model=None, output_dir=tmp_path / "out", **arguments):
+        path = run_dir / "checkpoints" / "best_model.pth"
+        arguments = {"min_score": 0.0} | arguments
+        inferencer = NoduleInferencer(path, output_dir, "cpu", mixed_precision=False, **arguments)
+        inferencer.predictor.model = model or inferencer.predictor.model
+        return inferencer
+
+    return make

@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import TINY
+from conftest import BALL_CENTER, BALL_RADIUS_MM, HALF, TINY, Bright, Nothing, write_chest
 from scipy import ndimage
 from torch import nn
 
@@ -54,17 +54,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"channels": (4, 8), "strides": (2,), "num_res_units": 0, "dropout": 0.1}
 
 
-class Bright(nn.Module):
-    """Takes what is brighter than a level for nodule."""
-
-    def __init__(self, level=0.75):
-        super().__init__()
-        self.level = level
-
-    def forward(self, image):
-        return 40 * (image - self.level)
-
-
 class Block(nn.Module):
     """Finds one nodule, always at array[10:14, 20:25, 20:26], whose brightest voxel has the logit 3."""
 
@@ -73,13 +62,6 @@ class Block(nn.Module):
         logits[..., 10:14, 20:25, 20:26] = 2
         logits[..., 12, 22, 23] = 3
         return logits
-
-
-class Nothing(nn.Module):
-    """Finds no nodule."""
-
-    def forward(self, image):
-        return torch.full_like(image, -10)
 
 
 @pytest.fixture
@@ -96,20 +78,6 @@ def live(tmp_path):
             settings=settings,
             **arguments,
         )
-
-    return make
-
-
-@pytest.fixture
-def trained(run_dir, tmp_path):
-    """An inferencer of the checkpoint, whose network may be replaced by one that finds something sensible."""
-
-    def make(model=None, output_dir=tmp_path / "out", **arguments):
-        path = run_dir / "checkpoints" / "best_model.pth"
-        arguments = {"min_score": 0.0} | arguments
-        inferencer = NoduleInferencer(path, output_dir, "cpu", mixed_precision=False, **arguments)
-        inferencer.predictor.model = model or inferencer.predictor.model
-        return inferencer
 
     return make
 
@@ -1343,38 +1311,6 @@ def test_picture_without_a_finding_shows_whole_slices(processed_dir):
 
 
 # -------------------------------------------------------------------------------------------------------- infer_scan
-
-BALL_CENTER, BALL_RADIUS_MM = (-60.0, 12.0, -20.0), 16.0
-HALF = 0.55  # brightness halfway between lung and ball
-
-
-def chest(shape_zyx, flipped=False):
-    """A chest of boxes in LPS mm: air, body (-350 HU), two lungs (-850 HU), and a ball of 400 HU in one of them."""
-    size = np.array([300.0, 280.0, 240.0])  # x, y, z, around the origin
-    spacing = size / shape_zyx[::-1]
-    first = -size / 2 + spacing / 2
-    x, y, z = (first[i] + spacing[i] * np.arange(shape_zyx[2 - i]) for i in range(3))
-    x, y, z = x[None, None, :], y[None, :, None], z[:, None, None]
-    array = np.full(shape_zyx, -1000, np.int16)
-    array[(abs(x) < 130) & (abs(y) < 110) & (abs(z) < 500)] = -350
-    array[(abs(x) > 20) & (abs(x) < 105) & (abs(y) < 80) & (abs(z) < 90)] = -850
-    cx, cy, cz = BALL_CENTER
-    array[(x - cx) ** 2 + (y - cy) ** 2 + (z - cz) ** 2 <= BALL_RADIUS_MM**2] = 400
-    origin, direction = first.copy(), np.eye(3)
-    if flipped:  # as about 14 scans of LUNA16: the same patient, x and y stored from the other end
-        array = np.ascontiguousarray(array[:, ::-1, ::-1])
-        origin[:2] = -first[:2]
-        direction[:2] *= -1
-    image = sitk.GetImageFromArray(array)
-    image.SetOrigin(origin.tolist())
-    image.SetSpacing(spacing.tolist())
-    image.SetDirection(direction.ravel().tolist())
-    return image
-
-
-def write_chest(path, shape_zyx=(40, 56, 60), flipped=False):
-    sitk.WriteImage(chest(shape_zyx, flipped), str(path))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,600 @@
+"""Pages to look at results with: one for each scan, and an index. They open from disk and need no network.
+
+The templates, the style and the script of the viewer lie in data/report/.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import pandas as pd
+import SimpleITK as sitk
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+from data.measures import LungFrame, Measures, measure_nodules
+from preprocess import Preprocessing, resample_mean
+from utils import (
+    LEARNT_FROM,
+    Box,
+    Geometry,
+    InputError,
+    Nodule,
+    ProcessedScan,
+    atomic_path,
+    now,
+    read_scan,
+    reason_of,
+    resample,
+    write_csv,
+    write_json,
+    write_text,
+)
+
+if TYPE_CHECKING:
+    from infer import FoundNodule, ScanResult
+
+FOLDER = Path(__file__).with_name("report")
+LUNG_WINDOW = (-600.0, 1500.0)  # level and width in HU
+LOWEST_HU, FINE_STEP, FINE_STEPS, COARSE_STEP = -1100, 6, 220, 22  # 256 steps up to 990 HU
+AROUND_MM = 15.0  # that a page shows around the lungs
+VIEW_MM = 1.0  # voxels of a page are no finer
+MOST_VOXELS = 19_000_000
+PAGE_BYTES, INDEX_BYTES = 14_500_000, 4_800_000
+COARSER = 1.15  # factor by which voxels grow where a page would be larger
+KEY_PIXELS, KEY_GAP, KEY_REACH_MM = 240, 6, 20.0  # of each plane of a key picture; half its width at least
+MOST_KEYS = 60  # nodules with a picture
+THUMB_PIXELS = 96
+MAP_STEP_MM = 2.0
+# What is said of lungs where there is nothing to be warned of.
+PLAIN_LUNGS = re.compile(r"(by seg-lungs|by threshold|not looked for|[\d.]+ litres on the right, [\d.]+ on the left)?")
+LETTERS = {"axial": "RLAP", "coronal": "RLHF", "sagittal": "APHF"}  # left, right, top and bottom of a plane
+FOUND, ANNOTATED = (255, 159, 28), (53, 208, 255)
+EXPLANATION = (
+    "The equivalent diameter is that of the ball of the same volume; the longest diameter is that of any axial "
+    "slice, across is at right angles to it there. The distance is from the nodule's surface to the nearest edge of "
+    "the lungs: chest wall, mediastinum or diaphragm. Density is judged by the share of a nodule's inner voxels "
+    "above -450 HU: below a fifth it is ground glass, below a half part-solid. Of 101 nodules of LIDC-IDRI 88 are "
+    "called what a radiologist's rating says; the limits were chosen on these. Small solid nodules in thick slices "
+    "look less dense than they are."
+)
+
+
+@dataclass(frozen=True)
+class ReportedScan:
+    """A scan and what was found in it.
+
+    Args:
+        name: What it is called; no patient's name unless that was asked for.
+        ct: CT in HU, any direction.
+        grid: The grid that the network saw; identity direction.
+        ranks: Whole numbers (z, y, x) on the grid: the place of each nodule in ``nodules``, counted from 1.
+        nodules: The likeliest first.
+        lungs: Bool (z, y, x) on the grid, grown by ``margin_mm``; None where they are unknown.
+        margin_mm: By how much the lungs were grown.
+        warnings: What stands on top of the page.
+        facts: {what: text} of how it was found.
+        truth: Annotated mask (z, y, x) on the grid.
+    """
+
+    name: str
+    ct: sitk.Image
+    grid: Geometry
+    ranks: np.ndarray
+    nodules: Sequence[FoundNodule]
+    lungs: np.ndarray | None
+    margin_mm: float
+    warnings: Sequence[str]
+    facts: Mapping[str, str]
+    truth: np.ndarray | None = None
+
+
+def report_scan(
+    output_dir: Path,
+    provenance: Mapping[str, Any],
+    result: ScanResult,
+    ct: sitk.Image,
+    grid: Geometry,
+    lungs: np.ndarray | None,
+    margin_mm: float,
+    warnings: Sequence[str] = (),
+    truth: np.ndarray | None = None,
+) -> None:
+    """Writes the page of a scan and its measures, as ``write_scan`` does, beside the other files of its results.
+
+    Args:
+        output_dir: Their folder.
+        provenance: Whose results these are.
+        result: What was found in the scan.
+        ct: CT in HU, any direction.
+        grid: The grid that the network saw.
+        lungs: Bool (z, y, x) on the grid, grown by ``margin_mm``; None where they are unknown.
+        margin_mm: By how much the lungs were grown.
+        warnings: What else stands on top of the page.
+        truth: Annotated mask (z, y, x) on the grid.
+    """
+    found = result.found
+    facts = {"Scan": result.source, "Part": result.part, "Lungs": result.lungs}
+    facts |= {"Grid of the network": " x ".join(map(str, grid.shape_zyx)) + " voxels (z, y, x)"}
+    facts |= {"Highest probability of a voxel": f"{result.highest_probability:.3f}"}
+    facts |= {"Fainter marks, in candidates.csv": str(len(found.candidates) - len(found.nodules))} | facts_of(
+        provenance
+    )
+    notes = [*warnings, *notes_of(result.part, result.lungs, result.unlike_training)]
+    if found.is_noise:
+        notes.append("The network's map is mostly noise: it has not learnt yet, or does not suit this scan.")
+    scan = ReportedScan(result.seriesuid, ct, grid, found.ranks, found.nodules, lungs, margin_mm, notes, facts, truth)
+    write_scan(output_dir, scan)
+
+
+def facts_of(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Whose results these are, for the foot of a page."""
+    facts = {
+        "Checkpoint": f"{Path(provenance['checkpoint']).name} (sha256 {provenance['checkpoint_sha256'][:16]}...)",
+        "Threshold, lowest score, mirrors": f"{provenance['threshold']:g}, {provenance['min_score']:.3f}, "
+        f"{provenance['mirrors']}",
+        "Computed in": provenance["computed_in"],
+        "Date": now(),
+    }
+    return facts | ({"About these weights": provenance["about"]} if "about" in provenance else {})
+
+
+def notes_of(part: str, lungs: str, unlike_training: str) -> list[str]:
+    """What is to be known of a scan before its nodules are."""
+    notes = []
+    if part in LEARNT_FROM:
+        notes.append(f"Seen in training ({part}): what is found here says nothing of new scans.")
+    if not PLAIN_LUNGS.fullmatch(lungs):
+        notes.append(f"Lungs: {lungs}.")
+    if unlike_training not in ("", "no"):
+        notes.append(f"Unlike the training scans: {unlike_training}.")
+    return notes
+
+
+def write_scan(output_dir: Path, scan: ReportedScan) -> list[Measures]:
+    """Writes ``reports/<name>.html``, its thumbnail, and the measures as ``<name>_measures.csv`` and ``.json``.
+
+    Returns:
+        The measures.
+    """
+    hu = hu_on(scan.ct, scan.grid)
+    measures = measure_nodules(scan.nodules, scan.ranks, scan.grid, hu, scan.lungs, scan.margin_mm)
+    rows = [measure.to_dict() for measure in measures]
+    write_csv(output_dir / f"{scan.name}_measures.csv", pd.DataFrame(rows, columns=list(Measures.__annotations__)))
+    write_json(output_dir / f"{scan.name}_measures.json", rows)
+    keys = [
+        key_picture(scan.ct, nodule, scan.grid, scan.ranks == number, scan.truth)
+        for number, nodule in enumerate(scan.nodules[:MOST_KEYS], start=1)
+    ]
+    folder = output_dir / "reports"
+    thumbnail = keys[0].crop((0, 0, KEY_PIXELS, KEY_PIXELS)) if keys else _middle_slice(scan.ct)
+    with atomic_path(folder / f"{scan.name}.jpg") as temporary:
+        temporary.write_bytes(_jpeg(thumbnail.resize((THUMB_PIXELS, THUMB_PIXELS), Image.Resampling.LANCZOS)))
+    write_text(folder / f"{scan.name}.html", _scan_page(scan, measures, keys, hu))
+    return measures
+
+
+def _scan_page(scan: ReportedScan, measures: Sequence[Measures], keys: Sequence[Image.Image], hu: np.ndarray) -> str:
+    grid, voxels = _packed_view(scan)
+    x, y, z = (grid.spacing[axis] * size for axis, size in enumerate(grid.shape_zyx[::-1]))
+    step = " x ".join(f"{mm:.2g}" for mm in grid.spacing_zyx)
+    count = f"{len(measures)} nodule{'s' * (len(measures) != 1)}" if measures else "no nodule found"
+    script = (FOLDER / "viewer.js").read_text(encoding="utf-8")
+    return _render(
+        "scan.html",
+        script,
+        name=scan.name,
+        count=count,
+        warnings=list(scan.warnings),
+        map=_lung_map(scan, hu, measures),
+        columns=[{"title": title, "is_number": is_number} for title, is_number, _ in COLUMNS],
+        nodules=[_nodule_row(measure, keys) for measure in measures],
+        key_size=(3 * KEY_PIXELS + 2 * KEY_GAP, KEY_PIXELS),
+        planes=[{"name": name, "letters": letters} for name, letters in LETTERS.items()],
+        extent=f"Shown are {z:.0f} x {y:.0f} x {x:.0f} mm in steps of {step} mm (z, y, x).",
+        facts=scan.facts,
+        has_truth=scan.truth is not None,
+        explanation=EXPLANATION,
+        voxels=voxels,
+        data=_script_json(_view_data(scan, grid)),
+    )
+
+
+def _number(value: float, digits: int = 1) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+# Title, whether it is a number, and text of each column of a page's table.
+COLUMNS = (
+    ("No.", True, None),
+    ("Side", False, lambda m: m.side),
+    ("Third", False, lambda m: m.lung_third),
+    ("To lung edge, mm", True, lambda m: _number(m.distance_to_lung_edge_mm)),
+    ("Equivalent diameter, mm", True, lambda m: _number(m.equivalent_diameter_mm)),
+    ("Longest, across, mm", True, lambda m: f"{m.longest_axial_mm:.1f} x {m.across_axial_mm:.1f}"),
+    ("Volume, mm³", True, lambda m: _number(m.volume_mm3, 0)),
+    ("Mean HU", True, lambda m: _number(m.mean_hu, 0)),
+    ("Density", False, lambda m: m.density),
+    ("Score", True, lambda m: _number(m.score, 2)),
+    ("Centre x, y, z, mm", True, lambda m: f"{m.center_x_mm:.1f}, {m.center_y_mm:.1f}, {m.center_z_mm:.1f}"),
+)
+
+
+def _nodule_row(measure: Measures, keys: Sequence[Image.Image]) -> dict[str, Any]:
+    place = ", ".join(
+        filter(
+            None, [f"{measure.side} lung" if measure.side else "", measure.lung_third and f"{measure.lung_third} third"]
+        )
+    )
+    caption = f"Nodule {measure.nodule}: {measure.equivalent_diameter_mm:.1f} mm, {measure.density}"
+    return {
+        "number": measure.nodule,
+        "cells": [{"text": text(measure), "is_number": is_number} for _, is_number, text in COLUMNS if text],
+        "caption": f"{caption}{', ' + place if place else ''}, score {measure.score:.2f}",
+        "picture": _data_uri(keys[measure.nodule - 1]) if measure.nodule <= len(keys) else "",
+    }
+
+
+# -------------------------------------------------------------------------------------------------- voxels of the page
+
+
+def ct_of(scan: ProcessedScan) -> tuple[sitk.Image, str]:
+    """The CT of a scan of a data set: the raw one where it is found, else the prepared array.
+
+    Returns:
+        CT in HU, and what is to be said of it.
+    """
+    metadata, reason = scan.metadata, "preprocess.py did not note where it lies"
+    if metadata.scan_path:
+        try:
+            ct = read_scan(metadata.scan_path)
+            if Geometry.from_image(ct) == metadata.scan_geometry:
+                return ct, ""
+            reason = f"{metadata.scan_path} has changed since"
+        except (InputError, OSError) as error:
+            reason = reason_of(error)
+    settings = Preprocessing.from_dict(metadata.preprocessing)
+    low, high = settings.hu_min, settings.hu_max
+    hu = np.asarray(scan.image, np.float32) * (high - low) + low
+    shown = f"The page shows the prepared array, from {low:g} to {high:g} HU"
+    shown += " and without what lies around the lungs" if settings.mask_lungs else ""
+    return scan.geometry.image(hu), f"{shown}, since the raw scan was not found: {reason}."
+
+
+def lungs_of(scan: ProcessedScan) -> np.ndarray | None:
+    """Bool (z, y, x), the lungs of a scan of a data set as preprocess.py grew them; None where they are unknown."""
+    settings = Preprocessing.from_dict(scan.metadata.preprocessing)
+    if not settings.mask_lungs or scan.metadata.lung_source == "none":
+        return None
+    return np.stack([ndimage.binary_fill_holes(plane) for plane in np.asarray(scan.image) > 0])
+
+
+def hu_on(ct: sitk.Image, grid: Geometry) -> np.ndarray:
+    """CT values, float32 (z, y, x), on a grid of identity direction; air outside of the scan."""
+    hu = np.empty(grid.shape_zyx, np.float32)
+    for part, values in resample_mean(ct, grid, fill=-1024.0):
+        hu[part] = values
+    return hu
+
+
+def _packed_view(scan: ReportedScan) -> tuple[Geometry, str]:
+    """The grid of a page's slices, and their voxels as text, no more than a page may have."""
+    ct = Geometry.from_image(scan.ct)
+    lower, upper = ct.bounds()
+    if scan.lungs is not None and (box := Box.around(scan.lungs | (scan.ranks > 0))) is not None:
+        low, high = scan.grid.cropped(box).bounds()
+        lower, upper = np.maximum(lower, low - AROUND_MM), np.minimum(upper, high + AROUND_MM)
+    spacing = np.maximum(ct.spacing_along_axes(), VIEW_MM)
+    spacing *= max(1.0, (float(np.prod((upper - lower) / spacing)) / MOST_VOXELS) ** (1 / 3))
+    while True:
+        grid = Geometry.covering(lower, upper, spacing=tuple(spacing.tolist()))
+        text = pack_voxels(hu_on(scan.ct, grid))
+        if len(text) <= PAGE_BYTES:
+            return grid, text
+        spacing *= COARSER
+
+
+def hu_table() -> np.ndarray:
+    """HU of each of the 256 values of a voxel: fine steps below FINE_STEPS, coarse ones above."""
+    values = np.arange(256)
+    fine = np.minimum(values, FINE_STEPS)
+    return LOWEST_HU + FINE_STEP * fine + COARSE_STEP * (values - fine)
+
+
+def pack_voxels(hu: np.ndarray) -> str:
+    """CT values (z, y, x) as one byte each, less the mean of the left and the upper one, packed and as base64."""
+    table = hu_table()
+    ends = (table[1:] + table[:-1]) / 2
+    voxels = np.empty(hu.shape, np.uint8)
+    for plane, values in zip(voxels, hu, strict=True):
+        plane[:] = np.searchsorted(ends, values.ravel()).reshape(values.shape)
+    neighbours = np.zeros(hu.shape, np.uint16)
+    neighbours[:, :, 1:] += voxels[:, :, :-1]
+    neighbours[:, 1:, :] += voxels[:, :-1, :]
+    residuals = voxels - (neighbours >> 1).astype(np.uint8)
+    return base64.b64encode(gzip.compress(residuals.tobytes(), compresslevel=5, mtime=0)).decode()
+
+
+def unpack_voxels(text: str, shape_zyx: Sequence[int]) -> np.ndarray:
+    """CT values (z, y, x) that ``pack_voxels`` packed, as the page's script unpacks them."""
+    residuals = np.frombuffer(gzip.decompress(base64.b64decode(text)), np.uint8).reshape(shape_zyx)
+    voxels = np.zeros(shape_zyx, np.uint8)
+    for y, x in itertools.product(range(shape_zyx[1]), range(shape_zyx[2])):
+        left = voxels[:, y, x - 1].astype(np.uint16) if x else 0
+        above = voxels[:, y - 1, x].astype(np.uint16) if y else 0
+        voxels[:, y, x] = (residuals[:, y, x] + ((left + above) >> 1)) & 255
+    return hu_table()[voxels]
+
+
+def _view_data(scan: ReportedScan, grid: Geometry) -> dict[str, Any]:
+    """What the viewer must know beside the voxels."""
+    return {
+        "shape": list(grid.shape_zyx),
+        "spacing": [round(mm, 6) for mm in grid.spacing_zyx],
+        "origin": [round(mm, 4) for mm in grid.origin],
+        "hu": hu_table().tolist(),
+        "runs": _runs_on(grid, scan.grid, scan.ranks),
+        "truth": [] if scan.truth is None else _runs_on(grid, scan.grid, scan.truth),
+        "nodules": [
+            {"number": number, "index": np.round(grid.index(nodule.center_xyz), 2).tolist()}
+            for number, nodule in enumerate(scan.nodules, start=1)
+        ],
+    }
+
+
+def _runs_on(grid: Geometry, own: Geometry, labels: np.ndarray) -> list[int]:
+    """Runs of labels (z, y, x), which lie on their own grid, on another one."""
+    there = resample(own.image(labels.astype(np.uint16)), grid, linear=False, pixel_type=sitk.sitkUInt16)
+    return run_lengths(sitk.GetArrayFromImage(there))
+
+
+def run_lengths(labels: np.ndarray) -> list[int]:
+    """Flat (start, length, label) triples of all runs of an array that are not 0."""
+    flat = labels.ravel()
+    there = np.flatnonzero(flat)
+    if not len(there):
+        return []
+    values = flat[there].astype(int)
+    starts = np.flatnonzero(np.concatenate([[True], (np.diff(there) > 1) | (np.diff(values) != 0)]))
+    lengths = np.diff(np.append(starts, len(there)))
+    return np.stack([there[starts], lengths, values[starts]], axis=1).ravel().tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def key_picture(
+    ct: sitk.Image, nodule: Nodule, grid: Geometry, mask: np.ndarray, truth: np.ndarray | None = None
+) -> Image.Image:
+    """Axial, coronal and sagittal slice through the centre of a finding, side by side, in a lung window.
+
+    Args:
+        ct: CT in HU, any direction.
+        nodule: The finding.
+        grid: Where the voxels of the masks lie.
+        mask: What was found, bool (z, y, x); it is outlined in orange.
+        truth: What was annotated, likewise, in blue.
+    """
+    reach = max(KEY_REACH_MM, 1.2 * nodule.diameter_mm)
+    step = 2 * reach / KEY_PIXELS
+    whole = Image.new("RGB", (3 * KEY_PIXELS + 2 * KEY_GAP, KEY_PIXELS))
+    crop = _crop_around(grid, nodule, reach)
+    outlines = [
+        (grid.cropped(crop).image(np.ascontiguousarray(array[crop.slices]).astype(np.float32)), color)
+        for array, color in ((truth, ANNOTATED), (mask, FOUND))
+        if array is not None and array[crop.slices].any()
+    ]
+    for number, (name, axis) in enumerate((("axial", 2), ("coronal", 1), ("sagittal", 0))):
+        half = np.full(3, reach)
+        half[axis] = step / 2
+        center = np.asarray(nodule.center_xyz)
+        shape = [KEY_PIXELS] * 3
+        shape[2 - axis] = 1
+        plane = Geometry.covering(center - half, center + half, shape_zyx=(shape[0], shape[1], shape[2]))
+        values = _plane_of(ct, plane, axis, -1024.0)
+        picture = Image.fromarray(_grey(values)).convert("RGB")
+        for image, color in outlines:
+            inside = _plane_of(image, plane, axis, 0.0) > 0.5
+            _paint(picture, inside & ~ndimage.binary_erosion(inside), color)
+        _name_sides(picture, LETTERS[name])
+        if not number:
+            _draw_scale(picture, step)
+        whole.paste(picture, (number * (KEY_PIXELS + KEY_GAP), 0))
+    return whole
+
+
+def _crop_around(grid: Geometry, nodule: Nodule, reach_mm: float) -> Box:
+    """Voxels of a grid that lie near a finding, one at least."""
+    center, reach = np.asarray(nodule.center_xyz), reach_mm + max(grid.spacing)
+    ends = [np.clip(np.floor(grid.index(center + side * reach)), 0, np.asarray(grid.shape_zyx) - 1) for side in (-1, 1)]
+    lower, upper = (np.asarray(end).astype(int) for end in ends)
+    return Box.of_size(lower, upper + 1 - lower)
+
+
+def _plane_of(image: sitk.Image, plane: Geometry, axis: int, fill: float) -> np.ndarray:
+    """Values (rows, columns) of an image on a grid of one slice; the head is up where it is seen."""
+    values = sitk.GetArrayFromImage(resample(image, plane, fill=fill)).squeeze(2 - axis)
+    return values if axis == 2 else values[::-1]
+
+
+def _grey(hu: np.ndarray) -> np.ndarray:
+    """uint8 of CT values in the lung window."""
+    level, width = LUNG_WINDOW
+    return (np.clip((hu - level) / width + 0.5, 0, 1) * 255).astype(np.uint8)
+
+
+def _paint(picture: Image.Image, pixels: np.ndarray, color: tuple[int, int, int]) -> None:
+    picture.paste(color, mask=Image.fromarray((pixels * 255).astype(np.uint8)))
+
+
+@cache
+def _font() -> Any:
+    return ImageFont.load_default(13)
+
+
+def _name_sides(picture: Image.Image, letters: str) -> None:
+    """The patient's sides at the edges of a slice: left, right, top, bottom."""
+    middle, end = KEY_PIXELS // 2, KEY_PIXELS - 4
+    places = ((4, middle, "lm"), (end, middle, "rm"), (middle, 3, "mt"), (middle, end, "mb"))
+    draw = ImageDraw.Draw(picture)
+    for letter, (x, y, anchor) in zip(letters, places, strict=True):
+        draw.text((x, y), letter, "white", _font(), anchor, stroke_width=1, stroke_fill="black")
+
+
+def _draw_scale(picture: Image.Image, step_mm: float) -> None:
+    """A bar of 10 mm in the lower left corner."""
+    draw, y, length = ImageDraw.Draw(picture), KEY_PIXELS - 10, 10 / step_mm
+    draw.line((8, y, 8 + length, y), "white", 2)
+    draw.text((8, y - 4), "10 mm", "white", _font(), "lb", stroke_width=1, stroke_fill="black")
+
+
+def _middle_slice(ct: sitk.Image) -> Image.Image:
+    """The middle axial slice of a scan, as a square."""
+    lower, upper = Geometry.from_image(ct).bounds()
+    middle, half = (lower + upper) / 2, max(upper[:2] - lower[:2]) / 2
+    low = (middle[0] - half, middle[1] - half, middle[2] - 0.5)
+    high = (middle[0] + half, middle[1] + half, middle[2] + 0.5)
+    plane = Geometry.covering(low, high, shape_zyx=(1, KEY_PIXELS, KEY_PIXELS))
+    return Image.fromarray(_grey(_plane_of(ct, plane, 2, -1024.0)))
+
+
+def _lung_map(scan: ReportedScan, hu: np.ndarray, measures: Sequence[Measures]) -> dict[str, Any] | None:
+    """The scan as seen from the front, as a chest radiograph shows it, with the places of the nodules; in mm."""
+    lower, upper = scan.grid.bounds()
+    x_mm, _, z_mm = upper - lower
+    mean = np.clip(hu, -1000, 600).mean(axis=1)[::-1]
+    low, high = np.quantile(mean, [0.02, 0.98])
+    picture = Image.fromarray((np.clip((mean - low) / max(high - low, 1), 0, 1) * 255).astype(np.uint8))
+    size = max(1, round(x_mm / MAP_STEP_MM)), max(1, round(z_mm / MAP_STEP_MM))
+    frame = None if scan.lungs is None else LungFrame.of(scan.lungs, hu, scan.grid, scan.margin_mm)
+    thirds = []
+    if frame:
+        ends = np.linspace(frame.lower_z_mm, frame.upper_z_mm, 4)
+        thirds = [round(float(upper[2] - z), 1) for z in ends]
+    spots = [
+        {
+            "number": measure.nodule,
+            "x": round(float(measure.center_x_mm - lower[0]), 1),
+            "y": round(float(upper[2] - measure.center_z_mm), 1),
+            "radius": round(max(4.0, measure.equivalent_diameter_mm / 2), 1),
+        }
+        for measure in measures
+    ]
+    return {
+        "width": round(float(x_mm), 1),
+        "height": round(float(z_mm), 1),
+        "picture": _data_uri(picture.resize(size, Image.Resampling.LANCZOS)),
+        "thirds": thirds,
+        "spots": spots,
+        "label": f"The lungs from the front with {len(spots)} nodule{'s' * (len(spots) != 1)} marked",
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- index
+
+
+def write_index(output_dir: Path, provenance: Mapping[str, Any], scans: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes ``report.html``: all scans of a folder, those without a page and those that could not be read, too.
+
+    Args:
+        output_dir: The folder of an inference.
+        provenance: Whose results these are.
+        scans: The scans of its summary.
+    """
+    path = output_dir / "failed_scans.csv"
+    failed = pd.read_csv(path, dtype=str).fillna("").itertuples(index=False, name=None) if path.is_file() else []
+    rows, room = (
+        [],
+        INDEX_BYTES
+        - sum(
+            600 + sum(map(len, notes_of(scan["part"], scan["lungs"], scan["unlike_training"])))
+            for scan in scans.values()
+        ),
+    )
+    for name, scan in scans.items():
+        picture, page = output_dir / "reports" / f"{name}.jpg", f"reports/{name}.html"
+        uri = f"data:image/jpeg;base64,{base64.b64encode(picture.read_bytes()).decode()}" if picture.is_file() else ""
+        room -= len(uri)
+        largest, highest = scan["largest_diameter_mm"], scan["highest_score"]
+        rows.append(
+            {
+                "name": name,
+                "page": _address(page) if (output_dir / page).is_file() else "",
+                "picture": uri if room >= 0 else "",
+                "nodules": len(scan["nodules"]),
+                "largest": "" if largest is None else f"{largest:.1f}",
+                "highest": "" if highest is None else f"{highest:.2f}",
+                "notes": notes_of(scan["part"], scan["lungs"], scan["unlike_training"]),
+            }
+        )
+    failures = [(str(name), str(reason)) for name, reason in failed]
+    nodules = sum(len(scan["nodules"]) for scan in scans.values())
+    count = f"{nodules} nodule{'s' * (nodules != 1)} in {len(rows)} scan{'s' * (len(rows) != 1)}"
+    warnings = [f"{len(failures)} scan{'s' * (len(failures) != 1)} could not be read."] if failures else []
+    page = _render(
+        "index.html", "", count=count, warnings=warnings, failed=failures, scans=rows, facts=facts_of(provenance)
+    )
+    write_text(output_dir / "report.html", page)
+
+
+def _address(path: str) -> str:
+    """A relative address of a file whose name may hold anything."""
+    return quote(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+@cache
+def _templates() -> Environment:
+    return Environment(loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True)
+
+
+def _render(template: str, script: str, **values: Any) -> str:
+    """A page with the style and a policy that allows this script alone, and no network."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )
+    style = Markup((FOLDER / "style.css").read_text(encoding="utf-8"))
+    marked = {name: Markup(values[name]) for name in ("data", "voxels") if name in values}
+    return (
+        _templates()
+        .get_template(template)
+        .render(values | marked | {"policy": policy, "style": style, "script": Markup(script)})
+    )
+
+
+def _script_json(values: Any) -> str:
+    """JSON that may stand in a page: no text in it ends a script."""
+    return json.dumps(values, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _jpeg(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def _data_uri(picture: Image.Image) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(_jpeg(picture)).decode()}"
