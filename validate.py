@@ -28,6 +28,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from data.validation_page import Finding, picture_findings, write_page
 from dataset import ignore_excluded
 from infer import (
     REMEDY,
@@ -103,6 +104,7 @@ VALIDATION_FILES = (
     "froc.csv",
     "froc.png",
     "froc.json",
+    "report.html",
 )
 EXCLUDED_PATH = "data/LUNA16/annotations_excluded.csv"
 PREDICTIONS_DIR = "experiments/predictions"  # for the score of anyone's marks
@@ -334,7 +336,7 @@ class Validator:
         parts = {uid: part for uid, part in parts.items() if uid not in self.failed}
         result = self._result(scans, parts, provenance)
         if self.writes_files:
-            do_once(lambda: self._write(result, excluded))
+            do_once(lambda: self._write(result, excluded, {scan.seriesuid: scan.findings for scan in scans}))
         return result
 
     def _excluded(self, seriesuids: Sequence[str], path: str | Path) -> pd.DataFrame | None:
@@ -444,7 +446,10 @@ class Validator:
         found = self.inferencer.find_candidates(probability.cpu().numpy(), scan.geometry)
         if not self.writes_files and scan.seriesuid == self._example_uid:
             self._example = scan, found
-        return ExaminedScan.of(scan, found, float(loss), excluded)
+        examined = ExaminedScan.of(scan, found, float(loss), excluded)
+        if not self.writes_files:
+            return examined
+        return replace(examined, findings=picture_findings(scan, found.keep(self.min_score), examined.on_excluded))
 
     @cached_property
     def _example_uid(self) -> str:
@@ -464,18 +469,26 @@ class Validator:
         annotated, title = scan.metadata.nodules, scan.seriesuid
         return draw_overlay(image, scan.geometry, found.mask, found.nodules, truth, title, most=1, annotated=annotated)
 
-    def _write(self, result: ValidationResult, excluded: pd.DataFrame | None) -> None:
-        scored = _scored(result.table)["seriesuid"]
+    def _write(
+        self,
+        result: ValidationResult,
+        excluded: pd.DataFrame | None,
+        findings: dict[str, Sequence[Finding]],
+    ) -> None:
+        """Tables, pictures, summary and page."""
+        scored = _scored(result.table)
         counts = dict.fromkeys(COUNTS, "Int64")  # whole numbers; of training scans there are none
         write_csv(self.output_dir / "validation_results.csv", result.table.astype(counts))
         write_csv(self.output_dir / "nodule_results.csv", result.nodules)
         write_csv(self.output_dir / "candidates.csv", result.candidates)
+        figures = {"distribution": draw_distribution(result.table)}
         with atomic_path(self.output_dir / "metrics_distribution.png") as temporary:
-            draw_distribution(result.table).savefig(temporary)
-        result.summary["by_size"] = []
+            figures["distribution"].savefig(temporary)
+        result.summary["by_size"], curve = [], None
         if len(result.nodules):
-            curve = froc(result.candidates, result.nodules, excluded, list(scored))
+            curve = froc(result.candidates, result.nodules, excluded, list(scored["seriesuid"]))
             write_froc(curve, self.output_dir)
+            figures = {"froc": draw_froc(curve)} | figures
             result.summary["cpm"] = {"value": curve.cpm, "interval": curve.intervals[-1].tolist()}
             result.summary["by_size"] = table_by_size(result.nodules, curve).to_dict("records")
         else:
@@ -483,6 +496,7 @@ class Validator:
             for name in FROC_FILES:
                 (self.output_dir / name).unlink(missing_ok=True)  # of an earlier run
         write_json(self.output_dir / "validation_summary.json", result.summary)
+        write_page(self.output_dir, result.summary, scored, findings, curve, figures, self.failed)
 
 
 def delete_results_of_run(output_dir: Path) -> None:
@@ -503,6 +517,7 @@ class ExaminedScan:
         crops: Overlap in a crop around each annotated nodule.
         on_excluded: (n + 1,) whether that number's nodule lies on an excluded finding and on no annotated nodule.
         loss: Loss of the scan, NaN without a loss function.
+        findings: What was found and missed, with pictures, where a page is made of them.
     """
 
     seriesuid: str
@@ -512,6 +527,7 @@ class ExaminedScan:
     crops: list[Overlap]
     on_excluded: np.ndarray
     loss: float
+    findings: Sequence[Finding] = ()
 
     @classmethod
     def of(

@@ -62,6 +62,7 @@ MOST_VOXELS = 19_000_000
 PAGE_BYTES, INDEX_BYTES = 14_500_000, 4_800_000
 COARSER = 1.15  # factor by which voxels grow where a page would be larger
 KEY_PIXELS, KEY_GAP, KEY_REACH_MM = 240, 6, 20.0  # of each plane of a key picture; half its width at least
+KEY_SIZE = (3 * KEY_PIXELS + 2 * KEY_GAP, KEY_PIXELS)
 MOST_KEYS = 60  # nodules with a picture
 THUMB_PIXELS = 96
 MAP_STEP_MM = 2.0
@@ -188,7 +189,7 @@ def write_scan(output_dir: Path, scan: ReportedScan) -> list[Measures]:
     folder = output_dir / "reports"
     thumbnail = keys[0].crop((0, 0, KEY_PIXELS, KEY_PIXELS)) if keys else _middle_slice(scan.ct)
     with atomic_path(folder / f"{scan.name}.jpg") as temporary:
-        temporary.write_bytes(_jpeg(thumbnail.resize((THUMB_PIXELS, THUMB_PIXELS), Image.Resampling.LANCZOS)))
+        temporary.write_bytes(jpeg(thumbnail.resize((THUMB_PIXELS, THUMB_PIXELS), Image.Resampling.LANCZOS)))
     write_text(folder / f"{scan.name}.html", _scan_page(scan, measures, keys, hu))
     return measures
 
@@ -199,7 +200,7 @@ def _scan_page(scan: ReportedScan, measures: Sequence[Measures], keys: Sequence[
     step = " x ".join(f"{mm:.2g}" for mm in grid.spacing_zyx)
     count = f"{len(measures)} nodule{'s' * (len(measures) != 1)}" if measures else "no nodule found"
     script = (FOLDER / "viewer.js").read_text(encoding="utf-8")
-    return _render(
+    return render(
         "scan.html",
         script,
         name=scan.name,
@@ -208,7 +209,7 @@ def _scan_page(scan: ReportedScan, measures: Sequence[Measures], keys: Sequence[
         map=_lung_map(scan, hu, measures),
         columns=[{"title": title, "is_number": is_number} for title, is_number, _ in COLUMNS],
         nodules=[_nodule_row(measure, keys) for measure in measures],
-        key_size=(3 * KEY_PIXELS + 2 * KEY_GAP, KEY_PIXELS),
+        key_size=KEY_SIZE,
         planes=[{"name": name, "letters": letters} for name, letters in LETTERS.items()],
         extent=f"Shown are {z:.0f} x {y:.0f} x {x:.0f} mm in steps of {step} mm (z, y, x).",
         facts=scan.facts,
@@ -396,7 +397,7 @@ def key_picture(
     """
     reach = max(KEY_REACH_MM, 1.2 * nodule.diameter_mm)
     step = 2 * reach / KEY_PIXELS
-    whole = Image.new("RGB", (3 * KEY_PIXELS + 2 * KEY_GAP, KEY_PIXELS))
+    whole = Image.new("RGB", KEY_SIZE)
     crop = _crop_around(grid, nodule, reach)
     outlines = [
         (grid.cropped(crop).image(np.ascontiguousarray(array[crop.slices]).astype(np.float32)), color)
@@ -550,7 +551,7 @@ def write_index(output_dir: Path, provenance: Mapping[str, Any], scans: Mapping[
     nodules = sum(len(scan["nodules"]) for scan in scans.values())
     count = f"{nodules} nodule{'s' * (nodules != 1)} in {len(rows)} scan{'s' * (len(rows) != 1)}"
     warnings = [f"{len(failures)} scan{'s' * (len(failures) != 1)} could not be read."] if failures else []
-    page = _render(
+    page = render(
         "index.html", "", count=count, warnings=warnings, failed=failures, scans=rows, facts=facts_of(provenance)
     )
     write_text(output_dir / "report.html", page)
@@ -569,7 +570,7 @@ def _templates() -> Environment:
     return Environment(loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True)
 
 
-def _render(template: str, script: str, **values: Any) -> str:
+def render(template: str, script: str, **values: Any) -> str:
     """A page with the style and a policy that allows this script alone, and no network."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
@@ -590,11 +591,11 @@ def _script_json(values: Any) -> str:
     return json.dumps(values, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _jpeg(picture: Image.Image) -> bytes:
+def jpeg(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
+    picture.save(buffer, "JPEG", quality=85, subsampling=0)  # outlines are a pixel wide
     return buffer.getvalue()
 
 
 def _data_uri(picture: Image.Image) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(_jpeg(picture)).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg(picture)).decode()}"

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 
 if os.environ.get("TEST_GPU") != "1":
@@ -20,6 +21,7 @@ from torch import nn
 
 import preprocess
 from data.phantom import write_phantoms
+from data.report import unpack_voxels
 from infer import NoduleInferencer
 from preprocess import Case, LUNA16Preprocessor
 from train import Trainer, ValidationSettings
@@ -240,3 +242,51 @@ def trained(run_dir, tmp_path):
         return inferencer
 
     return make
+
+
+class Page(HTMLParser):
+    """The parts of a page: its elements, the text of each script by id, and all text that is shown."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.scripts: dict[str, str] = {}
+        self.text = ""
+        self.source = path.read_text(encoding="utf-8")
+        self._inside = ""
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.elements.append((tag, values))
+        self._inside = values.get("id", "code") if tag == "script" else tag if tag == "style" else ""
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        if self._inside and self._inside != "style":
+            self.scripts[self._inside] = self.scripts.get(self._inside, "") + data
+        elif not self._inside:
+            self.text += data
+
+    def all(self, tag):
+        return [values for name, values in self.elements if name == tag]
+
+    @property
+    def scan(self):
+        return json.loads(self.scripts["scan"])
+
+    @property
+    def grid(self):
+        return Geometry(tuple(self.scan["shape"]), tuple(self.scan["origin"]), tuple(self.scan["spacing"][::-1]))
+
+    @property
+    def hu(self):
+        return unpack_voxels(self.scripts["voxels"].strip(), self.scan["shape"])
+
+    def labels(self, name="runs"):
+        flat = np.zeros(np.prod(self.scan["shape"]), int)
+        for start, length, label in np.reshape(self.scan[name], (-1, 3)):
+            flat[start : start + length] = label
+        return flat.reshape(self.scan["shape"])

@@ -8,68 +8,18 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK as sitk
-from conftest import BALL_CENTER, BALL_RADIUS_MM, HALF, Bright, Nothing, chest, write_chest
+from conftest import BALL_CENTER, BALL_RADIUS_MM, HALF, Bright, Nothing, Page, chest, write_chest
 from PIL import Image
 
 import data.report as report
 from data.report import hu_on, hu_table, key_picture, pack_voxels, run_lengths, unpack_voxels, write_index
 from infer import NoduleInferencer, delete_results
 from utils import Geometry, Nodule, read_metadata, read_processed_list, write_metadata
-
-
-class Page(HTMLParser):
-    """The parts of a page: its elements, the text of each script by id, and all text that is shown."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict]] = []
-        self.scripts: dict[str, str] = {}
-        self.text = ""
-        self.source = path.read_text(encoding="utf-8")
-        self._inside = ""
-        self.feed(self.source)
-
-    def handle_starttag(self, tag, attrs):
-        values = dict(attrs)
-        self.elements.append((tag, values))
-        self._inside = values.get("id", "code") if tag == "script" else tag if tag == "style" else ""
-
-    def handle_endtag(self, tag):
-        self._inside = ""
-
-    def handle_data(self, data):
-        if self._inside and self._inside != "style":
-            self.scripts[self._inside] = self.scripts.get(self._inside, "") + data
-        elif not self._inside:
-            self.text += data
-
-    def all(self, tag):
-        return [values for name, values in self.elements if name == tag]
-
-    @property
-    def scan(self):
-        return json.loads(self.scripts["scan"])
-
-    @property
-    def grid(self):
-        return Geometry(tuple(self.scan["shape"]), tuple(self.scan["origin"]), tuple(self.scan["spacing"][::-1]))
-
-    @property
-    def hu(self):
-        return unpack_voxels(self.scripts["voxels"].strip(), self.scan["shape"])
-
-    def labels(self, name="runs"):
-        flat = np.zeros(np.prod(self.scan["shape"]), int)
-        for start, length, label in np.reshape(self.scan[name], (-1, 3)):
-            flat[start : start + length] = label
-        return flat.reshape(self.scan["shape"])
 
 
 @pytest.fixture(scope="module")
