@@ -290,3 +290,14 @@ class Page(HTMLParser):
         for start, length, label in np.reshape(self.scan[name], (-1, 3)):
             flat[start : start + length] = label
         return flat.reshape(self.scan["shape"])
+
+
+@pytest.fixture(scope="session")
+def chest_page(run_dir, tmp_path_factory):
+    """(scan, folder of results, page) of the chest with a ball in the right lung, stored from the other end."""
+    folder = tmp_path_factory.mktemp("report")
+    path = write_chest(folder / "chest.mhd", shape_zyx=(80, 112, 120), flipped=True)
+    inferencer = NoduleInferencer(run_dir / "checkpoints" / "best_model.pth", folder, "cpu", mixed_precision=False)
+    inferencer.predictor.model = Bright(HALF)
+    inferencer.infer_scan(path)
+    return sitk.ReadImage(str(path)), folder, Page(folder / "reports" / "chest.html")

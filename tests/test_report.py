@@ -13,25 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK as sitk
-from conftest import BALL_CENTER, BALL_RADIUS_MM, HALF, Bright, Nothing, Page, chest, write_chest
+from conftest import BALL_CENTER, BALL_RADIUS_MM, Bright, Nothing, Page, chest, write_chest
 from PIL import Image
 
 import data.report as report
 from data.report import hu_on, hu_table, key_picture, pack_voxels, run_lengths, unpack_voxels, write_index
-from infer import NoduleInferencer, delete_results
+from infer import delete_results
 from utils import Geometry, Nodule, read_metadata, read_processed_list, write_metadata
-
-
-@pytest.fixture(scope="module")
-def chest_page(run_dir, tmp_path_factory):
-    """(scan, folder of results, page) of the chest with a ball in the right lung, stored from the other end."""
-    folder = tmp_path_factory.mktemp("report")
-    path = write_chest(folder / "chest.mhd", shape_zyx=(80, 112, 120), flipped=True)
-    inferencer = NoduleInferencer(run_dir / "checkpoints" / "best_model.pth", folder, "cpu", mixed_precision=False)
-    inferencer.predictor.model = Bright(HALF)
-    inferencer.infer_scan(path)
-    return sitk.ReadImage(str(path)), folder, Page(folder / "reports" / "chest.html")
-
 
 # --------------------------------------------------------------------------------------------------- voxels and labels
 
