@@ -42,7 +42,10 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
+from data.dicom import DicomReader
+from data.dicom_results import has_highdicom, write_dicom_results
 from data.lungs import LUNG_METHOD, measure_noise
+from data.measures import MeasuredScan, Measures, write_measures
 from data.report import ct_of, lungs_of, report_scan, write_index
 from data.slicer import write_points, write_segmentation
 from model import InferenceSettings, SegmentationNetwork, checkpoint_file, load_checkpoint, to_device
@@ -753,7 +756,9 @@ RUN_FILES = (
     "inference.json",
     "report.html",
 )
+DICOM_FILES = ("predicted_masks/{}.dcm", "{}_measures.dcm")
 SCAN_FILES = (
+    *DICOM_FILES,
     "predicted_masks/{}.npy",
     "predicted_masks/{}.nii.gz",
     "predicted_masks/{}.seg.nrrd",
@@ -1425,8 +1430,9 @@ class NoduleInferencer:
         self.folder.write_scan(result, figure)
         if self.report:
             (ct, note), margin = ct_of(scan), self.preprocessing.lung_margin_mm
-            rest = lungs_of(scan), margin, [note] if note else [], scan.mask
-            report_scan(self.output_dir, self.provenance, result, ct, scan.geometry, *rest)
+            measured = MeasuredScan.of(ct, scan.geometry, found, lungs_of(scan), margin, scan.mask)
+            write_measures(self.output_dir, uid, measured.measures)
+            report_scan(self.output_dir, self.provenance, result, measured, [note] if note else [])
         return result
 
     def infer_scan(self, path: str | Path) -> list[dict[str, Any]]:
@@ -1547,12 +1553,30 @@ class NoduleInferencer:
         ranks = prepared.grid.image(found.ranks)
         own_ranks = resample(ranks, Geometry.from_image(scan), linear=False, pixel_type=sitk.sitkUInt16)
         self.folder.write_scan(result, figure, own_ranks)
+        margin = self.preprocessing.lung_margin_mm
+        measured = MeasuredScan.of(scan, prepared.grid, found, prepared.lungs, margin)
+        write_measures(self.output_dir, name, measured.measures)
+        self._write_dicom(raw, own_ranks, measured.measures)
         if self.report is not False:
-            margin = self.preprocessing.lung_margin_mm
-            report_scan(self.output_dir, self.provenance, result, scan, prepared.grid, prepared.lungs, margin)
+            report_scan(self.output_dir, self.provenance, result, measured)
         self.folder.add(result, is_again)
         tell(f"{name}: {result}")
         return result
+
+    def _write_dicom(self, raw: RawScan, own_ranks: sitk.Image, measures: Sequence[Measures]) -> None:
+        """For a DICOM series, the nodules as DICOM objects beside the other files."""
+        names = DICOM_FILES[0].format(raw.name), DICOM_FILES[1].format(raw.name)
+        delete_files(self.output_dir, names)  # of an earlier run
+        reader = scan_reader(raw.path)
+        if not isinstance(reader, DicomReader) or not measures or not has_highdicom():
+            return
+        segmentation, report = (self.output_dir / name for name in names)
+        ranks, stack = sitk.GetArrayFromImage(own_ranks), reader.stack(raw.path)
+        try:
+            write_dicom_results(segmentation, report, stack, ranks, measures, self.provenance)
+            tell(f"{raw.name}: the DICOM segmentation and report bear the patient's name and ID, as the series does")
+        except InputError as error:
+            logger.warning("%s: no DICOM segmentation and no DICOM report: %s", raw.name, raw.hide(str(error)))
 
     def _part_of(self, raw: RawScan) -> str:
         """What a raw scan was to the network; one that it has learnt from is warned of."""

@@ -190,13 +190,21 @@ class DicomReader(ScanReader):
         addresses = {_common_folder(images) / (MARK + images[0].series) for images in index.series()}
         return sorted(addresses)
 
+    def stack(self, path: Path) -> Stack:
+        """The images of the series in the order of their places.
+
+        Raises:
+            InputError: They are no even stack.
+        """
+        return _stack_of(str(path), self._series(path))
+
     def files(self, path: Path) -> tuple[Path, ...]:
         """The files of the series."""
         return tuple(image.path for image in self._series(path))
 
     def read_header(self, path: Path) -> ScanHeader:
         """Where the voxels lie, after the slices are found to be one even stack."""
-        stack = _stack_of(str(path), self._series(path))
+        stack = self.stack(path)
         pixel = _pixel_of(stack.slices) if stack.to_index is None else sitk.sitkFloat32
         return ScanHeader(stack.geometry, VOXEL_BYTES[pixel])
 
@@ -210,7 +218,7 @@ class DicomReader(ScanReader):
 
     def read_image(self, path: Path) -> sitk.Image:
         """The voxels in HU, on the scan's grid; one askew is brought to an upright grid."""
-        stack = _stack_of(str(path), self._series(path))
+        stack = self.stack(path)
         if any(not image.scale for image in stack.slices):
             logger.warning("%s states no RescaleIntercept: its stored values are taken for HU", self.name(path))
         image = _without_padding(_read_voxels(path, stack.slices), stack.slices)

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import pandas as pd
+import SimpleITK as sitk
 from scipy import ndimage
 from scipy.spatial import ConvexHull, QhullError
 from scipy.spatial.distance import pdist, squareform
 
-from utils import Box, Geometry
+from preprocess import resample_mean
+from utils import Box, Geometry, write_csv, write_json
 
 if TYPE_CHECKING:
-    from infer import FoundNodule
+    from infer import FoundNodule, Segmentation
 
 RIM_MM = 1.0  # of a nodule, in which air and tissue mix
 FEWEST_INNER_MM3 = 10.0  # with less than this inside the rim, the whole nodule is judged
@@ -71,6 +74,63 @@ class Measures:
     def to_dict(self) -> dict[str, Any]:
         """Built-in types, for JSON and tables."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class MeasuredScan:
+    """A scan, and what was found and measured in it.
+
+    Args:
+        ct: CT in HU, any direction.
+        grid: The grid that the network saw; identity direction.
+        hu: CT values (z, y, x) on the grid.
+        ranks: Whole numbers (z, y, x) on the grid: the place of each nodule in ``nodules``, counted from 1.
+        nodules: The likeliest first.
+        measures: Theirs.
+        lungs: Bool (z, y, x) on the grid, grown by ``margin_mm``; None where they are unknown.
+        margin_mm: By how much the lungs were grown.
+        truth: Annotated mask (z, y, x) on the grid; None where there is none.
+    """
+
+    ct: sitk.Image
+    grid: Geometry
+    hu: np.ndarray
+    ranks: np.ndarray
+    nodules: Sequence[FoundNodule]
+    measures: Sequence[Measures]
+    lungs: np.ndarray | None
+    margin_mm: float
+    truth: np.ndarray | None = None
+
+    @classmethod
+    def of(
+        cls,
+        ct: sitk.Image,
+        grid: Geometry,
+        found: Segmentation,
+        lungs: np.ndarray | None,
+        margin_mm: float,
+        truth: np.ndarray | None = None,
+    ) -> MeasuredScan:
+        """Measures what was found in a scan."""
+        hu, ranks, nodules = hu_on(ct, grid), found.ranks, found.nodules
+        measures = measure_nodules(nodules, ranks, grid, hu, lungs, margin_mm)
+        return cls(ct, grid, hu, ranks, nodules, measures, lungs, margin_mm, truth)
+
+
+def write_measures(output_dir: Path, name: str, measures: Sequence[Measures]) -> None:
+    """Writes ``<name>_measures.csv`` and ``.json``."""
+    rows = [measure.to_dict() for measure in measures]
+    write_csv(output_dir / f"{name}_measures.csv", pd.DataFrame(rows, columns=list(Measures.__annotations__)))
+    write_json(output_dir / f"{name}_measures.json", rows)
+
+
+def hu_on(ct: sitk.Image, grid: Geometry) -> np.ndarray:
+    """CT values, float32 (z, y, x), on a grid of identity direction; air outside of the scan."""
+    hu = np.empty(grid.shape_zyx, np.float32)
+    for part, values in resample_mean(ct, grid, fill=-1024.0):
+        hu[part] = values
+    return hu
 
 
 def measure_nodules(

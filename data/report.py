@@ -15,7 +15,6 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +30,8 @@ from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from data.measures import LungFrame, Measures, measure_nodules
-from preprocess import Preprocessing, resample_mean
+from data.measures import LungFrame, MeasuredScan, Measures, hu_on
+from preprocess import Preprocessing
 from utils import (
     LEARNT_FROM,
     Box,
@@ -45,13 +44,11 @@ from utils import (
     read_scan,
     reason_of,
     resample,
-    write_csv,
-    write_json,
     write_text,
 )
 
 if TYPE_CHECKING:
-    from infer import FoundNodule, ScanResult
+    from infer import ScanResult
 
 FOLDER = Path(__file__).with_name("report")
 LUNG_WINDOW = (-600.0, 1500.0)  # level and width in HU
@@ -80,62 +77,25 @@ EXPLANATION = (
 )
 
 
-@dataclass(frozen=True)
-class ReportedScan:
-    """A scan and what was found in it.
-
-    Args:
-        name: What it is called; no patient's name unless that was asked for.
-        ct: CT in HU, any direction.
-        grid: The grid that the network saw; identity direction.
-        ranks: Whole numbers (z, y, x) on the grid: the place of each nodule in ``nodules``, counted from 1.
-        nodules: The likeliest first.
-        lungs: Bool (z, y, x) on the grid, grown by ``margin_mm``; None where they are unknown.
-        margin_mm: By how much the lungs were grown.
-        warnings: What stands on top of the page.
-        facts: {what: text} of how it was found.
-        truth: Annotated mask (z, y, x) on the grid.
-    """
-
-    name: str
-    ct: sitk.Image
-    grid: Geometry
-    ranks: np.ndarray
-    nodules: Sequence[FoundNodule]
-    lungs: np.ndarray | None
-    margin_mm: float
-    warnings: Sequence[str]
-    facts: Mapping[str, str]
-    truth: np.ndarray | None = None
-
-
 def report_scan(
     output_dir: Path,
     provenance: Mapping[str, Any],
     result: ScanResult,
-    ct: sitk.Image,
-    grid: Geometry,
-    lungs: np.ndarray | None,
-    margin_mm: float,
+    scan: MeasuredScan,
     warnings: Sequence[str] = (),
-    truth: np.ndarray | None = None,
 ) -> None:
-    """Writes the page of a scan and its measures, as ``write_scan`` does, beside the other files of its results.
+    """Writes the page of a scan beside the other files of its results, as ``write_scan`` does.
 
     Args:
         output_dir: Their folder.
         provenance: Whose results these are.
         result: What was found in the scan.
-        ct: CT in HU, any direction.
-        grid: The grid that the network saw.
-        lungs: Bool (z, y, x) on the grid, grown by ``margin_mm``; None where they are unknown.
-        margin_mm: By how much the lungs were grown.
+        scan: The scan and its measured nodules.
         warnings: What else stands on top of the page.
-        truth: Annotated mask (z, y, x) on the grid.
     """
     found = result.found
     facts = {"Scan": result.source, "Part": result.part, "Lungs": result.lungs}
-    facts |= {"Grid of the network": " x ".join(map(str, grid.shape_zyx)) + " voxels (z, y, x)"}
+    facts |= {"Grid of the network": " x ".join(map(str, scan.grid.shape_zyx)) + " voxels (z, y, x)"}
     facts |= {"Highest probability of a voxel": f"{result.highest_probability:.3f}"}
     facts |= {"Fainter marks, in candidates.csv": str(len(found.candidates) - len(found.nodules))} | facts_of(
         provenance
@@ -143,8 +103,7 @@ def report_scan(
     notes = [*warnings, *notes_of(result.part, result.lungs, result.unlike_training)]
     if found.is_noise:
         notes.append("The network's map is mostly noise: it has not learnt yet, or does not suit this scan.")
-    scan = ReportedScan(result.seriesuid, ct, grid, found.ranks, found.nodules, lungs, margin_mm, notes, facts, truth)
-    write_scan(output_dir, scan)
+    write_scan(output_dir, result.seriesuid, scan, notes, facts)
 
 
 def facts_of(provenance: Mapping[str, Any]) -> dict[str, str]:
@@ -171,53 +130,49 @@ def notes_of(part: str, lungs: str, unlike_training: str) -> list[str]:
     return notes
 
 
-def write_scan(output_dir: Path, scan: ReportedScan) -> list[Measures]:
-    """Writes ``reports/<name>.html``, its thumbnail, and the measures as ``<name>_measures.csv`` and ``.json``.
+def write_scan(
+    output_dir: Path, name: str, scan: MeasuredScan, warnings: Sequence[str], facts: Mapping[str, str]
+) -> None:
+    """Writes ``reports/<name>.html`` and its thumbnail.
 
-    Returns:
-        The measures.
+    Args:
+        output_dir: The folder of an inference.
+        name: What the scan is called; no patient's name unless that was asked for.
+        scan: The scan and its measured nodules.
+        warnings: What stands on top of the page.
+        facts: {what: text} of how it was found.
     """
-    hu = hu_on(scan.ct, scan.grid)
-    measures = measure_nodules(scan.nodules, scan.ranks, scan.grid, hu, scan.lungs, scan.margin_mm)
-    rows = [measure.to_dict() for measure in measures]
-    write_csv(output_dir / f"{scan.name}_measures.csv", pd.DataFrame(rows, columns=list(Measures.__annotations__)))
-    write_json(output_dir / f"{scan.name}_measures.json", rows)
     keys = [
         key_picture(scan.ct, nodule, scan.grid, scan.ranks == number, scan.truth)
         for number, nodule in enumerate(scan.nodules[:MOST_KEYS], start=1)
     ]
     folder = output_dir / "reports"
     thumbnail = keys[0].crop((0, 0, KEY_PIXELS, KEY_PIXELS)) if keys else _middle_slice(scan.ct)
-    with atomic_path(folder / f"{scan.name}.jpg") as temporary:
+    with atomic_path(folder / f"{name}.jpg") as temporary:
         temporary.write_bytes(jpeg(thumbnail.resize((THUMB_PIXELS, THUMB_PIXELS), Image.Resampling.LANCZOS)))
-    write_text(folder / f"{scan.name}.html", _scan_page(scan, measures, keys, hu))
-    return measures
-
-
-def _scan_page(scan: ReportedScan, measures: Sequence[Measures], keys: Sequence[Image.Image], hu: np.ndarray) -> str:
     grid, voxels = _packed_view(scan)
     x, y, z = (grid.spacing[axis] * size for axis, size in enumerate(grid.shape_zyx[::-1]))
     step = " x ".join(f"{mm:.2g}" for mm in grid.spacing_zyx)
-    count = f"{len(measures)} nodule{'s' * (len(measures) != 1)}" if measures else "no nodule found"
-    script = (FOLDER / "viewer.js").read_text(encoding="utf-8")
-    return render(
+    measures = scan.measures
+    page = render(
         "scan.html",
-        script,
-        name=scan.name,
-        count=count,
-        warnings=list(scan.warnings),
-        map=_lung_map(scan, hu, measures),
+        (FOLDER / "viewer.js").read_text(encoding="utf-8"),
+        name=name,
+        count=f"{len(measures)} nodule{'s' * (len(measures) != 1)}" if measures else "no nodule found",
+        warnings=list(warnings),
+        map=_lung_map(scan),
         columns=[{"title": title, "is_number": is_number} for title, is_number, _ in COLUMNS],
         nodules=[_nodule_row(measure, keys) for measure in measures],
         key_size=KEY_SIZE,
         planes=[{"name": name, "letters": letters} for name, letters in LETTERS.items()],
         extent=f"Shown are {z:.0f} x {y:.0f} x {x:.0f} mm in steps of {step} mm (z, y, x).",
-        facts=scan.facts,
+        facts=facts,
         has_truth=scan.truth is not None,
         explanation=EXPLANATION,
         voxels=voxels,
         data=_script_json(_view_data(scan, grid)),
     )
+    write_text(folder / f"{name}.html", page)
 
 
 def _number(value: float, digits: int = 1) -> str:
@@ -289,15 +244,7 @@ def lungs_of(scan: ProcessedScan) -> np.ndarray | None:
     return np.stack([ndimage.binary_fill_holes(plane) for plane in np.asarray(scan.image) > 0])
 
 
-def hu_on(ct: sitk.Image, grid: Geometry) -> np.ndarray:
-    """CT values, float32 (z, y, x), on a grid of identity direction; air outside of the scan."""
-    hu = np.empty(grid.shape_zyx, np.float32)
-    for part, values in resample_mean(ct, grid, fill=-1024.0):
-        hu[part] = values
-    return hu
-
-
-def _packed_view(scan: ReportedScan) -> tuple[Geometry, str]:
+def _packed_view(scan: MeasuredScan) -> tuple[Geometry, str]:
     """The grid of a page's slices, and their voxels as text, no more than a page may have."""
     ct = Geometry.from_image(scan.ct)
     lower, upper = ct.bounds()
@@ -346,7 +293,7 @@ def unpack_voxels(text: str, shape_zyx: Sequence[int]) -> np.ndarray:
     return hu_table()[voxels]
 
 
-def _view_data(scan: ReportedScan, grid: Geometry) -> dict[str, Any]:
+def _view_data(scan: MeasuredScan, grid: Geometry) -> dict[str, Any]:
     """What the viewer must know beside the voxels."""
     return {
         "shape": list(grid.shape_zyx),
@@ -478,15 +425,15 @@ def _middle_slice(ct: sitk.Image) -> Image.Image:
     return Image.fromarray(_grey(_plane_of(ct, plane, 2, -1024.0)))
 
 
-def _lung_map(scan: ReportedScan, hu: np.ndarray, measures: Sequence[Measures]) -> dict[str, Any] | None:
+def _lung_map(scan: MeasuredScan) -> dict[str, Any] | None:
     """The scan as seen from the front, as a chest radiograph shows it, with the places of the nodules; in mm."""
     lower, upper = scan.grid.bounds()
     x_mm, _, z_mm = upper - lower
-    mean = np.clip(hu, -1000, 600).mean(axis=1)[::-1]
+    mean = np.clip(scan.hu, -1000, 600).mean(axis=1)[::-1]
     low, high = np.quantile(mean, [0.02, 0.98])
     picture = Image.fromarray((np.clip((mean - low) / max(high - low, 1), 0, 1) * 255).astype(np.uint8))
     size = max(1, round(x_mm / MAP_STEP_MM)), max(1, round(z_mm / MAP_STEP_MM))
-    frame = None if scan.lungs is None else LungFrame.of(scan.lungs, hu, scan.grid, scan.margin_mm)
+    frame = None if scan.lungs is None else LungFrame.of(scan.lungs, scan.hu, scan.grid, scan.margin_mm)
     thirds = []
     if frame:
         ends = np.linspace(frame.lower_z_mm, frame.upper_z_mm, 4)
@@ -498,7 +445,7 @@ def _lung_map(scan: ReportedScan, hu: np.ndarray, measures: Sequence[Measures]) 
             "y": round(float(upper[2] - measure.center_z_mm), 1),
             "radius": round(max(4.0, measure.equivalent_diameter_mm / 2), 1),
         }
-        for measure in measures
+        for measure in scan.measures
     ]
     return {
         "width": round(float(x_mm), 1),

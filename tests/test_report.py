@@ -17,7 +17,8 @@ from conftest import BALL_CENTER, BALL_RADIUS_MM, Bright, Nothing, Page, chest, 
 from PIL import Image
 
 import data.report as report
-from data.report import hu_on, hu_table, key_picture, pack_voxels, run_lengths, unpack_voxels, write_index
+from data.measures import MeasuredScan, hu_on
+from data.report import hu_table, key_picture, pack_voxels, run_lengths, unpack_voxels, write_index
 from infer import delete_results
 from utils import Geometry, Nodule, read_metadata, read_processed_list, write_metadata
 
@@ -172,16 +173,18 @@ def test_scan_without_lungs_says_so_on_top_and_is_shown_whole(trained, tmp_path)
     assert np.prod(page.grid.shape_zyx) * page.grid.voxel_volume_mm3 == pytest.approx(300 * 280 * 240, rel=0.05)
 
 
+def nothing_in(ct, grid):
+    """A scan in which nothing was found."""
+    return MeasuredScan(ct, grid, hu_on(ct, grid), np.zeros(grid.shape_zyx, np.uint16), [], [], None, 0.0)
+
+
 HOSTILE = "</script><script>alert(1)</script>&<!--"
 
 
 def test_texts_are_escaped(chest_page, tmp_path):
     scan, _, _ = chest_page
     grid = Geometry.from_image(chest((20, 28, 30)))
-    reported = report.ReportedScan(
-        "a", scan, grid, np.zeros(grid.shape_zyx, np.uint16), [], None, 0.0, [HOSTILE], {HOSTILE: HOSTILE}
-    )
-    report.write_scan(tmp_path, reported)
+    report.write_scan(tmp_path, "a", nothing_in(scan, grid), [HOSTILE], {HOSTILE: HOSTILE})
     page = Page(tmp_path / "reports" / "a.html")
     assert HOSTILE not in page.source
     assert page.text.count(HOSTILE) == 3
@@ -199,8 +202,7 @@ def test_page_of_a_noisy_scan_is_no_larger_than_it_may_be(tmp_path, monkeypatch)
     noise = np.random.default_rng(0).normal(0, 400, (100, 100, 100)).astype(np.int16)
     ct = sitk.GetImageFromArray(noise)
     grid = Geometry.from_image(ct)
-    reported = report.ReportedScan("a", ct, grid, np.zeros(grid.shape_zyx, np.uint16), [], None, 0.0, [], {})
-    report.write_scan(tmp_path, reported)
+    report.write_scan(tmp_path, "a", nothing_in(ct, grid), [], {})
     page = Page(tmp_path / "reports" / "a.html")
     assert len(page.scripts["voxels"]) <= 400_000
     assert (page.grid.shape_zyx * np.array(page.grid.spacing_zyx)).min() >= 100  # coarser, not less of it
