@@ -278,7 +278,11 @@ class Preprocessing:
         """Mean of prepared values, in HU; None of no values."""
         if not values.size:
             return None
-        return float(values.mean(dtype=np.float32)) * (self.hu_max - self.hu_min) + self.hu_min
+        return float(self.to_hu(values.mean(dtype=np.float32)))
+
+    def to_hu(self, values: npt.ArrayLike) -> np.ndarray:
+        """Prepared values in [0, 1] as HU, float32."""
+        return np.asarray(values, np.float32) * np.float32(self.hu_max - self.hu_min) + np.float32(self.hu_min)
 
     def apply_hu_window(self, scan: sitk.Image, grid: Geometry) -> np.ndarray:
         """HU window on the grid as float16 in [0, 1]; HU is clipped before anything is averaged."""

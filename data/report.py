@@ -229,11 +229,9 @@ def ct_of(scan: ProcessedScan) -> tuple[sitk.Image, str]:
         except (InputError, OSError) as error:
             reason = reason_of(error)
     settings = Preprocessing.from_dict(metadata.preprocessing)
-    low, high = settings.hu_min, settings.hu_max
-    hu = np.asarray(scan.image, np.float32) * (high - low) + low
-    shown = f"The page shows the prepared array, from {low:g} to {high:g} HU"
+    shown = f"The page shows the prepared array, from {settings.hu_min:g} to {settings.hu_max:g} HU"
     shown += " and without what lies around the lungs" if settings.mask_lungs else ""
-    return scan.geometry.image(hu), f"{shown}, since the raw scan was not found: {reason}."
+    return scan.geometry.image(settings.to_hu(scan.image)), f"{shown}, since the raw scan was not found: {reason}."
 
 
 def lungs_of(scan: ProcessedScan) -> np.ndarray | None:

@@ -97,7 +97,7 @@ def _picture(scan: ProcessedScan, nodule: Nodule, mask: np.ndarray) -> bytes:
     lower = np.clip(np.floor(nodule.index_zyx - reach), 0, np.asarray(mask.shape) - 1).astype(int)
     upper = np.clip(np.ceil(nodule.index_zyx + reach), lower + 1, mask.shape)
     box = Box.of_size(lower, upper.astype(int) - lower)
-    hu = np.asarray(scan.image[box.slices], np.float32) * (settings.hu_max - settings.hu_min) + settings.hu_min
+    hu = settings.to_hu(scan.image[box.slices])
     grid = scan.geometry.cropped(box)
     truth = np.asarray(scan.mask)[box.slices] > 0
     return jpeg(key_picture(grid.image(hu), nodule, grid, mask[box.slices], truth))
