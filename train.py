@@ -75,6 +75,7 @@ from utils import (
     check,
     count_cores,
     describe_difference,
+    describe_time,
     do_once,
     folder_lock,
     free_memory,
@@ -112,6 +113,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 AUGMENTATION = Augmentation()
 LEAST_SHARE = 1e-4  # of voxels that an untrained network takes for nodule; from 1e-5 on, one did not learn in trials
+EPOCHS_TIMED = 10  # the last ones, by which the time that is left is estimated
 WARM_UP = 3  # eager steps before capture: cuDNN tries its kernels, AdamW allocates its state
 # Files of a run, and TensorBoard's beside them.
 RUN_FILE = re.compile(r"checkpoints/(best_model|checkpoint_epoch_\d+)\.pth|log\.csv|curves\.png")
@@ -609,6 +611,9 @@ class Trainer:
         self._tell_ignored()
         logs = self.output_dir / f"logs_{time.strftime('%Y%m%d-%H%M%S')}"
         self.writer = None if process_rank() else SummaryWriter(str(logs))
+        if self.writer is not None:
+            rows = [f"| {name} | {value} |" for name, value in self.settings.items()]
+            self.writer.add_text("settings", "\n".join(["| option | value |", "| --- | --- |", *rows]))
         try:
             with self._memory_advice(), sigterm_as_interrupt():
                 try:
@@ -872,7 +877,9 @@ class Trainer:
             text += f", validation loss {row['validation_loss']:.4f}, Dice "
             text += f"{dice:.3f}" if math.isfinite(dice) else "undefined"
             text += f", {int(row['false_positive_nodules'])} false-positive nodules"
-        return f"{text} ({row['training_seconds'] + row['validation_seconds']:.0f} s)"
+        spent = [past["training_seconds"] + past["validation_seconds"] for past in self.log[-EPOCHS_TIMED:]]
+        left = sum(spent) / len(spent) * (self.num_epochs - self.epoch)
+        return f"{text} ({spent[-1]:.0f} s{f', about {describe_time(left)} left' if left else ''})"
 
     def _random_state(self) -> dict[str, Any]:
         """States of this process's generators."""

@@ -1767,6 +1767,13 @@ def tell(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def describe_time(seconds: float) -> str:
+    """A length of time as a person says it, such as '45 s', '12 min' or '3.4 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
 class Progress:
     """A bar on a terminal; elsewhere one line a minute.
 
@@ -1802,9 +1809,9 @@ class Progress:
         now_s = time.monotonic()
         if self.bar.disable and self.done and not self.silent and now_s - self._last >= SECONDS_BETWEEN_LINES:
             self._last = now_s
-            left_min = (now_s - self._start) / self.done * (self.total - self.done) / 60
+            left = describe_time((now_s - self._start) / self.done * (self.total - self.done))
             note = f", {self.note}" if self.note else ""
-            tell(f"{self.desc}: {self.done} of {self.total} {self.unit}s, about {left_min:.0f} min left{note}")
+            tell(f"{self.desc}: {self.done} of {self.total} {self.unit}s, about {left} left{note}")
 
 
 # ---------------------------------------------------------------------------------------------------- command line

@@ -6,9 +6,11 @@ import dataclasses
 import errno
 import inspect
 import json
+import logging
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +25,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import TINY
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 import infer
@@ -661,6 +664,21 @@ Trainer({str(processed_dir)!r}, {str(tmp_path / "run")!r}, num_epochs=2, device=
         "epoch 1/2:",
         "epoch 2/2:",
     ]
+
+
+def test_epoch_tells_the_time_that_is_left(processed_dir, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    Trainer(processed_dir, tmp_path, num_epochs=2, **CPU).train()
+    first, last = (message for message in caplog.messages if message.startswith("epoch "))
+    assert re.search(r"\(\d+ s, about \d+ s left\)$", first)
+    assert re.search(r"\(\d+ s\)$", last)
+
+
+def test_tensorboard_shows_the_settings(processed_dir, tmp_path):
+    Trainer(processed_dir, tmp_path, num_epochs=1, learning_rate=0.0123, **CPU).train()
+    events = EventAccumulator(str(next(tmp_path.glob("logs_*")))).Reload()
+    (text,) = events.Tensors("settings/text_summary")
+    assert b"| learning_rate | 0.0123 |" in text.tensor_proto.string_val[0]
 
 
 def test_missing_array_is_told_before_training(processed_dir, tmp_path):

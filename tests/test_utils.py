@@ -1319,7 +1319,7 @@ def test_progress_tells_a_line_a_minute_where_there_is_no_terminal(monkeypatch, 
             progress.advance("loss 0.5")
     assert caplog.messages == [
         "validation: 3 of 8 scans, about 2 min left, loss 0.5",
-        "validation: 6 of 8 scans, about 1 min left, loss 0.5",
+        "validation: 6 of 8 scans, about 50 s left, loss 0.5",
     ]
 
 
@@ -1437,3 +1437,10 @@ def test_nothing_is_said_where_nothing_is_known():
 def test_ranges_are_those_of_all_scans():
     scans = [metadata_of(), replace(metadata_of(), noise_hu=20.0)]
     assert utils.ranges_of(scans) == {"slice_mm": (1.0, 1.0), "pixel_mm": (1.0, 1.0), "noise_hu": (20.0, 20.0)}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h"), (86400, "24.0 h")]
+)
+def test_time_is_told_as_a_person_says_it(seconds, text):
+    assert utils.describe_time(seconds) == text
