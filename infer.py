@@ -1531,12 +1531,13 @@ class NoduleInferencer:
         if self.preprocessing is None:
             raise RuntimeError("a raw scan needs the preprocessing of a checkpoint; build NoduleInferencer from one")
         name, source = raw.name, raw.source
-        scan = read_scan(raw.path)
+        with warnings_told() as doubts:
+            scan = read_scan(raw.path)
+            prepared = self.preprocessing.prepare(scan)
+            is_piece = Geometry.from_image(scan).is_piece
+            self._tell_prepared(name, prepared, is_piece)
         is_again = self.folder.claim(None, None, {name: source})
         part = self._part_of(raw)
-        prepared = self.preprocessing.prepare(scan)
-        is_piece = Geometry.from_image(scan).is_piece
-        self._tell_prepared(name, prepared, is_piece)
         probability = self.predict_probability(prepared.array)
         found = self.segment(probability, prepared.grid)
         unlike = describe_unlike(scanning_of(Geometry.from_image(scan), measure_noise(scan)), self.learnt)
@@ -1558,7 +1559,7 @@ class NoduleInferencer:
         write_measures(self.output_dir, name, measured.measures)
         self._write_dicom(raw, own_ranks, measured.measures)
         if self.report is not False:
-            report_scan(self.output_dir, self.provenance, result, measured)
+            report_scan(self.output_dir, self.provenance, result, measured, [raw.hide(doubt) for doubt in doubts])
         self.folder.add(result, is_again)
         tell(f"{name}: {result}")
         return result
@@ -1664,6 +1665,19 @@ class NoduleInferencer:
             "mirrors": self.settings.mirrors,
             "computed_in": str(self.predictor.autocast_dtype or torch.float32).removeprefix("torch."),
         } | ({"about": self.about} if self.about else {})
+
+
+@contextmanager
+def warnings_told() -> Iterator[list[str]]:
+    """Gathers the warnings that are logged meanwhile."""
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    try:
+        yield told
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 def _override(

@@ -94,7 +94,7 @@ def report_scan(
         warnings: What else stands on top of the page.
     """
     found = result.found
-    facts = {"Scan": result.source, "Part": result.part, "Lungs": result.lungs}
+    facts = {"Part": result.part, "Lungs": result.lungs}  # not the source, whose path may hold a patient's name
     facts |= {"Grid of the network": " x ".join(map(str, scan.grid.shape_zyx)) + " voxels (z, y, x)"}
     facts |= {"Highest probability of a voxel": f"{result.highest_probability:.3f}"}
     facts |= {"Fainter marks, in candidates.csv": str(len(found.candidates) - len(found.nodules))} | facts_of(
@@ -270,9 +270,10 @@ def pack_voxels(hu: np.ndarray) -> str:
     """CT values (z, y, x) as one byte each, less the mean of the left and the upper one, packed and as base64."""
     table = hu_table()
     ends = (table[1:] + table[:-1]) / 2
+    value_of = np.searchsorted(ends, np.arange(table[0], table[-1] + 1)).astype(np.uint8)
     voxels = np.empty(hu.shape, np.uint8)
     for plane, values in zip(voxels, hu, strict=True):
-        plane[:] = np.searchsorted(ends, values.ravel()).reshape(values.shape)
+        plane[:] = value_of[np.rint(np.clip(values, table[0], table[-1])).astype(np.int16) - table[0]]
     neighbours = np.zeros(hu.shape, np.uint16)
     neighbours[:, :, 1:] += voxels[:, :, :-1]
     neighbours[:, 1:, :] += voxels[:, :-1, :]
