@@ -790,6 +790,7 @@ class ScanResult:
         highest_probability: Of any voxel.
         lungs: What is to be said of the lungs that were found.
         unlike_training: In what the scan lies outside of what the checkpoint has learnt; '' where it does not.
+        warnings: What else is to be known before its nodules are.
     """
 
     seriesuid: str
@@ -799,6 +800,7 @@ class ScanResult:
     highest_probability: float
     lungs: str = ""
     unlike_training: str = ""
+    warnings: tuple[str, ...] = ()
 
     def row(self) -> dict[str, Any]:
         """What the summary says of the scan."""
@@ -814,6 +816,7 @@ class ScanResult:
             "highest_voxel_probability": self.highest_probability,
             "lungs": self.lungs,
             "unlike_training": self.unlike_training or "no",
+            "warnings": list(self.warnings),
         }
 
     def __str__(self) -> str:
@@ -931,7 +934,11 @@ class ResultFolder:
 
 def summary_table(scans: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """Rows of the summary as a table: the number of nodules instead of the nodules."""
-    return pd.DataFrame([{"seriesuid": uid} | scan | {"nodules": len(scan["nodules"])} for uid, scan in scans.items()])
+    rows = [
+        {"seriesuid": uid} | scan | {"nodules": len(scan["nodules"]), "warnings": "; ".join(scan["warnings"])}
+        for uid, scan in scans.items()
+    ]
+    return pd.DataFrame(rows)
 
 
 def write_summary(output_dir: Path, provenance: dict[str, Any], scans: dict[str, dict[str, Any]]) -> None:
@@ -1319,6 +1326,7 @@ class NoduleInferencer:
             self.lung_method = checkpoint.preprocessing.get("lung_method", 1)
             settings = checkpoint.inference
         self.settings = _override(settings or InferenceSettings(), threshold, min_score, mirrors)
+        self.by_hand = _describe_by_hand(settings or self.settings, self.settings)
         self.predictor = Predictor(model or checkpoint.build_network(), self.settings, device, mixed_precision)
         self.folder = ResultFolder(self.output_dir, self.provenance, overwrite)
 
@@ -1424,7 +1432,8 @@ class NoduleInferencer:
         uid, found = scan.seriesuid, self.segment(probability, scan.geometry)
         lungs = scan.metadata.lung_note or f"by {scan.metadata.lung_source}"
         unlike = describe_unlike(scanning_of(scan.metadata.scan_geometry, scan.metadata.noise_hu), self.learnt)
-        result = ScanResult(uid, parts[uid], sources[uid], found, float(probability.max()), lungs, unlike)
+        highest = float(probability.max())
+        result = ScanResult(uid, parts[uid], sources[uid], found, highest, lungs, unlike, self.by_hand)
         image, annotated = np.asarray(scan.image, np.float32), scan.metadata.nodules
         figure = draw_overlay(image, scan.geometry, found.mask, found.nodules, scan.mask, uid, annotated=annotated)
         self.folder.write_scan(result, figure)
@@ -1546,7 +1555,8 @@ class NoduleInferencer:
         if unlike:
             logger.warning("%s is unlike the training scans: %s", name, unlike)
         lungs = prepared.lung_note or ("not found" if self.preprocessing.uses_lungs else "not looked for")
-        result = ScanResult(name, part, source, found, float(probability.max()), lungs, unlike)
+        told = (*self.by_hand, *(raw.hide(doubt).removeprefix(f"{name}: ") for doubt in doubts))
+        result = ScanResult(name, part, source, found, float(probability.max()), lungs, unlike, told)
         # The CT itself, not what the network sees of it: a radiologist wants to see what lies around the lungs.
         ct = self.preprocessing.apply_hu_window(scan, prepared.grid).astype(np.float32)
         title = name + (f"\nlungs: {prepared.lung_note}" if prepared.lung_note else "")
@@ -1559,7 +1569,7 @@ class NoduleInferencer:
         write_measures(self.output_dir, name, measured.measures)
         self._write_dicom(raw, own_ranks, measured.measures)
         if self.report is not False:
-            report_scan(self.output_dir, self.provenance, result, measured, [raw.hide(doubt) for doubt in doubts])
+            report_scan(self.output_dir, self.provenance, result, measured)
         self.folder.add(result, is_again)
         tell(f"{name}: {result}")
         return result
@@ -1593,7 +1603,11 @@ class NoduleInferencer:
         if prepared.lung_source == "none" and self.preprocessing.mask_lungs and not is_piece:
             logger.warning("%s: no lungs were found, so that the whole scan is searched; is it a chest CT in HU?", name)
         if prepared.lung_source == "threshold" and self.lung_method != LUNG_METHOD:
-            logger.warning("%s: lungs are found otherwise than for the training of this checkpoint; train anew", name)
+            logger.warning(
+                "%s: lungs are found by another version of this project than the one that prepared the training scans, "
+                "so that results may differ; preprocess and train anew to be sure",
+                name,
+            )
         lungs = "no lungs used" if prepared.lung_source == "none" else f"lungs by {prepared.lung_source}"
         if is_piece:
             lungs += f": a piece of a scan, below {PIECE_MM} mm, is taken as it is"
@@ -1665,6 +1679,16 @@ class NoduleInferencer:
             "mirrors": self.settings.mirrors,
             "computed_in": str(self.predictor.autocast_dtype or torch.float32).removeprefix("torch."),
         } | ({"about": self.about} if self.about else {})
+
+
+def _describe_by_hand(trained: InferenceSettings, used: InferenceSettings) -> tuple[str, ...]:
+    """What is to be said of settings that were not chosen by the training."""
+    names = {"threshold": "threshold", "min_score": "lowest score", "mirrors": "number of mirror images"}
+    return tuple(
+        f"The {text} is {getattr(used, name):.3g}, set by hand; the training chose {getattr(trained, name):.3g}"
+        for name, text in names.items()
+        if getattr(used, name) != getattr(trained, name)
+    )
 
 
 @contextmanager

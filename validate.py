@@ -1,8 +1,9 @@
 """Metrics of a trained network: Dice of scans and nodules, and LUNA16's official FROC.
 
 ``python validate.py`` scores the validation scans of a training; ``--fold k`` the held-out fold of one that was trained
-with it; ``--predictions FILE.csv`` anyone's marks, without a network. The FROC's rules are those of the challenge
-(Setio et al. 2017, arXiv:1612.08012) and, where the paper is silent, those of ``noduleCADEvaluationLUNA16.py``.
+with it; ``--predictions FILE.csv`` anyone's marks, without a network; ``--compare A B`` holds two results against each
+other. The FROC's rules are those of the challenge (Setio et al. 2017, arXiv:1612.08012) and, where the paper is silent,
+those of ``noduleCADEvaluationLUNA16.py``.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ VALIDATION_FILES = (
     "froc.png",
     "froc.json",
     "report.html",
+    "excluded_findings.csv",
 )
 EXCLUDED_PATH = "data/LUNA16/annotations_excluded.csv"
 PREDICTIONS_DIR = "experiments/predictions"  # for the score of anyone's marks
@@ -484,6 +486,10 @@ class Validator:
         figures = {"distribution": draw_distribution(result.table)}
         with atomic_path(self.output_dir / "metrics_distribution.png") as temporary:
             figures["distribution"].savefig(temporary)
+        if excluded is not None:
+            write_csv(
+                self.output_dir / "excluded_findings.csv", excluded[excluded["seriesuid"].isin(scored["seriesuid"])]
+            )
         result.summary["by_size"], curve = [], None
         if len(result.nodules):
             curve = froc(result.candidates, result.nodules, excluded, list(scored["seriesuid"]))
@@ -885,7 +891,7 @@ def draw_froc(result: FROC) -> Figure:
         axes.annotate(f"{y:.3f}", (x, edge), (0, shift), textcoords="offset points", ha="center")
     axes.set_xscale("log", base=2)
     axes.set_xticks(FP_PER_SCAN, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
-    axes.set(xlim=(0.1, 10), ylim=(0, 1.02), ylabel="sensitivity", title=title)
+    axes.set(xlim=(0.1, 10), ylim=(0, 1.04), ylabel="sensitivity", title=title)
     axes.set_xlabel("false positives per scan ({scans} scans, {nodules} nodules)".format(**result.counts))
     axes.grid(color="0.9")
     axes.legend(loc="lower right" if result.cpm > 0.5 else "upper left", frameon=False)
@@ -1136,11 +1142,158 @@ def format_froc(curve: FROC) -> str:
     )
 
 
+# ------------------------------------------------------------------------------------------------------ two results
+
+
+@dataclass(frozen=True)
+class ScoredScans:
+    """What validate.py wrote of one network, to be held against another one's.
+
+    Args:
+        table: Rows of the scored scans, by series UID.
+        nodules: Rows of their annotated nodules, by series UID and place.
+        candidates: Scored marks.
+        excluded: Findings that count neither way.
+    """
+
+    table: pd.DataFrame
+    nodules: pd.DataFrame
+    candidates: pd.DataFrame
+    excluded: pd.DataFrame
+
+    @classmethod
+    def read(cls, folders: str | Path, excluded: pd.DataFrame | None = None) -> ScoredScans:
+        """Reads a folder that validate.py wrote, or several that a pattern names, such as those of ten folds.
+
+        Args:
+            folders: Folder or pattern.
+            excluded: Excluded findings; None takes those that stand there.
+
+        Raises:
+            FileNotFoundError: There is no such folder, or not what validate.py writes.
+            InputError: A scan was scored twice.
+        """
+        found = [Path(name) for name in sorted(glob.glob(str(folders)))]  # noqa: PTH207 - a pattern may be absolute
+        paths = [path for path in found if path.is_dir()]
+        if not paths:
+            raise FileNotFoundError(f"there is no folder {folders}; name one that validate.py wrote")
+
+        def joined(name: str, columns: Sequence[str]) -> pd.DataFrame:
+            return pd.concat([read_table(path / name, columns) for path in paths], ignore_index=True)
+
+        table = joined("validation_results.csv", ["seriesuid"])  # a scan may have no Dice
+        missing = {"part", "dice", "nodules", "nodules_found", "false_positive_nodules"} - set(table.columns)
+        check(not missing, f"validation_results.csv of {folders} has no column {', '.join(sorted(missing))}")
+        table = _scored(table)
+        twice = table.loc[table["seriesuid"].duplicated(), "seriesuid"]
+        check(twice.empty, f"{folders} has two results of the scan {next(iter(twice), None)}; leave one out")
+        nodules = joined("nodule_results.csv", NODULE_RESULT_COLUMNS)
+        if excluded is None:
+            files = [path / "excluded_findings.csv" for path in paths]
+            listed = [read_table(path, ANNOTATION_COLUMNS) for path in files if path.is_file()]
+            excluded = pd.concat(listed, ignore_index=True) if listed else nodules[:0]
+        return cls(
+            table.sort_values("seriesuid", ignore_index=True),
+            nodules.sort_values(["seriesuid", *_XYZ], ignore_index=True),
+            joined("candidates.csv", CANDIDATE_COLUMNS),
+            excluded,
+        )
+
+    def draws(self) -> dict[str, np.ndarray]:
+        """(1 + n,) values of each of COMPARED: of all scans, then of n draws of them with replacement.
+
+        Two results of the same scans draw the same ones.
+        """
+        count = len(self.table)
+        drawn = np.random.default_rng(0).integers(count, size=(NUM_DRAWS, count))
+        drawn = np.vstack([np.arange(count), drawn])
+        dice, nodules, found, false = (
+            self.table[name].to_numpy(float)[drawn]
+            for name in ("dice", "nodules", "nodules_found", "false_positive_nodules")
+        )
+        with np.errstate(invalid="ignore"):  # a draw may have no scan with a Dice, or without nodules
+            values = {
+                "Dice per scan": np.nansum(dice, axis=1) / np.isfinite(dice).sum(axis=1),
+                "sensitivity of the masks": found.sum(axis=1) / nodules.sum(axis=1),
+                "false-positive nodules a scan": false.mean(axis=1),
+            }
+        if len(self.nodules):
+            curve = froc(self.candidates, self.nodules, self.excluded, list(self.table["seriesuid"]))
+            values["CPM"] = np.array([curve.cpm, *curve.cpm_draws])
+        return values
+
+
+NUM_DRAWS = 1000
+FEWER_IS_BETTER = ("false-positive nodules a scan",)
+
+
+def compare_results(compare: list[Path] | None = None) -> pd.DataFrame:
+    """Holds two results of validate.py against each other: differences with paired 95 % bootstrap intervals.
+
+    Args:
+        compare: Two folders that validate.py wrote, of the same scans; or two patterns of folders, in quotes, such as
+            'a/fold*/validation', to join those of several folds.
+
+    Returns:
+        One row a figure: first, second, difference (first less second), lower and upper end of its interval. Scans are
+        drawn anew, the same of both; how much trainings differ among themselves is not in the interval.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        InputError: They are not two, or of other scans or annotations.
+    """
+    names = list(map(str, compare or []))
+    check(len(names) == 2, f"compare takes two folders that validate.py wrote, not {len(names)}")
+    first, second = (ScoredScans.read(name) for name in names)
+    check_same_scans(first, second, *names)
+    rows = []
+    for (figure, ours), theirs in zip(first.draws().items(), second.draws().values(), strict=True):
+        lower, upper = np.nanquantile((ours - theirs)[1:], [0.025, 0.975])
+        rows.append((figure, ours[0], theirs[0], ours[0] - theirs[0], lower, upper))
+    return pd.DataFrame(rows, columns=["figure", "first", "second", "difference", "lower", "upper"])
+
+
+def check_same_scans(first: ScoredScans, second: ScoredScans, *names: str) -> None:
+    """Raises InputError where two results are not of the same scans, annotations and excluded findings."""
+    uids = [set(scored.table["seriesuid"]) for scored in (first, second)]
+    for own, other, name in ((0, 1, names[0]), (1, 0, names[1])):
+        alone = sorted(uids[own] - uids[other])
+        check(
+            not alone,
+            f"{len(alone)} scans were scored in {name} alone, such as {next(iter(alone), '')}; score both networks on "
+            "the same scans",
+        )
+    for kind in ("nodules", "excluded"):
+        places = [getattr(scored, kind)[["seriesuid", *_XYZ]].round(2) for scored in (first, second)]
+        same = {frozenset(map(tuple, table.to_numpy())) for table in places}
+        what = "annotated nodules" if kind == "nodules" else "excluded findings"
+        check(len(same) == 1, f"{' and '.join(names)} differ in their {what}; score both with the same")
+
+
+def format_comparison(table: pd.DataFrame, names: Sequence[str]) -> str:
+    """The table of ``compare_results`` and what it means, in plain words."""
+    lines = [f"first:  {names[0]}", f"second: {names[1]}", table.round(4).to_string(index=False)]
+    better: dict[str, list[str]] = {"first": [], "second": [], "": []}
+    for row in table.to_dict("records"):
+        is_first = (row["difference"] > 0) != (row["figure"] in FEWER_IS_BETTER)
+        winner = "first" if is_first else "second"
+        better["" if row["lower"] <= 0 <= row["upper"] else winner].append(row["figure"])
+    lines += [f"The {name} is better in {' and '.join(better[name])}." for name in ("first", "second") if better[name]]
+    if better[""]:
+        lines.append(f"No difference is shown in {' and '.join(better[''])}: the interval holds 0.")
+    lines.append("The intervals draw scans anew. They do not hold how much trainings differ among themselves.")
+    return "\n".join(lines)
+
+
 def _command(argv: list[str] | None) -> int:
     skipped = ["model", "settings", "seriesuids", "loss"]
-    (options, run_options, score_options), given = parse_command_line(
-        Validator, "run_validation", score_predictions, argv=argv, skip=skipped
+    (options, run_options, score_options, compare_options), given = parse_command_line(
+        Validator, "run_validation", score_predictions, compare_results, argv=argv, skip=skipped
     )
+    if compare_options["compare"] is not None:
+        refuse_options(given - {"compare"}, "they are for scoring; leave them out with compare")
+        print(format_comparison(compare_results(**compare_options), list(map(str, compare_options["compare"]))))
+        return 0
     if score_options["predictions"] is not None:
         refuse_options(given - set(score_options), "they are for scoring a network; leave them out with predictions")
         if "output_dir" not in given:

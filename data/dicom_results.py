@@ -132,8 +132,13 @@ def _uid(kind: str, images: Sequence[Any], frames: np.ndarray, provenance: Mappi
     from pydicom.uid import generate_uid
 
     digest = hashlib.sha256(np.ascontiguousarray(frames).tobytes()).hexdigest()
-    settings = [str(provenance[name]) for name in ("checkpoint_sha256", "threshold", "min_score", "mirrors")]
+    settings = [str(provenance["checkpoint_sha256"]), *map(str, _parameters(provenance).values())]
     return str(generate_uid(entropy_srcs=[kind, str(images[0].SeriesInstanceUID), digest, *settings]))
+
+
+def _parameters(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide what is found."""
+    return {name: provenance[name] for name in ("threshold", "min_score", "mirrors")}
 
 
 def _segmentation(
@@ -145,8 +150,10 @@ def _segmentation(
 ) -> Any:
     from pydicom.sr.codedict import codes
 
-    version = str(provenance["checkpoint_sha256"])[:16]
-    algorithm = highdicom.AlgorithmIdentificationSequence(NAME, codes.DCM.ArtificialIntelligence, version)
+    version, parameters = str(provenance["checkpoint_sha256"])[:16], _parameters(provenance)
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        NAME, codes.DCM.ArtificialIntelligence, version, parameters={name: str(v) for name, v in parameters.items()}
+    )
     described = [
         highdicom.seg.SegmentDescription(
             segment_number=position,
@@ -200,6 +207,8 @@ def _report(
             uid=_uid("device", images, np.zeros(0), provenance), name=NAME, manufacturer_name=MAKER
         ),
     )
+    settings = [f"{name}: {value}" for name, value in _parameters(provenance).items()]
+    algorithm = sr.AlgorithmIdentification(NAME, str(provenance["checkpoint_sha256"])[:16], settings)
     groups = []
     for position, measure in enumerate(measures, start=1):
         sides = {"left": codes.SCT.Left, "right": codes.SCT.Right}
@@ -214,14 +223,17 @@ def _report(
                     position,
                     source_series=sr.SourceSeriesForSegmentation(images[0].SeriesInstanceUID),
                 ),
+                algorithm_id=algorithm,
                 finding_type=codes.SCT.Nodule,
                 finding_sites=[sr.FindingSite(codes.SCT.Lung, laterality=sides.get(measure.side))],
                 measurements=_measurements(sr, codes, Code, measure),
                 qualitative_evaluations=[
                     sr.QualitativeEvaluation(
                         Code("DENSITY", OWN_CODES, "Density of nodule"),
-                        Code(measure.density.upper().replace(" ", "_"), OWN_CODES, measure.density),
+                        Code(density.upper().replace(" ", "_"), OWN_CODES, density),
                     )
+                    for density in [measure.density]
+                    if density
                 ],
             )
         )
@@ -248,6 +260,7 @@ def _report(
 def _measurements(sr: Any, codes: Any, code: Any, measure: Measures) -> list[Any]:
     """All numbers of a nodule that are known, with their units."""
     mm, own = codes.UCUM.Millimeter, OWN_CODES
+    inner = code("INNER_ATTENUATION", own, "Attenuation more than 1 mm inside")
     rows = [
         (codes.SCT.Volume, measure.volume_mm3, codes.UCUM.CubicMillimeter, None),
         (
@@ -258,7 +271,7 @@ def _measurements(sr: Any, codes: Any, code: Any, measure: Measures) -> list[Any
         ),
         (codes.SCT.LongAxis, measure.longest_axial_mm, mm, None),
         (codes.SCT.ShortAxis, measure.across_axial_mm, mm, None),
-        (codes.DCM.AttenuationCoefficient, measure.mean_hu, codes.UCUM.HounsfieldUnit, codes.SCT.Mean),
+        (inner, measure.mean_hu, codes.UCUM.HounsfieldUnit, codes.SCT.Mean),
         (code("EDGE_DISTANCE", own, "Distance to the edge of the lungs"), measure.distance_to_lung_edge_mm, mm, None),
         (code("NODULE_SCORE", own, "Score of the network, 0 to 1"), measure.score, codes.UCUM.NoUnits, None),
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -34,7 +35,9 @@ from utils import (
     read_processed,
     read_processed_list,
     run_main,
+    tell,
     write_json,
+    write_text,
 )
 
 Target = Literal["nnunet", "onnx", "torch", "bundle"]
@@ -82,12 +85,12 @@ class Exporter:
         if self.to == "nnunet":
             return write_nnunet(self.data_dir, self.output_dir)
         checkpoint = load_checkpoint(self.checkpoint_path)
-        stem = self.output_dir / self.checkpoint_path.stem
-        if self.to == "onnx":
-            return write_onnx(checkpoint, Path(f"{stem}.onnx"))
-        if self.to == "torch":
-            return write_torch(checkpoint, Path(f"{stem}.pt2"))
-        return write_bundle(checkpoint, self.output_dir)
+        if self.to == "bundle":
+            return write_bundle(checkpoint, self.output_dir)
+        path = self.output_dir / f"{self.checkpoint_path.stem}.{'onnx' if self.to == 'onnx' else 'pt2'}"
+        if path.exists():
+            raise FileExistsError(f"{path} is there already; name another output_dir")
+        return write_onnx(checkpoint, path) if self.to == "onnx" else write_torch(checkpoint, path)
 
 
 # ------------------------------------------------------------------------------------------------------------ data sets
@@ -101,6 +104,10 @@ def write_nnunet(data_dir: Folders, folder: Path) -> Path:
         InputError: Scans were prepared differently.
     """
     uids = read_processed_list(data_dir)
+    check(
+        re.fullmatch(r"Dataset\d{3}_\w+", folder.name) is not None,
+        f"output_dir must end in a name as nnU-Net looks for it, such as nnUNet_raw/Dataset500_LUNA16, not {folder}",
+    )
     _check_empty(folder)
     has_ignored, settings = False, read_processed(data_dir, uids[0]).metadata.preprocessing
     with Progress(len(uids), "writing", "scan") as progress:
@@ -119,6 +126,7 @@ def write_nnunet(data_dir: Folders, folder: Path) -> Path:
     names = {"background": 0, "nodule": 1} | ({"ignore": IGNORED_LABEL} if has_ignored else {})
     about = {"channel_names": {"0": "CT"}, "labels": names, "numTraining": len(uids), "file_ending": ".nii.gz"}
     write_json(folder / "dataset.json", about | {"preprocessing": settings})
+    tell(f"{len(uids)} scans" + (", with excluded findings under the label to be ignored" if has_ignored else ""))
     return folder
 
 
@@ -156,7 +164,8 @@ def about_of(checkpoint: Checkpoint) -> dict[str, Any]:
         "preprocessing": checkpoint.preprocessing,
         "inference": checkpoint.inference.to_dict(),
         "sha256_of_checkpoint": checkpoint.sha256,
-        "about": checkpoint.about or "not a medical device",
+        "trained_and_measured_on": checkpoint.about or "not stated",
+        "intended_use": "research; not a medical device",
     }
 
 
@@ -191,8 +200,8 @@ def write_onnx(checkpoint: Checkpoint, path: Path) -> Path:
         import onnxscript  # noqa: F401 - torch uses it
     except ImportError as error:
         raise UserError(f"ONNX needs three packages: pip install {' '.join(ONNX_PACKAGES)}") from error
-    for name in (*ONNX_PACKAGES, "onnx_ir"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # they tell each step
+    for name in (*ONNX_PACKAGES, "onnx_ir", "torch.onnx"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # they tell each step
     network = checkpoint.build_network()
     axes = dict.fromkeys((2, 3, 4), torch.export.Dim.DYNAMIC)
     with warnings.catch_warnings():
@@ -295,6 +304,19 @@ BUNDLE_INFERENCE: dict[str, Any] = {
 }
 
 
+BUNDLE_README = """# Lung nodule segmentation in chest CT
+
+Research only; not a medical device. `configs/metadata.json` says what the network was trained on and what it takes.
+
+Put prepared images into `images/`: those that `python data/export.py --to nnunet` writes into `imagesTr/`. Then, in
+this folder (`pip install fire nibabel`):
+
+    python -m monai.bundle run --meta_file configs/metadata.json --config_file configs/inference.json
+
+The masks come to lie in `masks/`.
+"""
+
+
 def write_bundle(checkpoint: Checkpoint, folder: Path) -> Path:
     """A bundle of MONAI: metadata, the network as TorchScript, and an inference of images in HU that were prepared.
 
@@ -316,6 +338,7 @@ def write_bundle(checkpoint: Checkpoint, folder: Path) -> Path:
     values = {"hu_min": settings.hu_min, "hu_max": settings.hu_max, "window": window, "threshold": inference.threshold}
     write_json(folder / "configs" / "inference.json", values | BUNDLE_INFERENCE)
     write_json(folder / "configs" / "metadata.json", _bundle_metadata(checkpoint, window))
+    write_text(folder / "docs" / "README.md", BUNDLE_README)
     return folder
 
 
@@ -325,7 +348,7 @@ def _bundle_metadata(checkpoint: Checkpoint, window: list[int]) -> dict[str, Any
     about = about_of(checkpoint)
     image = {
         "type": "image",
-        "format": "hounsfield",
+        "format": "magnitude",
         "modality": "CT",
         "num_channels": 1,
         "spatial_shape": window,
@@ -343,10 +366,10 @@ def _bundle_metadata(checkpoint: Checkpoint, window: list[int]) -> dict[str, Any
         "required_packages_version": {"nibabel": "5.3.0"},
         "task": "Lung nodule segmentation in chest CT",
         "description": "Masks of lung nodules, of images that were prepared: resampled, cropped and masked as "
-        "preprocess.py does it, in HU. Nodules below the score of the checkpoint stay in, and no mirror images are "
-        "looked at.",
+        "preprocess.py does it, in HU, which the first transforms map to [0, 1]. Nodules below the score of the "
+        "checkpoint stay in, and no mirror images are looked at.",
         "intended_use": "Research. Not a medical device.",
-        "about": about,
+        "network": about,
         "network_data_format": {"inputs": {"image": image}, "outputs": {"pred": pred}},
     }
 

@@ -24,6 +24,7 @@ from utils import Box, Geometry, write_csv, write_json
 if TYPE_CHECKING:
     from infer import FoundNodule, Segmentation
 
+SMALLEST_JUDGED_MM = 5.0  # diameter from which density can be told
 RIM_MM = 1.0  # of a nodule, in which air and tissue mix
 FEWEST_INNER_MM3 = 10.0  # with less than this inside the rim, the whole nodule is judged
 DENSE_HU = -450.0
@@ -51,8 +52,9 @@ class Measures:
         longest_axial_mm: The longest diameter in an axial slice.
         across_axial_mm: The widest extent at right angles to it in the same slice.
         volume_mm3: Of its voxels.
-        mean_hu: Of its voxels.
-        density: 'solid', 'part-solid' or 'ground glass'.
+        mean_hu: Of its voxels more than RIM_MM inside, or of all where these are few: the rim mixes with air.
+        density: 'solid', 'part-solid' or 'ground glass', of the same voxels; '' below SMALLEST_JUDGED_MM and below two
+            slice distances of the scan.
         score: How likely it is a nodule, 0 to 1.
     """
 
@@ -87,6 +89,7 @@ class MeasuredScan:
         ranks: Whole numbers (z, y, x) on the grid: the place of each nodule in ``nodules``, counted from 1.
         nodules: The likeliest first.
         measures: Theirs.
+        marks: Fainter ones, which are not in the mask, the likeliest first.
         lungs: Bool (z, y, x) on the grid, grown by ``margin_mm``; None where they are unknown.
         margin_mm: By how much the lungs were grown.
         truth: Annotated mask (z, y, x) on the grid; None where there is none.
@@ -98,6 +101,7 @@ class MeasuredScan:
     ranks: np.ndarray
     nodules: Sequence[FoundNodule]
     measures: Sequence[Measures]
+    marks: Sequence[FoundNodule]
     lungs: np.ndarray | None
     margin_mm: float
     truth: np.ndarray | None = None
@@ -114,14 +118,19 @@ class MeasuredScan:
     ) -> MeasuredScan:
         """Measures what was found in a scan."""
         hu, ranks, nodules = hu_on(ct, grid), found.ranks, found.nodules
-        measures = measure_nodules(nodules, ranks, grid, hu, lungs, margin_mm)
-        return cls(ct, grid, hu, ranks, nodules, measures, lungs, margin_mm, truth)
+        smallest = max(SMALLEST_JUDGED_MM, 2 * max(ct.GetSpacing()))
+        measures = measure_nodules(nodules, ranks, grid, hu, lungs, margin_mm, smallest)
+        faint = [mark for mark, number in zip(found.candidates, found.numbers, strict=True) if not number]
+        faint.sort(key=lambda mark: -mark.score)
+        return cls(ct, grid, hu, ranks, nodules, measures, faint, lungs, margin_mm, truth)
 
 
 def write_measures(output_dir: Path, name: str, measures: Sequence[Measures]) -> None:
-    """Writes ``<name>_measures.csv`` and ``.json``."""
-    rows = [measure.to_dict() for measure in measures]
-    write_csv(output_dir / f"{name}_measures.csv", pd.DataFrame(rows, columns=list(Measures.__annotations__)))
+    """Writes ``<name>_measures.csv`` and ``.json``: the scan's name and the measures, to four digits."""
+    rows = [{"seriesuid": name} | measure.to_dict() for measure in measures]
+    rows = [{key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()} for row in rows]
+    columns = ["seriesuid", *Measures.__annotations__]
+    write_csv(output_dir / f"{name}_measures.csv", pd.DataFrame(rows, columns=columns))
     write_json(output_dir / f"{name}_measures.json", rows)
 
 
@@ -140,6 +149,7 @@ def measure_nodules(
     hu: np.ndarray,
     lungs: np.ndarray | None,
     margin_mm: float,
+    smallest_mm: float = SMALLEST_JUDGED_MM,
 ) -> list[Measures]:
     """Measures all nodules of a scan.
 
@@ -150,10 +160,12 @@ def measure_nodules(
         hu: CT values (z, y, x).
         lungs: Bool (z, y, x), the lungs grown by ``margin_mm``; None where they are unknown.
         margin_mm: By how much the lungs were grown.
+        smallest_mm: Diameter from which density is told.
     """
     frame = None if lungs is None else LungFrame.of(lungs, hu, grid, margin_mm)
     return [
-        _measure(number, nodule, ranks, grid, hu, lungs, margin_mm, frame) for number, nodule in enumerate(nodules, 1)
+        _measure(number, nodule, ranks, grid, hu, lungs, margin_mm, frame, smallest_mm)
+        for number, nodule in enumerate(nodules, 1)
     ]
 
 
@@ -166,9 +178,11 @@ def _measure(
     lungs: np.ndarray | None,
     margin_mm: float,
     frame: LungFrame | None,
+    smallest_mm: float,
 ) -> Measures:
     x, y, z = nodule.center_xyz
     mask, values = ranks[nodule.box.slices] == number, hu[nodule.box.slices]
+    inner = values[inner_of(mask, grid.spacing_zyx)]
     longest, across = axial_diameters(mask, grid.spacing_zyx)
     return Measures(
         number,
@@ -182,8 +196,8 @@ def _measure(
         longest,
         across,
         nodule.volume_mm3,
-        float(values[mask].mean(dtype=np.float64)),
-        density_of(mask, values, grid.spacing_zyx),
+        float(inner.mean(dtype=np.float64)),
+        density_of(inner) if nodule.diameter_mm >= smallest_mm else "",
         nodule.score,
     )
 
@@ -296,17 +310,14 @@ def _outer(points: np.ndarray) -> np.ndarray:
         return points
 
 
-def density_of(mask: np.ndarray, hu: np.ndarray, spacing_zyx: Sequence[float]) -> str:
-    """'solid', 'part-solid' or 'ground glass', by the HU inside the rim of a nodule.
-
-    Args:
-        mask: Bool (z, y, x), some voxel is true.
-        hu: CT values (z, y, x).
-        spacing_zyx: Voxel size in mm.
-    """
+def inner_of(mask: np.ndarray, spacing_zyx: Sequence[float]) -> np.ndarray:
+    """The voxels of a mask (z, y, x) more than RIM_MM inside it; all where these are less than FEWEST_INNER_MM3."""
     depth = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=spacing_zyx)[1:-1, 1:-1, 1:-1]
     inner = depth > RIM_MM
-    if inner.sum() * math.prod(spacing_zyx) < FEWEST_INNER_MM3:
-        inner = mask
-    share = (hu[inner] > DENSE_HU).mean()
+    return mask if inner.sum() * math.prod(spacing_zyx) < FEWEST_INNER_MM3 else inner
+
+
+def density_of(inner_hu: np.ndarray) -> str:
+    """'solid', 'part-solid' or 'ground glass', by the CT values inside the rim of a nodule."""
+    share = (inner_hu > DENSE_HU).mean()
     return "ground glass" if share < GROUND_GLASS_SHARE else "part-solid" if share < PART_SOLID_SHARE else "solid"

@@ -48,7 +48,7 @@ from utils import (
 )
 
 if TYPE_CHECKING:
-    from infer import ScanResult
+    from infer import FoundNodule, ScanResult
 
 FOLDER = Path(__file__).with_name("report")
 LUNG_WINDOW = (-600.0, 1500.0)  # level and width in HU
@@ -61,6 +61,9 @@ COARSER = 1.15  # factor by which voxels grow where a page would be larger
 KEY_PIXELS, KEY_GAP, KEY_REACH_MM = 240, 6, 20.0  # of each plane of a key picture; half its width at least
 KEY_SIZE = (3 * KEY_PIXELS + 2 * KEY_GAP, KEY_PIXELS)
 MOST_KEYS = 60  # nodules with a picture
+MOST_MARKS = 30  # fainter ones in the table
+ABOUT = "About these weights"
+PARTS = {"new": "new: not used in training", "unknown": "unknown: the checkpoint does not say what it learnt from"}
 THUMB_PIXELS = 96
 MAP_STEP_MM = 2.0
 # What is said of lungs where there is nothing to be warned of.
@@ -69,11 +72,12 @@ LETTERS = {"axial": "RLAP", "coronal": "RLHF", "sagittal": "APHF"}  # left, righ
 FOUND, ANNOTATED = (255, 159, 28), (53, 208, 255)
 EXPLANATION = (
     "The equivalent diameter is that of the ball of the same volume; the longest diameter is that of any axial "
-    "slice, across is at right angles to it there. The distance is from the nodule's surface to the nearest edge of "
-    "the lungs: chest wall, mediastinum or diaphragm. Density is judged by the share of a nodule's inner voxels "
-    "above -450 HU: below a fifth it is ground glass, below a half part-solid. Of 101 nodules of LIDC-IDRI 88 are "
-    "called what a radiologist's rating says; the limits were chosen on these. Small solid nodules in thick slices "
-    "look less dense than they are."
+    "slice, across is at right angles to it there. Mean HU and density are of the voxels more than 1 mm inside, "
+    "since the rim mixes with air. Density: below a fifth of them above -450 HU is ground glass, below a half part- "
+    "solid; nodules below 5 mm, or two slices of the scan, are too small to tell. Of 101 nodules of LIDC-IDRI 88 "
+    "are called what a radiologist's rating says; the limits were chosen on these. Small solid nodules in thick "
+    "slices look less dense than they are. The distance is from the nodule's surface to the nearest edge of the "
+    "lungs: chest wall, mediastinum or diaphragm. Third of height: of the lungs, no lobe."
 )
 
 
@@ -94,13 +98,16 @@ def report_scan(
         warnings: What else stands on top of the page.
     """
     found = result.found
-    facts = {"Part": result.part, "Lungs": result.lungs}  # not the source, whose path may hold a patient's name
+    facts = {
+        "Set": PARTS.get(result.part, result.part),
+        "Lungs": result.lungs,
+    }  # not the source, whose path may hold a patient's name
     facts |= {"Grid of the network": " x ".join(map(str, scan.grid.shape_zyx)) + " voxels (z, y, x)"}
     facts |= {"Highest probability of a voxel": f"{result.highest_probability:.3f}"}
     facts |= {"Fainter marks, in candidates.csv": str(len(found.candidates) - len(found.nodules))} | facts_of(
         provenance
     )
-    notes = [*warnings, *notes_of(result.part, result.lungs, result.unlike_training)]
+    notes = [*warnings, *result.warnings, *notes_of(result.part, result.lungs, result.unlike_training)]
     if found.is_noise:
         notes.append("The network's map is mostly noise: it has not learnt yet, or does not suit this scan.")
     write_scan(output_dir, result.seriesuid, scan, notes, facts)
@@ -115,7 +122,7 @@ def facts_of(provenance: Mapping[str, Any]) -> dict[str, str]:
         "Computed in": provenance["computed_in"],
         "Date": now(),
     }
-    return facts | ({"About these weights": provenance["about"]} if "about" in provenance else {})
+    return facts | ({ABOUT: provenance["about"]} if "about" in provenance else {})
 
 
 def notes_of(part: str, lungs: str, unlike_training: str) -> list[str]:
@@ -142,10 +149,7 @@ def write_scan(
         warnings: What stands on top of the page.
         facts: {what: text} of how it was found.
     """
-    keys = [
-        key_picture(scan.ct, nodule, scan.grid, scan.ranks == number, scan.truth)
-        for number, nodule in enumerate(scan.nodules[:MOST_KEYS], start=1)
-    ]
+    keys = [key_picture(scan.ct, nodule, scan.grid, scan.ranks > 0, scan.truth) for nodule in scan.nodules[:MOST_KEYS]]
     folder = output_dir / "reports"
     thumbnail = keys[0].crop((0, 0, KEY_PIXELS, KEY_PIXELS)) if keys else _middle_slice(scan.ct)
     with atomic_path(folder / f"{name}.jpg") as temporary:
@@ -168,6 +172,8 @@ def write_scan(
         extent=f"Shown are {z:.0f} x {y:.0f} x {x:.0f} mm in steps of {step} mm (z, y, x).",
         facts=facts,
         has_truth=scan.truth is not None,
+        about=facts.get(ABOUT, ""),
+        marks=[_mark_row(mark) for mark in scan.marks[:MOST_MARKS]],
         explanation=EXPLANATION,
         voxels=voxels,
         data=_script_json(_view_data(scan, grid)),
@@ -182,26 +188,36 @@ def _number(value: float, digits: int = 1) -> str:
 # Title, whether it is a number, and text of each column of a page's table.
 COLUMNS = (
     ("No.", True, None),
-    ("Side", False, lambda m: m.side),
-    ("Third", False, lambda m: m.lung_third),
-    ("To lung edge, mm", True, lambda m: _number(m.distance_to_lung_edge_mm)),
+    ("Score", True, lambda m: _number(m.score, 2)),
     ("Equivalent diameter, mm", True, lambda m: _number(m.equivalent_diameter_mm)),
     ("Longest, across, mm", True, lambda m: f"{m.longest_axial_mm:.1f} x {m.across_axial_mm:.1f}"),
     ("Volume, mm³", True, lambda m: _number(m.volume_mm3, 0)),
-    ("Mean HU", True, lambda m: _number(m.mean_hu, 0)),
-    ("Density", False, lambda m: m.density),
-    ("Score", True, lambda m: _number(m.score, 2)),
+    ("Mean HU inside", True, lambda m: _number(m.mean_hu, 0)),
+    ("Density", False, lambda m: m.density or "too small to tell"),
+    ("Side", False, lambda m: m.side),
+    ("Third of height", False, lambda m: m.lung_third),
+    ("To lung edge, mm", True, lambda m: _number(m.distance_to_lung_edge_mm)),
     ("Centre x, y, z, mm", True, lambda m: f"{m.center_x_mm:.1f}, {m.center_y_mm:.1f}, {m.center_z_mm:.1f}"),
 )
+
+
+def _mark_row(mark: FoundNodule) -> dict[str, str]:
+    center = ", ".join(f"{mm:.1f}" for mm in mark.center_xyz)
+    return {"score": _number(mark.score, 2), "diameter": _number(mark.diameter_mm), "center": center}
 
 
 def _nodule_row(measure: Measures, keys: Sequence[Image.Image]) -> dict[str, Any]:
     place = ", ".join(
         filter(
-            None, [f"{measure.side} lung" if measure.side else "", measure.lung_third and f"{measure.lung_third} third"]
+            None,
+            [
+                f"{measure.side} lung" if measure.side else "",
+                measure.lung_third and f"{measure.lung_third} third of its height",
+            ],
         )
     )
-    caption = f"Nodule {measure.nodule}: {measure.equivalent_diameter_mm:.1f} mm, {measure.density}"
+    density = f", {measure.density}" if measure.density else ""
+    caption = f"Nodule {measure.nodule}: {measure.equivalent_diameter_mm:.1f} mm{density}"
     return {
         "number": measure.nodule,
         "cells": [{"text": text(measure), "is_number": is_number} for _, is_number, text in COLUMNS if text],
@@ -305,6 +321,7 @@ def _view_data(scan: MeasuredScan, grid: Geometry) -> dict[str, Any]:
             {"number": number, "index": np.round(grid.index(nodule.center_xyz), 2).tolist()}
             for number, nodule in enumerate(scan.nodules, start=1)
         ],
+        "marks": [np.round(grid.index(mark.center_xyz), 2).tolist() for mark in scan.marks[:MOST_MARKS]],
     }
 
 
@@ -395,7 +412,7 @@ def _paint(picture: Image.Image, pixels: np.ndarray, color: tuple[int, int, int]
 
 @cache
 def _font() -> Any:
-    return ImageFont.load_default(13)
+    return ImageFont.load_default(16)
 
 
 def _name_sides(picture: Image.Image, letters: str) -> None:
@@ -410,6 +427,7 @@ def _name_sides(picture: Image.Image, letters: str) -> None:
 def _draw_scale(picture: Image.Image, step_mm: float) -> None:
     """A bar of 10 mm in the lower left corner."""
     draw, y, length = ImageDraw.Draw(picture), KEY_PIXELS - 10, 10 / step_mm
+    draw.line((6, y, 10 + length, y), "black", 6)
     draw.line((8, y, 8 + length, y), "white", 2)
     draw.text((8, y - 4), "10 mm", "white", _font(), "lb", stroke_width=1, stroke_fill="black")
 
@@ -490,15 +508,23 @@ def write_index(output_dir: Path, provenance: Mapping[str, Any], scans: Mapping[
                 "nodules": len(scan["nodules"]),
                 "largest": "" if largest is None else f"{largest:.1f}",
                 "highest": "" if highest is None else f"{highest:.2f}",
-                "notes": notes_of(scan["part"], scan["lungs"], scan["unlike_training"]),
+                "notes": [*scan.get("warnings", ()), *notes_of(scan["part"], scan["lungs"], scan["unlike_training"])],
             }
         )
     failures = [(str(name), str(reason)) for name, reason in failed]
-    nodules = sum(len(scan["nodules"]) for scan in scans.values())
-    count = f"{nodules} nodule{'s' * (nodules != 1)} in {len(rows)} scan{'s' * (len(rows) != 1)}"
+    counts = [len(scan["nodules"]) for scan in scans.values()]
+    count = f"{sum(counts)} nodule{'s' * (sum(counts) != 1)} in {sum(n > 0 for n in counts)} of {len(rows)} scans"
     warnings = [f"{len(failures)} scan{'s' * (len(failures) != 1)} could not be read."] if failures else []
+    facts = facts_of(provenance)
     page = render(
-        "index.html", "", count=count, warnings=warnings, failed=failures, scans=rows, facts=facts_of(provenance)
+        "index.html",
+        "",
+        count=count,
+        warnings=warnings,
+        failed=failures,
+        scans=rows,
+        about=facts.get(ABOUT, ""),
+        facts=facts,
     )
     write_text(output_dir / "report.html", page)
 

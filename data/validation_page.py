@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 MOST_PICTURES = 8  # of a scan
 PAGE_BYTES = 14_000_000
+FEW = 20  # nodules or scans, below which figures say little
 MOST_OPEN = 3  # scans whose pictures are seen at once
 BINS = 10
 METRIC_NAMES = {"dice": "Dice", "precision": "Precision", "sensitivity": "Sensitivity (recall)"}
@@ -130,7 +131,7 @@ def draw_reliability(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
     figure = Figure(figsize=(7.0, 5.0), dpi=100, layout="constrained")
     axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], "--", color="grey", label="a probability")
+    axes.plot([0, 1], [0, 1], "--", color="grey", label="if it were a probability")
     x, y = ([row[name] for row in rows] for name in ("mean_score", "share"))
     sizes = [20 + 60 * row["marks"] / max(r["marks"] for r in rows) for row in rows]
     axes.plot(x, y, color=np.divide(FOUND, 255), label="this network")
@@ -174,12 +175,19 @@ def write_page(
         )
     if left_out := summary.get("training_scans_left_out"):
         warnings.append(f"{left_out} scans seen in training are left out.")
+    if summary.get("excluded") is None:
+        warnings.append("No list of excluded findings was given, so marks on such findings count as false.")
+    if min(summary["nodules"], summary["scans"]) < FEW:
+        warnings.append(
+            f"{summary['nodules']} nodules in {summary['scans']} scans say little; intervals are too narrow."
+        )
     if failed:
         warnings.append(f"{len(failed)} scan{'s' * (len(failed) != 1)} could not be scored.")
     page = render(
         "validation.html",
         "",
         headline=dice + cpm,
+        what=_what(summary),
         warnings=warnings,
         metrics=_metric_rows(table),
         further=_further(summary),
@@ -192,6 +200,17 @@ def write_page(
         facts=facts_of(summary),
     )
     write_text(output_dir / "report.html", page)
+
+
+def _what(summary: Mapping[str, Any]) -> str:
+    """What was scored."""
+    folders = summary.get("data_dir")
+    names = ", ".join(folders if isinstance(folders, list) else [folders or "a data set"])
+    fold = "" if summary.get("fold") is None else f", fold {summary['fold']}"
+    return (
+        f"Scored: {summary['scans']} {summary.get('subset') or ''} scans of {names}{fold}, of which "
+        f"{summary['scans'] - summary['scans_without_nodules']} have {summary['nodules']} annotated nodules."
+    )
 
 
 def _metric_rows(table: pd.DataFrame) -> list[tuple[str, ...]]:
@@ -225,7 +244,12 @@ def _further(summary: Mapping[str, Any]) -> list[str]:
 
 
 CHARTS = {
-    "froc": ("FROC", "Sensitivity over false positives a scan; the band is the 95 % interval over drawn scans."),
+    "froc": (
+        "FROC",
+        "Free-response receiver operating characteristic: the share of nodules found, over false positives a scan. The "
+        "band is the 95 % interval by bootstrap over scans. CPM, the competition performance metric, is the mean of "
+        "the seven points.",
+    ),
     "distribution": ("Scans", "Each point is a scan."),
     "reliability": (
         "Reliability of the score",
@@ -240,7 +264,14 @@ def _chart(name: str, figure: Figure) -> dict[str, Any]:
     figure.savefig(buffer, format="png")
     width, height = (round(inches * figure.dpi) for inches in figure.get_size_inches())
     uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return {"title": title, "caption": caption, "alt": f"{title}. {caption}", "picture": uri, "size": (width, height)}
+    return {
+        "name": name,
+        "title": title,
+        "caption": caption,
+        "alt": f"{title}. {caption}",
+        "picture": uri,
+        "size": (width, height),
+    }
 
 
 def _scan_rows(table: pd.DataFrame, findings: Mapping[str, Sequence[Finding]]) -> list[dict[str, Any]]:

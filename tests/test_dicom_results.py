@@ -107,7 +107,7 @@ def test_report_holds_the_measures_of_each_nodule_and_names_its_segment(results)
         ("Volume", "volume_mm3", "mm3"),
         ("Long axis", "longest_axial_mm", "mm"),
         ("Short axis", "across_axial_mm", "mm"),
-        ("Attenuation Coefficient", "mean_hu", "[hnsf'U]"),
+        ("Attenuation more than 1 mm inside", "mean_hu", "[hnsf'U]"),
         ("Diameter of the ball of equal volume", "equivalent_diameter_mm", "mm"),
         ("Score of the network, 0 to 1", "score", "1"),
     ):
@@ -122,6 +122,8 @@ def test_report_holds_the_measures_of_each_nodule_and_names_its_segment(results)
     assert referenced.ReferencedSegmentNumber == 1
     assert report.StudyInstanceUID == "1.2"
     assert report.VerificationFlag == "UNVERIFIED"
+    texts = [item.TextValue for name, item in items if item.ValueType == "TEXT"]
+    assert {"threshold: 0.5", "min_score: 0.0", "mirrors: 0"} <= set(texts)
 
 
 def test_report_is_one_of_tid_1500(results):

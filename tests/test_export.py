@@ -92,11 +92,26 @@ def test_excluded_findings_get_the_label_that_nnunet_ignores(processed_dir, tmp_
 
 
 def test_folder_that_is_not_empty_is_refused(processed_dir, checkpoint_path, tmp_path):
-    (tmp_path / "mine.txt").touch()
+    folder = tmp_path / "Dataset500_Mine"
+    folder.mkdir()
+    (folder / "mine.txt").touch()
     for to in ("nnunet", "bundle"):
         with pytest.raises(FileExistsError, match="is not empty; name another output_dir"):
-            Exporter(to, processed_dir, checkpoint_path, tmp_path).export()
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+            Exporter(to, processed_dir, checkpoint_path, folder).export()
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+
+
+def test_file_that_is_there_is_not_replaced(checkpoint_path, tmp_path):
+    for to, end in (("onnx", "onnx"), ("torch", "pt2")):
+        (tmp_path / f"best_model.{end}").write_text("mine")
+        with pytest.raises(FileExistsError, match="is there already"):
+            Exporter(to, checkpoint_path=checkpoint_path, output_dir=tmp_path).export()
+        assert (tmp_path / f"best_model.{end}").read_text() == "mine"
+
+
+def test_folder_that_nnunet_would_not_find_is_refused(processed_dir, tmp_path):
+    with pytest.raises(InputError, match=r"such as nnUNet_raw/Dataset500_LUNA16, not .*out"):
+        Exporter("nnunet", processed_dir, output_dir=tmp_path / "out").export()
 
 
 def test_scans_that_were_prepared_differently_are_refused(processed_dir, tmp_path):
@@ -106,7 +121,7 @@ def test_scans_that_were_prepared_differently_are_refused(processed_dir, tmp_pat
     metadata = read_metadata(data, uid)
     write_metadata(data, replace(metadata, preprocessing=metadata.preprocessing | {"hu_max": 300.0}))
     with pytest.raises(InputError, match=r"hu_max: 300\.0 instead of 400\.0"):
-        Exporter("nnunet", data, output_dir=tmp_path / "out").export()
+        Exporter("nnunet", data, output_dir=tmp_path / "Dataset500_Test").export()
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
@@ -206,7 +221,7 @@ def test_metadata_of_the_bundle_says_what_it_takes_and_that_it_is_no_medical_dev
     assert image["spatial_shape"] == [32, 32, 32]
     assert image["value_range"] == [0, 1]
     assert "Not a medical device" in metadata["intended_use"]
-    assert metadata["about"]["preprocessing"]["target_size"] == [32, 48, 48]
+    assert metadata["network"]["preprocessing"]["target_size"] == [32, 48, 48]
 
 
 # --------------------------------------------------------------------------------------------------------- command line

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import SimpleITK as sitk
 
-from data.measures import LungFrame, axial_diameters, density_of, edge_distance, measure_nodules
-from infer import extract_nodules
+from data.measures import LungFrame, MeasuredScan, axial_diameters, density_of, edge_distance, inner_of, measure_nodules
+from infer import extract_nodules, find_candidates
 from utils import Box, Geometry
 
 CROPS = Path(__file__).resolve().parents[2] / "shared" / "real" / "crops"
@@ -96,6 +97,34 @@ def test_volume_mean_and_score_are_those_of_the_nodule(lungs):
     assert math.isnan(found.score)
 
 
+@pytest.mark.parametrize(("radius_mm", "density"), [(2, ""), (4, "solid")])
+def test_density_of_a_small_nodule_is_not_told(lungs, radius_mm, density):
+    (found,) = measured(ball(GRID.shape_zyx, (30, 30, 20), radius_mm), lungs)
+    assert found.density == density
+
+
+def test_density_needs_two_slices_of_the_scan():
+    array = np.full((20, 60, 60), -850, np.int16)
+    array[8:12, 28:33, 28:33] = 40
+    mask = np.zeros((60, 60, 60), bool)
+    mask[25:35, 28:33, 28:33] = True
+    for step, density in ((3.0, "solid"), (6.0, "")):
+        ct = sitk.GetImageFromArray(array)
+        ct.SetSpacing((1, 1, step))
+        grid = Geometry((60, 60, 60), (0, 0, 0), (1.0, 1.0, step / 3))
+        found = find_candidates(mask.astype(np.float32), grid, 0.5)
+        (measure,) = MeasuredScan.of(ct, grid, found, None, 0.0).measures
+        assert measure.density == density
+
+
+def test_mean_is_that_of_what_lies_inside_the_rim(lungs):
+    mask = ball(GRID.shape_zyx, (30, 30, 20), 5)
+    hu = np.where(ball(GRID.shape_zyx, (30, 30, 20), 4.4), 50.0, -850.0)
+    found = find_candidates(mask.astype(np.float32), GRID, 0.5)
+    (measure,) = measure_nodules(found.nodules, found.ranks, GRID, hu, lungs, 2.0)
+    assert measure.mean_hu == 50
+
+
 def test_of_two_nodules_each_is_measured_by_its_own_voxels(lungs):
     mask = ball(GRID.shape_zyx, (30, 30, 20), 6) | ball(GRID.shape_zyx, (30, 30, 80), 3)
     found = measured(mask, lungs)
@@ -131,20 +160,20 @@ def test_single_voxel_is_as_long_as_it_is():
 def test_density_is_that_of_what_lies_inside_the_rim(core_mm, density):
     mask, core = ball((21, 21, 21), (10, 10, 10), 8), ball((21, 21, 21), (10, 10, 10), core_mm - 0.5)
     hu = np.where(core, 0.0, -650.0) if core_mm else np.full(mask.shape, -650.0)
-    assert density_of(mask, hu, (1, 1, 1)) == density
+    assert density_of(hu[inner_of(mask, (1, 1, 1))]) == density
 
 
 def test_rim_that_is_mixed_with_air_makes_a_solid_nodule_no_less_solid():
     mask = ball((21, 21, 21), (10, 10, 10), 4)
     hu = np.where(ball((21, 21, 21), (10, 10, 10), 3), 0.0, -700.0)
     assert (hu[mask] < -450).mean() > 0.5
-    assert density_of(mask, hu, (1, 1, 1)) == "solid"
+    assert density_of(hu[inner_of(mask, (1, 1, 1))]) == "solid"
 
 
 def test_nodule_of_few_voxels_is_judged_whole():
     mask = np.zeros((5, 5, 5), bool)
     mask[2, 2, 2:4] = True
-    assert density_of(mask, np.full(mask.shape, -100.0), (1, 1, 1)) == "solid"
+    np.testing.assert_array_equal(inner_of(mask, (1, 1, 1)), mask)
 
 
 @pytest.mark.skipif(not CROPS.is_dir(), reason="real nodules are not here")
@@ -153,5 +182,5 @@ def test_density_agrees_with_the_ratings_of_radiologists_as_the_report_says():
         cubes, masks = crops["hu"], crops["mask"] > 0
     ratings = pd.read_csv(CROPS / "lidc_nodules.csv")["texture"]
     rated = ["ground glass" if r < 3 else "part-solid" if r == 3 else "solid" for r in ratings]
-    judged = [density_of(mask, hu, (1, 1, 1)) for mask, hu in zip(masks, cubes, strict=True)]
+    judged = [density_of(hu[inner_of(mask, (1, 1, 1))]) for mask, hu in zip(masks, cubes, strict=True)]
     assert sum(a == b for a, b in zip(rated, judged, strict=True)) == 88

@@ -158,7 +158,7 @@ def test_scan_without_a_nodule_has_a_page_that_says_so(trained, tmp_path):
     page = Page(tmp_path / "out" / "reports" / "chest.html")
     assert "No nodule found" in page.text
     assert page.scan["runs"] == []
-    assert (tmp_path / "out" / "chest_measures.csv").read_text().startswith("nodule,center_x_mm")
+    assert (tmp_path / "out" / "chest_measures.csv").read_text().startswith("seriesuid,nodule,center_x_mm")
     assert json.loads((tmp_path / "out" / "chest_measures.json").read_text()) == []
 
 
@@ -200,7 +200,7 @@ def test_scan_without_lungs_says_so_on_top_and_is_shown_whole(trained, tmp_path)
 
 def nothing_in(ct, grid):
     """A scan in which nothing was found."""
-    return MeasuredScan(ct, grid, hu_on(ct, grid), np.zeros(grid.shape_zyx, np.uint16), [], [], None, 0.0)
+    return MeasuredScan(ct, grid, hu_on(ct, grid), np.zeros(grid.shape_zyx, np.uint16), [], [], [], None, 0.0)
 
 
 HOSTILE = "</script><script>alert(1)</script>&<!--"
@@ -340,7 +340,7 @@ def test_index_leads_to_the_page_of_each_scan(chest_page):
     links = [link["href"] for link in index.all("a")]
     assert links == ["reports/chest.html"]
     assert all((folder / link).is_file() for link in links)
-    assert "1 nodule in 1 scan" in index.text
+    assert "1 nodule in 1 of 1 scans" in index.text
     assert index.all("img")[0]["src"].startswith("data:image/jpeg")
 
 

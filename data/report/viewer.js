@@ -100,10 +100,11 @@ class Viewer {
     byId("zoom").addEventListener("input", () => this.setZoom(+byId("zoom").value));
     byId("next").addEventListener("click", () => this.step(1));
     byId("previous").addEventListener("click", () => this.step(-1));
-    for (const link of document.querySelectorAll("[data-nodule]")) {
+    for (const link of document.querySelectorAll("[data-nodule], [data-mark]")) {
       link.addEventListener("click", (event) => {
         event.preventDefault();
-        this.choose(+link.dataset.nodule);
+        if (link.dataset.nodule) this.choose(+link.dataset.nodule);
+        else this.goTo(this.scan.marks[+link.dataset.mark - 1]);
         byId("axial").focus({ preventScroll: true });
         byId("viewer").scrollIntoView({ block: "start" });
       });
@@ -144,9 +145,12 @@ class Viewer {
   }
 
   choose(number) {
-    const nodule = this.scan.nodules[number - 1];
     this.chosen = number;
-    this.position = nodule.index.map((value, axis) => Math.min(Math.max(Math.round(value), 0), this.shape[axis] - 1));
+    this.goTo(this.scan.nodules[number - 1].index);
+  }
+
+  goTo(index) {
+    this.position = index.map((value, axis) => Math.min(Math.max(Math.round(value), 0), this.shape[axis] - 1));
     this.tell();
     this.draw();
   }
@@ -252,6 +256,7 @@ class Viewer {
     const place = (column, row) =>
       [((column - view.left) / view.width) * canvas.width, ((row - view.top) / view.height) * canvas.height];
     this.drawCross(context, plane, place);
+    this.drawScale(context, plane, view);
     if (byId("contours").checked) {
       if (truth) this.drawContours(context, truth, plane, place, ANNOTATED);
       this.drawContours(context, labels, plane, place);
@@ -260,6 +265,26 @@ class Viewer {
     const count = this.shape[axis], number = axis === AXIAL ? count - this.position[0] : this.position[axis] + 1;
     byId(`${plane.name}-number`).textContent = `${number} of ${count}`;
     slider.setAttribute("aria-valuetext", `slice ${number} of ${count}`);
+  }
+
+  /** A bar of 50 mm, or of 10 mm where that is too long. */
+  drawScale(context, { axis, canvas }, view) {
+    const perMm = canvas.width / (view.width * this.scan.spacing[COLUMNS[axis]]);
+    const length = 50 * perMm < 0.4 * canvas.width ? 50 : 10, y = canvas.height - 10;
+    for (const [color, width] of [["#000", 5], ["#fff", 2.5]]) {
+      context.strokeStyle = color;
+      context.lineWidth = width;
+      context.beginPath();
+      context.moveTo(10, y);
+      context.lineTo(10 + length * perMm, y);
+      context.stroke();
+    }
+    context.font = `${Math.max(12, canvas.width / 40)}px system-ui, sans-serif`;
+    context.lineWidth = 3;
+    context.strokeStyle = "#000";
+    context.fillStyle = "#fff";
+    context.strokeText(`${length} mm`, 10, y - 7);
+    context.fillText(`${length} mm`, 10, y - 7);
   }
 
   drawCross(context, { axis, canvas, rows }, place) {

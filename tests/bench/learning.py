@@ -46,7 +46,7 @@ from utils import (
     select_device,
     write_csv,
 )
-from validate import Validator, _middle_of_best, froc, read_excluded, table_by_size
+from validate import ScoredScans, Validator, _middle_of_best, froc, read_excluded, table_by_size
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.csv")
@@ -347,7 +347,8 @@ def gain(bench: Bench, better: str, than: str) -> str:
     )
     draws: dict[str, list[np.ndarray]] = {"Dice per scan": [], "CPM": []}
     for seed, test in common:
-        pair = [scores(bench.folder(name, seed) / test, bench.phantoms(test)) for name in (better, than)]
+        excluded = read_excluded(bench.phantoms(test) / "annotations_excluded.csv")
+        pair = [ScoredScans.read(bench.folder(name, seed) / test, excluded).draws() for name in (better, than)]
         for kind in draws:
             draws[kind].append(pair[0][kind] - pair[1][kind])
     lines = [f"{better} over {than}, {', '.join(f'seed {seed} on {test}' for seed, test in common)}:"]
@@ -356,23 +357,6 @@ def gain(bench: Bench, better: str, than: str) -> str:
         low, high = np.nanquantile(total[1:], [0.025, 0.975])
         lines.append(f"  {kind} {total[0]:+.4f} (95 % interval {low:+.4f} to {high:+.4f})")
     return "\n".join(lines)
-
-
-def scores(results: Path, phantoms: Path) -> dict[str, np.ndarray]:
-    """Dice per scan and CPM of one validation: first the figure, then 1000 draws of its scans."""
-    table = pd.read_csv(results / "validation_results.csv")
-    table = table[table["part"] != "train"].sort_values("seriesuid")
-    nodules, marks = (pd.read_csv(results / f"{kind}.csv") for kind in ("nodule_results", "candidates"))
-    curve = froc(marks, nodules, read_excluded(phantoms / "annotations_excluded.csv"), list(table["seriesuid"]))
-    dice = table["dice"].to_numpy()
-    chosen = np.random.default_rng(0).integers(len(dice), size=(len(curve.cpm_draws), len(dice)))
-    drawn = dice[np.vstack([np.arange(len(dice)), chosen])]
-    with np.errstate(invalid="ignore"):  # a draw of scans without nodules has no Dice
-        means = np.nansum(drawn, axis=1) / np.isfinite(drawn).sum(axis=1)
-    return {
-        "Dice per scan": means,
-        "CPM": np.array([curve.cpm, *curve.cpm_draws]),
-    }
 
 
 def main(

@@ -1,0 +1,148 @@
+"""Two results of validate.py held against each other."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import validate
+from utils import InputError
+from validate import ScoredScans, Validator, compare_results, format_comparison
+
+NODULES = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm", "dice")
+
+
+def write_result(folder, dice, scores=None, false=0, first="s00"):
+    """A validation of one nodule a scan, found by a mark of a score (None: missed), with false marks beside it."""
+    scores = [0.9] * len(dice) if scores is None else scores
+    names = [f"{first[0]}{number:02d}" for number in range(len(dice))]
+    folder.mkdir(parents=True)
+    table = pd.DataFrame({"seriesuid": names, "part": "new", "dice": dice, "nodules": 1})
+    table["nodules_found"], table["false_positive_nodules"] = [int(s is not None) for s in scores], false
+    table.to_csv(folder / "validation_results.csv", index=False)
+    rows = [(name, 0.0, 0.0, 0.0, 8.0, value) for name, value in zip(names, dice, strict=True)]
+    pd.DataFrame(rows, columns=list(NODULES)).to_csv(folder / "nodule_results.csv", index=False)
+    marks = [(name, 0.0, 0.0, 0.0, s) for name, s in zip(names, scores, strict=True) if s is not None]
+    marks += [(name, 50.0, 0.0, 0.0, 0.5) for name in names for _ in range(false)]
+    columns = ["seriesuid", "coordX", "coordY", "coordZ", "probability"]
+    pd.DataFrame(marks, columns=columns).to_csv(folder / "candidates.csv", index=False)
+    return folder
+
+
+def row_of(table, figure):
+    return table.set_index("figure").loc[figure]
+
+
+def test_difference_of_each_figure_is_first_less_second(tmp_path):
+    first = write_result(tmp_path / "a", [0.8, 0.6, 0.7, 0.9])
+    second = write_result(tmp_path / "b", [0.7, 0.5, 0.6, 0.8], [0.9, None, 0.9, 0.9], false=2)
+    table = compare_results([first, second])
+    assert row_of(table, "Dice per scan")["first"] == pytest.approx(0.75)
+    assert row_of(table, "Dice per scan")["difference"] == pytest.approx(0.1)
+    assert row_of(table, "sensitivity of the masks")["second"] == pytest.approx(0.75)
+    assert row_of(table, "false-positive nodules a scan")["difference"] == pytest.approx(-2)
+    assert row_of(table, "CPM")["first"] == 1
+
+
+def test_interval_is_paired(tmp_path):
+    rng = np.random.default_rng(0)
+    dice = rng.uniform(0.2, 0.9, 40)  # scans differ widely, the two networks by 0.02 in each
+    table = compare_results([write_result(tmp_path / "a", dice + 0.02), write_result(tmp_path / "b", dice)])
+    row = row_of(table, "Dice per scan")
+    assert (row["lower"], row["upper"]) == pytest.approx((0.02, 0.02))
+
+
+def test_scans_without_a_dice_are_left_out_of_its_mean(tmp_path):
+    first, second = write_result(tmp_path / "a", [0.8, 0.0]), write_result(tmp_path / "b", [0.8, 0.0])
+    path = first / "validation_results.csv"  # in the second scan nothing was found, and nothing is there
+    pd.read_csv(path).replace({"dice": {0.0: np.nan}}).to_csv(path, index=False)
+    assert row_of(compare_results([first, second]), "Dice per scan")["difference"] == pytest.approx(0.4)
+
+
+def test_rows_may_stand_in_any_order(tmp_path):
+    first = write_result(tmp_path / "a", [0.8, 0.6, 0.7])
+    second = write_result(tmp_path / "b", [0.8, 0.6, 0.7])
+    for name in ("validation_results.csv", "nodule_results.csv"):
+        table = pd.read_csv(second / name)
+        table[::-1].to_csv(second / name, index=False)
+    table = compare_results([first, second])
+    assert not table[["difference", "lower", "upper"]].to_numpy().any()
+
+
+def test_folds_are_joined_by_a_pattern(tmp_path):
+    for name in ("a", "b"):
+        write_result(tmp_path / name / "fold0", [0.8, 0.6], first="s")
+        write_result(tmp_path / name / "fold1", [0.4], first="t")
+    table = compare_results([tmp_path / "a" / "fold*", tmp_path / "b" / "fold*"])
+    assert row_of(table, "Dice per scan")["first"] == pytest.approx(0.6)
+
+
+def test_what_is_said_names_the_better_one_and_what_is_not_shown(tmp_path):
+    first = write_result(tmp_path / "a", [0.8, 0.6, 0.7, 0.9])
+    second = write_result(tmp_path / "b", [0.7, 0.5, 0.6, 0.8], false=1)
+    text = format_comparison(compare_results([first, second]), ["A", "B"])
+    assert "The first is better in Dice per scan and false-positive nodules a scan" in text
+    assert "No difference is shown in sensitivity of the masks" in text
+    assert "do not hold how much trainings differ" in text
+    swapped = format_comparison(compare_results([second, first]), ["B", "A"])
+    assert "The second is better in Dice per scan and false-positive nodules a scan" in swapped
+
+
+def test_other_scans_are_refused(tmp_path):
+    first, second = write_result(tmp_path / "a", [0.8, 0.6]), write_result(tmp_path / "b", [0.8])
+    with pytest.raises(InputError, match=r"1 scans were scored in .*a alone, such as s01"):
+        compare_results([first, second])
+
+
+@pytest.mark.parametrize(("name", "what"), [("nodule_results.csv", "annotated nodules"), (None, "excluded findings")])
+def test_other_annotations_are_refused(tmp_path, name, what):
+    first, second = write_result(tmp_path / "a", [0.8, 0.6]), write_result(tmp_path / "b", [0.8, 0.6])
+    if name:
+        table = pd.read_csv(second / name)
+        table.loc[0, "coordX"] = 3.0
+        table.to_csv(second / name, index=False)
+    else:
+        pd.read_csv(first / "nodule_results.csv").to_csv(first / "excluded_findings.csv", index=False)
+    with pytest.raises(InputError, match=f"differ in their {what}; score both with the same"):
+        compare_results([first, second])
+
+
+def test_scan_with_two_results_is_refused(tmp_path):
+    for name in ("fold0", "fold1"):
+        write_result(tmp_path / name, [0.8])
+    with pytest.raises(InputError, match="two results of the scan s00"):
+        ScoredScans.read(tmp_path / "fold*")
+
+
+def test_what_is_no_result_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*none"):
+        ScoredScans.read(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"validation_results\.csv"):
+        ScoredScans.read(tmp_path / "empty")
+
+
+def test_training_scans_do_not_count(tmp_path):
+    folder = write_result(tmp_path / "a", [0.8, 0.6])
+    table = pd.read_csv(folder / "validation_results.csv")
+    table.loc[0, "part"] = "train"
+    table.to_csv(folder / "validation_results.csv", index=False)
+    assert ScoredScans.read(folder).table["seriesuid"].tolist() == ["s01"]
+
+
+def test_excluded_findings_stand_beside_the_results_and_count_neither_way(run_dir, processed_dir, tmp_path, capsys):
+    excluded = pd.DataFrame([("none", 1.0, 2.0, 3.0, -1.0)], columns=list(NODULES[:5]))
+    excluded.to_csv(tmp_path / "excluded.csv", index=False)
+    for name in ("a", "b"):
+        checkpoint = run_dir / "checkpoints" / "best_model.pth"
+        validator = Validator(processed_dir, checkpoint, tmp_path / name, "cpu", mixed_precision=False)
+        validator.run_validation("all", excluded_path=tmp_path / "excluded.csv")
+        assert (tmp_path / name / "excluded_findings.csv").is_file()
+    assert validate.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "No difference is shown in" in capsys.readouterr().out
+
+
+def test_further_options_and_a_single_folder_are_refused(tmp_path, caplog):
+    assert validate.main(["--compare", "a", "b", "--subset", "all"]) == 1
+    assert "leave them out with compare" in caplog.text
+    assert validate.main(["--compare", "a"]) == 1
+    assert "compare takes two folders" in caplog.text
