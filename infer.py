@@ -45,8 +45,8 @@ from torch.nn import functional
 from data.dicom import DicomReader
 from data.dicom_results import has_highdicom, write_dicom_results
 from data.lungs import LUNG_METHOD, measure_noise
-from data.measures import MeasuredScan, Measures, write_measures
-from data.report import ct_of, lungs_of, report_scan, write_index
+from data.measures import MeasuredScan, Measures, lungs_by_threshold, write_measures
+from data.report import ct_of, report_scan, write_index
 from data.slicer import write_points, write_segmentation
 from model import InferenceSettings, SegmentationNetwork, checkpoint_file, load_checkpoint, to_device
 from preprocess import PreparedScan, Preprocessing
@@ -756,6 +756,8 @@ RUN_FILES = (
     "inference.json",
     "report.html",
 )
+MEASURE_FILES = ("{}_measures.json", "{}_measures.csv")
+PAGE_FILES = ("reports/{}.html", "reports/{}.jpg")
 DICOM_FILES = ("predicted_masks/{}.dcm", "{}_measures.dcm")
 SCAN_FILES = (
     *DICOM_FILES,
@@ -767,10 +769,8 @@ SCAN_FILES = (
     "{}_nodules.npy",
     "{}_nodules.json",
     "{}_nodules.csv",
-    "{}_measures.json",
-    "{}_measures.csv",
-    "reports/{}.html",
-    "reports/{}.jpg",
+    *MEASURE_FILES,
+    *PAGE_FILES,
 )
 SUMMARY_SHARE = 0.05  # a summary is written anew when so many of its scans are new
 MAX_LISTED = 40  # scans on the console
@@ -924,12 +924,12 @@ class ResultFolder:
         """Brings inference_summary.json and .npy up to date with the raw scans that were added."""
         self._num_summarized = _add_to_summary(self.path, self.provenance, self._new_scans) or self._num_summarized
 
-    def finish(self) -> None:
+    def finish(self, wants_index: bool) -> None:
         """Brings summary and report.html up to date with all scans of a run, those that failed, too."""
         self.flush_summary()
         path = self.path / "inference_summary.json"
-        if (self.path / "reports").is_dir() and path.is_file():
-            write_index(self.path, self.provenance, read_json(path)["scans"])
+        scans = read_json(path)["scans"] if path.is_file() else {}
+        update_index(self.path, self.provenance, scans, wants_index)
 
 
 def summary_table(scans: dict[str, dict[str, Any]]) -> pd.DataFrame:
@@ -946,8 +946,17 @@ def write_summary(output_dir: Path, provenance: dict[str, Any], scans: dict[str,
     path = output_dir / "inference_summary.npy"
     write_objects(path, provenance | {"date": now(), "scans": scans})
     write_csv(path.with_suffix(".csv"), summary_table(scans))
-    if (output_dir / "reports").is_dir():
+    update_index(output_dir, provenance, scans)
+
+
+def update_index(
+    output_dir: Path, provenance: dict[str, Any], scans: dict[str, dict[str, Any]], wants_index: bool = False
+) -> None:
+    """Writes report.html where a scan has a page, or where it is wanted; deletes that of an earlier run elsewhere."""
+    if wants_index or any((output_dir / "reports").glob("*.html")):
         write_index(output_dir, provenance, scans)
+    else:
+        (output_dir / "report.html").unlink(missing_ok=True)
 
 
 def _add_to_summary(output_dir: Path, provenance: dict[str, Any], new: dict[str, dict[str, Any]]) -> int:
@@ -960,8 +969,7 @@ def _add_to_summary(output_dir: Path, provenance: dict[str, Any], new: dict[str,
         new.clear()
         # The table may hold rows of other processes that are not in their summary yet, so it stays as it is.
         write_objects(path.with_suffix(".npy"), provenance | {"date": now(), "scans": scans})
-        if (output_dir / "reports").is_dir():
-            write_index(output_dir, provenance, scans)
+        update_index(output_dir, provenance, scans)
         return len(scans)
 
 
@@ -1011,7 +1019,10 @@ def write_failures(output_dir: Path, failed: dict[str, str]) -> None:
     """Writes failed_scans.csv, or deletes that of an earlier run where nothing failed."""
     path = output_dir / "failed_scans.csv"
     if failed:
-        write_csv(path, pd.DataFrame(sorted(failed.items()), columns=["seriesuid", "reason"]))
+        table = pd.DataFrame(sorted(failed.items()), columns=["seriesuid", "reason"])
+        write_csv(
+            path, table.map(lambda text: text.encode(errors="backslashreplace").decode())
+        )  # names may be no UTF-8
     else:
         path.unlink(missing_ok=True)
 
@@ -1438,10 +1449,13 @@ class NoduleInferencer:
         figure = draw_overlay(image, scan.geometry, found.mask, found.nodules, scan.mask, uid, annotated=annotated)
         self.folder.write_scan(result, figure)
         if self.report:
-            (ct, note), margin = ct_of(scan), self.preprocessing.lung_margin_mm
-            measured = MeasuredScan.of(ct, scan.geometry, found, lungs_of(scan), margin, scan.mask)
+            ct, note = ct_of(scan)
+            own_lungs = None if note or not self.preprocessing.uses_lungs else lungs_by_threshold(ct)
+            measured = MeasuredScan.of(ct, scan.geometry, found, own_lungs, scan.mask)
             write_measures(self.output_dir, uid, measured.measures)
             report_scan(self.output_dir, self.provenance, result, measured, [note] if note else [])
+        else:
+            delete_files(self.output_dir, [pattern.format(uid) for pattern in (*PAGE_FILES, *MEASURE_FILES)])
         return result
 
     def infer_scan(self, path: str | Path) -> list[dict[str, Any]]:
@@ -1489,7 +1503,7 @@ class NoduleInferencer:
                 tables.append(nodule_table(scan.name, self._infer_scan(scan).found.nodules))
             self.failed |= {name: scan.hide(reason_of(error)) for name, error in failures.items()}
         write_failures(self.output_dir, self.failed)
-        self.folder.finish()
+        self.folder.finish(wants_index=self.report is not False)
         check(bool(scans), "none of the inputs is a scan that can be read")
         found = [table for table in tables if len(table)]  # pandas wants no empty ones
         return pd.concat(found, ignore_index=True) if found else nodule_table("", [])
@@ -1564,12 +1578,13 @@ class NoduleInferencer:
         ranks = prepared.grid.image(found.ranks)
         own_ranks = resample(ranks, Geometry.from_image(scan), linear=False, pixel_type=sitk.sitkUInt16)
         self.folder.write_scan(result, figure, own_ranks)
-        margin = self.preprocessing.lung_margin_mm
-        measured = MeasuredScan.of(scan, prepared.grid, found, prepared.lungs, margin)
+        measured = MeasuredScan.of(scan, prepared.grid, found, prepared.own_lungs)
         write_measures(self.output_dir, name, measured.measures)
         self._write_dicom(raw, own_ranks, measured.measures)
         if self.report is not False:
             report_scan(self.output_dir, self.provenance, result, measured)
+        else:
+            delete_files(self.output_dir, [pattern.format(name) for pattern in PAGE_FILES])
         self.folder.add(result, is_again)
         tell(f"{name}: {result}")
         return result

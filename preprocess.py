@@ -131,6 +131,7 @@ class PreparedScan:
         lungs: bool (z, y, x), the widened lung mask, or None where no lungs were used.
         lung_source: 'seg-lungs', 'threshold' or 'none'.
         lung_note: What is to be said of lungs found by threshold: how much there is, what is cut, left out, in doubt.
+        own_lungs: The lungs before they were widened, on a coarse grid of their own; None where no lungs were used.
     """
 
     array: np.ndarray
@@ -138,6 +139,7 @@ class PreparedScan:
     lungs: np.ndarray | None
     lung_source: str
     lung_note: str = ""
+    own_lungs: sitk.Image | None = None
 
     def lung_points(self) -> np.ndarray:
         """Voxels spread at random over the lungs, or the whole array, for patch sampling; int32 (n, 3) (z, y, x)."""
@@ -255,7 +257,7 @@ class Preprocessing:
                 kept[Box(tuple(first.tolist()), tuple(last.tolist())).slices] = True
         if self.mask_lungs and kept is not None:
             array[~kept] = 0
-        return PreparedScan(array, grid, kept, source, note)
+        return PreparedScan(array, grid, kept, source, note, lungs)
 
     def _coarse_lungs(
         self, scan: sitk.Image, labels: sitk.Image | None, lung_labels: tuple[int, ...] | None

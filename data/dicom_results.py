@@ -21,7 +21,7 @@ import numpy as np
 
 from data.dicom import Stack
 from data.measures import Measures
-from utils import atomic_path, check
+from utils import InputError, atomic_path, check
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def write_dicom_results(
         provenance: Whose results these are.
 
     Raises:
-        InputError: The series does not state what such an object must, or no nodule has a voxel there.
+        InputError: The headers of the series are not as such an object needs them, or no nodule has a voxel there.
     """
     import highdicom
 
@@ -86,8 +86,11 @@ def write_dicom_results(
     logging.getLogger("highdicom").setLevel(logging.WARNING)  # it tells each step
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a patient's name, which no log should show
-        segmentation = _segmentation(highdicom, images, frames, kept, provenance)
-        report = _report(highdicom, images, segmentation, kept, provenance)
+        try:
+            segmentation = _segmentation(highdicom, images, frames, kept, provenance)
+            report = _report(highdicom, images, segmentation, kept, provenance)
+        except Exception as error:  # whatever highdicom and pydicom raise of headers that are not as DICOM wants them
+            raise InputError(f"highdicom does not accept the headers of the series ({type(error).__name__})") from error
     for path, data in ((segmentation_path, segmentation), (report_path, report)):
         with atomic_path(path) as temporary:
             data.save_as(temporary)

@@ -160,7 +160,8 @@ def about_of(checkpoint: Checkpoint) -> dict[str, Any]:
         "input": "float32 (1, 1, Z, Y, X) in [0, 1]: hu_min to hu_max of the preprocessing; 0 outside the lungs, where "
         "mask_lungs is true",
         "output": "float32 (1, 1, Z, Y, X): probability of a nodule",
-        "sizes_are_multiples_of": checkpoint.build_network().divisor,
+        "sizes_are_multiples_of": (divisor := checkpoint.build_network().divisor),
+        "smallest_edge": 2 * divisor,
         "preprocessing": checkpoint.preprocessing,
         "inference": checkpoint.inference.to_dict(),
         "sha256_of_checkpoint": checkpoint.sha256,

@@ -18,8 +18,9 @@ from scipy import ndimage
 from scipy.spatial import ConvexHull, QhullError
 from scipy.spatial.distance import pdist, squareform
 
+from data.lungs import fill_dents, find_lungs, widen
 from preprocess import resample_mean
-from utils import Box, Geometry, write_csv, write_json
+from utils import Box, Geometry, resample, write_csv, write_json
 
 if TYPE_CHECKING:
     from infer import FoundNodule, Segmentation
@@ -32,6 +33,9 @@ DENSE_HU = -450.0
 # nodules of LIDC-IDRI, on which the three numbers were chosen, 88 are called what a radiologist's rating says.
 GROUND_GLASS_SHARE, PART_SOLID_SHARE = 0.2, 0.5
 REACHES_MM = (25.0, 50.0, 100.0)  # around a nodule, in which the lung's edge is looked for
+LUNG_CLOSING_MM = 5.0  # of the lungs, which takes in vessels
+LUNG_SHARE = 0.05  # of the largest axial area of the lungs, that a slice of them has; less is windpipe, or a tip
+CUT_MM = 5.0  # lungs that come so near to the end of the scan may go on behind it
 AIR_HU = -500.0  # a voxel of lung below this holds air
 VALLEY = 0.6  # between two lungs there is less lung than this share of the smaller one
 
@@ -50,7 +54,7 @@ class Measures:
         distance_to_lung_edge_mm: From its surface to the nearest edge of the lungs: chest wall, mediastinum, diaphragm.
         equivalent_diameter_mm: Of the ball of the same volume.
         longest_axial_mm: The longest diameter in an axial slice.
-        across_axial_mm: The widest extent at right angles to it in the same slice.
+        across_axial_mm: The longest diameter at right angles to it in the same slice.
         volume_mm3: Of its voxels.
         mean_hu: Of its voxels more than RIM_MM inside, or of all where these are few: the rim mixes with air.
         density: 'solid', 'part-solid' or 'ground glass', of the same voxels; '' below SMALLEST_JUDGED_MM and below two
@@ -90,8 +94,8 @@ class MeasuredScan:
         nodules: The likeliest first.
         measures: Theirs.
         marks: Fainter ones, which are not in the mask, the likeliest first.
-        lungs: Bool (z, y, x) on the grid, grown by ``margin_mm``; None where they are unknown.
-        margin_mm: By how much the lungs were grown.
+        lungs: Bool (z, y, x) on the grid; None where they are unknown.
+        frame: Where they lie.
         truth: Annotated mask (z, y, x) on the grid; None where there is none.
     """
 
@@ -103,7 +107,7 @@ class MeasuredScan:
     measures: Sequence[Measures]
     marks: Sequence[FoundNodule]
     lungs: np.ndarray | None
-    margin_mm: float
+    frame: LungFrame | None
     truth: np.ndarray | None = None
 
     @classmethod
@@ -112,17 +116,19 @@ class MeasuredScan:
         ct: sitk.Image,
         grid: Geometry,
         found: Segmentation,
-        lungs: np.ndarray | None,
-        margin_mm: float,
+        own_lungs: sitk.Image | None,
         truth: np.ndarray | None = None,
     ) -> MeasuredScan:
-        """Measures what was found in a scan."""
+        """Measures what was found in a scan, whose lungs, as ``PreparedScan.own_lungs``, may be unknown."""
+        lungs = None if own_lungs is None else lungs_on(own_lungs, grid)
         hu, ranks, nodules = hu_on(ct, grid), found.ranks, found.nodules
         smallest = max(SMALLEST_JUDGED_MM, 2 * max(ct.GetSpacing()))
-        measures = measure_nodules(nodules, ranks, grid, hu, lungs, margin_mm, smallest)
+        first, last = (float(corner[2]) for corner in Geometry.from_image(ct).bounds())
+        frame = None if lungs is None else LungFrame.of(lungs, hu, grid, (first, last))
+        measures = measure_nodules(nodules, ranks, grid, hu, lungs, frame, smallest)
         faint = [mark for mark, number in zip(found.candidates, found.numbers, strict=True) if not number]
         faint.sort(key=lambda mark: -mark.score)
-        return cls(ct, grid, hu, ranks, nodules, measures, faint, lungs, margin_mm, truth)
+        return cls(ct, grid, hu, ranks, nodules, measures, faint, lungs, frame, truth)
 
 
 def write_measures(output_dir: Path, name: str, measures: Sequence[Measures]) -> None:
@@ -132,6 +138,18 @@ def write_measures(output_dir: Path, name: str, measures: Sequence[Measures]) ->
     columns = ["seriesuid", *Measures.__annotations__]
     write_csv(output_dir / f"{name}_measures.csv", pd.DataFrame(rows, columns=columns))
     write_json(output_dir / f"{name}_measures.json", rows)
+
+
+def lungs_on(own_lungs: sitk.Image, grid: Geometry) -> np.ndarray:
+    """Bool (z, y, x) on a grid, the lungs with vessels and small nodules, which a closing takes in."""
+    distance = widen(own_lungs, LUNG_CLOSING_MM, 0.0)
+    return sitk.GetArrayFromImage(resample(distance, grid, fill=1e3)) <= 0
+
+
+def lungs_by_threshold(ct: sitk.Image) -> sitk.Image | None:
+    """The lungs of a scan as ``PreparedScan.own_lungs`` has them; None where there are none."""
+    found = None if Geometry.from_image(ct).is_piece else find_lungs(ct)
+    return None if found is None else fill_dents(found)
 
 
 def hu_on(ct: sitk.Image, grid: Geometry) -> np.ndarray:
@@ -148,7 +166,7 @@ def measure_nodules(
     grid: Geometry,
     hu: np.ndarray,
     lungs: np.ndarray | None,
-    margin_mm: float,
+    frame: LungFrame | None,
     smallest_mm: float = SMALLEST_JUDGED_MM,
 ) -> list[Measures]:
     """Measures all nodules of a scan.
@@ -158,14 +176,12 @@ def measure_nodules(
         ranks: Whole numbers (z, y, x): the place of each in ``nodules``, counted from 1; 0 is background.
         grid: Where the voxels lie; identity direction.
         hu: CT values (z, y, x).
-        lungs: Bool (z, y, x), the lungs grown by ``margin_mm``; None where they are unknown.
-        margin_mm: By how much the lungs were grown.
+        lungs: Bool (z, y, x); None where they are unknown.
+        frame: Where the lungs lie.
         smallest_mm: Diameter from which density is told.
     """
-    frame = None if lungs is None else LungFrame.of(lungs, hu, grid, margin_mm)
     return [
-        _measure(number, nodule, ranks, grid, hu, lungs, margin_mm, frame, smallest_mm)
-        for number, nodule in enumerate(nodules, 1)
+        _measure(number, nodule, ranks, grid, hu, lungs, frame, smallest_mm) for number, nodule in enumerate(nodules, 1)
     ]
 
 
@@ -176,7 +192,6 @@ def _measure(
     grid: Geometry,
     hu: np.ndarray,
     lungs: np.ndarray | None,
-    margin_mm: float,
     frame: LungFrame | None,
     smallest_mm: float,
 ) -> Measures:
@@ -191,7 +206,7 @@ def _measure(
         z,
         frame.side(x) if frame else "",
         frame.third(z) if frame else "",
-        math.nan if lungs is None else edge_distance(mask, nodule.box, lungs, grid.spacing_zyx, margin_mm),
+        math.nan if lungs is None else edge_distance(mask, nodule.box, lungs, grid.spacing_zyx),
         nodule.diameter_mm,
         longest,
         across,
@@ -207,33 +222,44 @@ class LungFrame:
     """Where the lungs lie.
 
     Args:
-        lower_z_mm: Lowest point of the lungs.
-        upper_z_mm: Highest point of the lungs.
+        lower_z_mm: Where their lowest axial slice of some size ends.
+        upper_z_mm: Where their highest one ends.
         midline_x_mm: Between the two lungs; NaN where two lungs are not told apart.
+        is_whole: Whether the scan shows them from top to bottom.
     """
 
     lower_z_mm: float
     upper_z_mm: float
     midline_x_mm: float
+    is_whole: bool = True
 
     @classmethod
-    def of(cls, lungs: np.ndarray, hu: np.ndarray, grid: Geometry, margin_mm: float) -> LungFrame | None:
-        """The frame of a mask (z, y, x) of the lungs, which were grown by ``margin_mm``; None of an empty one."""
-        box = Box.around(lungs)
-        if box is None:
+    def of(
+        cls,
+        lungs: np.ndarray,
+        hu: np.ndarray,
+        grid: Geometry,
+        view_z_mm: tuple[float, float] = (-math.inf, math.inf),
+    ) -> LungFrame | None:
+        """The frame of a mask (z, y, x) of the lungs in a scan of this view; None of an empty mask."""
+        areas = lungs.sum(axis=(1, 2))
+        if not areas.any():
             return None
-        lower, upper = grid.cropped(box).bounds()
-        top, bottom = (end + sign * margin_mm for end, sign in ((upper[2], -1), (lower[2], 1)))
-        if top <= bottom:
-            return None
-        return cls(float(bottom), float(top), _midline(lungs & (hu < AIR_HU), grid))
+        slices = np.flatnonzero(areas >= LUNG_SHARE * areas.max())
+        half = grid.spacing[2] / 2
+        lower, upper = (float(grid.world((end, 0, 0))[2]) for end in (slices[0], slices[-1]))
+        lower, upper = lower - half, upper + half
+        is_whole = bool(lower > view_z_mm[0] + CUT_MM and upper < view_z_mm[1] - CUT_MM)
+        return cls(lower, upper, _midline(lungs & (hu < AIR_HU), grid), is_whole)
 
     def side(self, x_mm: float) -> str:
         """The lung in which a position lies, by its x alone; '' where two lungs are not told apart."""
         return "" if math.isnan(self.midline_x_mm) else "left" if x_mm > self.midline_x_mm else "right"
 
     def third(self, z_mm: float) -> str:
-        """The third of the lungs' height in which a position lies."""
+        """The third of the lungs' height in which a position lies; '' where the scan does not show all of it."""
+        if not self.is_whole:
+            return ""
         share = (z_mm - self.lower_z_mm) / (self.upper_z_mm - self.lower_z_mm)
         return "lower" if share < 1 / 3 else "middle" if share < 2 / 3 else "upper"
 
@@ -252,38 +278,40 @@ def _midline(air: np.ndarray, grid: Geometry) -> float:
     return float(grid.world((0, 0, valley))[0])
 
 
-def edge_distance(
-    mask: np.ndarray, box: Box, lungs: np.ndarray, spacing_zyx: Sequence[float], margin_mm: float
-) -> float:
+def edge_distance(mask: np.ndarray, box: Box, lungs: np.ndarray, spacing_zyx: Sequence[float]) -> float:
     """Distance in mm from the surface of a nodule to the edge of the lungs; 0 where it touches it or lies outside.
 
     Args:
         mask: Bool (z, y, x) of the nodule, in its box.
         box: Where the mask lies in the array of the lungs.
-        lungs: Bool (z, y, x), grown by ``margin_mm``. Where the scan ends there is no edge.
+        lungs: Bool (z, y, x). Holes that they enclose belong to them, and where the scan ends there is no edge.
         spacing_zyx: Voxel size in mm.
-        margin_mm: By how much the lungs were grown.
 
     Returns:
         NaN where no edge is near.
     """
+    spacing = np.asarray(spacing_zyx)
     for reach in REACHES_MM:
-        steps = np.ceil(reach / np.asarray(spacing_zyx)).astype(int)
+        steps = np.ceil(reach / spacing).astype(int)
         lower = np.maximum(np.asarray(box.lower) - steps, 0)
         around = Box.of_size(lower, np.minimum(np.asarray(box.upper) + steps, lungs.shape) - lower)
-        inside = lungs[around.slices]
+        own = Box.of_size(np.asarray(box.lower) - lower, box.shape_zyx).slices
+        inside = lungs[around.slices].copy()
+        inside[own] |= mask
+        inside = ndimage.binary_fill_holes(inside)
         if inside.all():
             continue
-        own = Box.of_size(np.asarray(box.lower) - lower, box.shape_zyx).slices
-        # Between voxel centres; the surface of either lies half a voxel nearer.
-        nearest = float(ndimage.distance_transform_edt(inside, sampling=spacing_zyx)[own][mask].min())
-        if nearest <= reach:
-            return max(0.0, nearest - margin_mm - min(spacing_zyx))
+        _, nearest = ndimage.distance_transform_edt(inside, sampling=spacing_zyx, return_indices=True)
+        apart = np.abs(nearest - np.indices(inside.shape))[(slice(None), *own)][:, mask].T
+        # From surface to surface: along each axis both are half a voxel nearer than their centres.
+        found = float(np.linalg.norm(np.maximum(apart - 1, 0) * spacing, axis=1).min())
+        if found <= reach:
+            return found
     return math.nan
 
 
 def axial_diameters(mask: np.ndarray, spacing_zyx: Sequence[float]) -> tuple[float, float]:
-    """Longest diameter in mm of any axial slice of a mask (z, y, x), and the extent at right angles to it there."""
+    """Longest diameter in mm of any axial slice of a mask (z, y, x), and the longest at right angles to it there."""
     best = (0.0, 0.0)
     half_y, half_x = spacing_zyx[1] / 2, spacing_zyx[2] / 2
     for plane in mask:
@@ -292,14 +320,23 @@ def axial_diameters(mask: np.ndarray, spacing_zyx: Sequence[float]) -> tuple[flo
             continue
         # Middles of the pixels' edges: neither their centres, too near, nor their corners, too far.
         shifts = np.array([[half_y, 0], [-half_y, 0], [0, half_x], [0, -half_x]])
-        points = _outer((voxels[:, None] + shifts).reshape(-1, 2))
+        every = (voxels[:, None] + shifts).reshape(-1, 2)
+        points = _outer(every)
         distances = squareform(pdist(points))
         one, other = np.unravel_index(distances.argmax(), distances.shape)
         longest = float(distances[one, other])
         if longest > best[0]:
-            along = (points[other] - points[one]) / longest
-            best = longest, float(np.ptp(points @ [-along[1], along[0]]))
+            best = longest, _longest_across(every, (points[other] - points[one]) / longest, min(spacing_zyx[1:]))
     return best
+
+
+def _longest_across(points: np.ndarray, along: np.ndarray, step: float) -> float:
+    """Longest extent at right angles to a direction, of points (n, 2) that lie within one step along it."""
+    bins = np.floor((points @ along) / step - 1e-9).astype(int)
+    across = points @ [-along[1], along[0]]
+    order = np.argsort(bins, kind="stable")
+    parts = np.split(across[order], np.flatnonzero(np.diff(bins[order])) + 1)
+    return max(float(np.ptp(part)) for part in parts)
 
 
 def _outer(points: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from data.measures import LungFrame, MeasuredScan, Measures, hu_on
+from data.measures import MeasuredScan, Measures, hu_on
 from preprocess import Preprocessing
 from utils import (
     LEARNT_FROM,
@@ -42,7 +42,6 @@ from utils import (
     atomic_path,
     now,
     read_scan,
-    reason_of,
     resample,
     write_text,
 )
@@ -53,13 +52,16 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).with_name("report")
 LUNG_WINDOW = (-600.0, 1500.0)  # level and width in HU
 LOWEST_HU, FINE_STEP, FINE_STEPS, COARSE_STEP = -1100, 6, 220, 22  # 256 steps up to 990 HU
-AROUND_MM = 15.0  # that a page shows around the lungs
+SAME = 0.01  # of the HU window, by which a scan may differ from what was prepared from it
+AROUND_MM = 20.0  # that a page shows around the lungs
 VIEW_MM = 1.0  # voxels of a page are no finer
 MOST_VOXELS = 19_000_000
 PAGE_BYTES, INDEX_BYTES = 14_500_000, 4_800_000
 COARSER = 1.15  # factor by which voxels grow where a page would be larger
 KEY_PIXELS, KEY_GAP, KEY_REACH_MM = 240, 6, 20.0  # of each plane of a key picture; half its width at least
 KEY_SIZE = (3 * KEY_PIXELS + 2 * KEY_GAP, KEY_PIXELS)
+MOST_FAILURES = 500  # listed in the index
+ROW_BYTES = 600  # of the markup of a row of the index
 MOST_KEYS = 60  # nodules with a picture
 MOST_MARKS = 30  # fainter ones in the table
 ABOUT = "About these weights"
@@ -154,10 +156,11 @@ def write_scan(
     thumbnail = keys[0].crop((0, 0, KEY_PIXELS, KEY_PIXELS)) if keys else _middle_slice(scan.ct)
     with atomic_path(folder / f"{name}.jpg") as temporary:
         temporary.write_bytes(jpeg(thumbnail.resize((THUMB_PIXELS, THUMB_PIXELS), Image.Resampling.LANCZOS)))
-    grid, voxels = _packed_view(scan)
+    measures = scan.measures
+    rows = [_nodule_row(measure, keys) for measure in measures]
+    grid, voxels, data = _packed_view(scan, PAGE_BYTES - len(json.dumps(rows)))
     x, y, z = (grid.spacing[axis] * size for axis, size in enumerate(grid.shape_zyx[::-1]))
     step = " x ".join(f"{mm:.2g}" for mm in grid.spacing_zyx)
-    measures = scan.measures
     page = render(
         "scan.html",
         (FOLDER / "viewer.js").read_text(encoding="utf-8"),
@@ -166,7 +169,7 @@ def write_scan(
         warnings=list(warnings),
         map=_lung_map(scan),
         columns=[{"title": title, "is_number": is_number} for title, is_number, _ in COLUMNS],
-        nodules=[_nodule_row(measure, keys) for measure in measures],
+        nodules=rows,
         key_size=KEY_SIZE,
         planes=[{"name": name, "letters": letters} for name, letters in LETTERS.items()],
         extent=f"Shown are {z:.0f} x {y:.0f} x {x:.0f} mm in steps of {step} mm (z, y, x).",
@@ -176,7 +179,7 @@ def write_scan(
         marks=[_mark_row(mark) for mark in scan.marks[:MOST_MARKS]],
         explanation=EXPLANATION,
         voxels=voxels,
-        data=_script_json(_view_data(scan, grid)),
+        data=data,
     )
     write_text(folder / f"{name}.html", page)
 
@@ -236,30 +239,29 @@ def ct_of(scan: ProcessedScan) -> tuple[sitk.Image, str]:
         CT in HU, and what is to be said of it.
     """
     metadata, reason = scan.metadata, "preprocess.py did not note where it lies"
+    settings = Preprocessing.from_dict(metadata.preprocessing)
     if metadata.scan_path:
         try:
             ct = read_scan(metadata.scan_path)
-            if Geometry.from_image(ct) == metadata.scan_geometry:
+            if Geometry.from_image(ct) == metadata.scan_geometry and _is_same(ct, scan, settings):
                 return ct, ""
-            reason = f"{metadata.scan_path} has changed since"
-        except (InputError, OSError) as error:
-            reason = reason_of(error)
-    settings = Preprocessing.from_dict(metadata.preprocessing)
+            reason = "it has changed since it was prepared"
+        except (InputError, OSError):  # which names it, and so perhaps a patient
+            reason = "it cannot be read where it was when it was prepared"
     shown = f"The page shows the prepared array, from {settings.hu_min:g} to {settings.hu_max:g} HU"
     shown += " and without what lies around the lungs" if settings.mask_lungs else ""
-    return scan.geometry.image(settings.to_hu(scan.image)), f"{shown}, since the raw scan was not found: {reason}."
+    return scan.geometry.image(settings.to_hu(scan.image)), f"{shown}, since the raw scan is not at hand: {reason}."
 
 
-def lungs_of(scan: ProcessedScan) -> np.ndarray | None:
-    """Bool (z, y, x), the lungs of a scan of a data set as preprocess.py grew them; None where they are unknown."""
-    settings = Preprocessing.from_dict(scan.metadata.preprocessing)
-    if not settings.mask_lungs or scan.metadata.lung_source == "none":
-        return None
-    return np.stack([ndimage.binary_fill_holes(plane) for plane in np.asarray(scan.image) > 0])
+def _is_same(ct: sitk.Image, scan: ProcessedScan, settings: Preprocessing) -> bool:
+    """Whether a CT is what a processed scan was prepared from, by its voxels in the lungs."""
+    image = np.asarray(scan.image)
+    there = image > 0
+    return bool(np.abs(settings.apply_hu_window(ct, scan.geometry)[there] - image[there]).max(initial=0) < SAME)
 
 
-def _packed_view(scan: MeasuredScan) -> tuple[Geometry, str]:
-    """The grid of a page's slices, and their voxels as text, no more than a page may have."""
+def _packed_view(scan: MeasuredScan, room: int) -> tuple[Geometry, str, str]:
+    """The grid of a page's slices, their voxels, and what the viewer must know beside them, in so many bytes."""
     ct = Geometry.from_image(scan.ct)
     lower, upper = ct.bounds()
     if scan.lungs is not None and (box := Box.around(scan.lungs | (scan.ranks > 0))) is not None:
@@ -269,9 +271,9 @@ def _packed_view(scan: MeasuredScan) -> tuple[Geometry, str]:
     spacing *= max(1.0, (float(np.prod((upper - lower) / spacing)) / MOST_VOXELS) ** (1 / 3))
     while True:
         grid = Geometry.covering(lower, upper, spacing=tuple(spacing.tolist()))
-        text = pack_voxels(hu_on(scan.ct, grid))
-        if len(text) <= PAGE_BYTES:
-            return grid, text
+        text, data = pack_voxels(hu_on(scan.ct, grid)), _script_json(_view_data(scan, grid))
+        if len(text) + len(data) <= room:
+            return grid, text, data
         spacing *= COARSER
 
 
@@ -450,10 +452,9 @@ def _lung_map(scan: MeasuredScan) -> dict[str, Any] | None:
     low, high = np.quantile(mean, [0.02, 0.98])
     picture = Image.fromarray((np.clip((mean - low) / max(high - low, 1), 0, 1) * 255).astype(np.uint8))
     size = max(1, round(x_mm / MAP_STEP_MM)), max(1, round(z_mm / MAP_STEP_MM))
-    frame = None if scan.lungs is None else LungFrame.of(scan.lungs, scan.hu, scan.grid, scan.margin_mm)
     thirds = []
-    if frame:
-        ends = np.linspace(frame.lower_z_mm, frame.upper_z_mm, 4)
+    if scan.frame and scan.frame.is_whole:
+        ends = np.linspace(scan.frame.lower_z_mm, scan.frame.upper_z_mm, 4)
         thirds = [round(float(upper[2] - z), 1) for z in ends]
     spots = [
         {
@@ -486,47 +487,52 @@ def write_index(output_dir: Path, provenance: Mapping[str, Any], scans: Mapping[
         scans: The scans of its summary.
     """
     path = output_dir / "failed_scans.csv"
-    failed = pd.read_csv(path, dtype=str).fillna("").itertuples(index=False, name=None) if path.is_file() else []
-    rows, room = (
-        [],
-        INDEX_BYTES
-        - sum(
-            600 + sum(map(len, notes_of(scan["part"], scan["lungs"], scan["unlike_training"])))
-            for scan in scans.values()
-        ),
-    )
-    for name, scan in scans.items():
-        picture, page = output_dir / "reports" / f"{name}.jpg", f"reports/{name}.html"
+    failed = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records") if path.is_file() else []
+    failures = {row["seriesuid"]: hide_folders(row["reason"]) for row in failed}
+    rows = [_index_row(output_dir, name, scan, name in failures) for name, scan in scans.items()]
+    shown = dict(itertools.islice(failures.items(), MOST_FAILURES))
+    room = INDEX_BYTES - len(json.dumps([rows, shown])) - ROW_BYTES * (len(rows) + len(shown))
+    for row in rows:
+        picture = output_dir / "reports" / f"{row['name']}.jpg"
         uri = f"data:image/jpeg;base64,{base64.b64encode(picture.read_bytes()).decode()}" if picture.is_file() else ""
         room -= len(uri)
-        largest, highest = scan["largest_diameter_mm"], scan["highest_score"]
-        rows.append(
-            {
-                "name": name,
-                "page": _address(page) if (output_dir / page).is_file() else "",
-                "picture": uri if room >= 0 else "",
-                "nodules": len(scan["nodules"]),
-                "largest": "" if largest is None else f"{largest:.1f}",
-                "highest": "" if highest is None else f"{highest:.2f}",
-                "notes": [*scan.get("warnings", ()), *notes_of(scan["part"], scan["lungs"], scan["unlike_training"])],
-            }
-        )
-    failures = [(str(name), str(reason)) for name, reason in failed]
-    counts = [len(scan["nodules"]) for scan in scans.values()]
-    count = f"{sum(counts)} nodule{'s' * (sum(counts) != 1)} in {sum(n > 0 for n in counts)} of {len(rows)} scans"
-    warnings = [f"{len(failures)} scan{'s' * (len(failures) != 1)} could not be read."] if failures else []
-    facts = facts_of(provenance)
+        row["picture"] = uri if room >= 0 else ""
+    counts, facts, warnings = [row["nodules"] for row in rows], facts_of(provenance), []
+    if failures:
+        rest = f"; failed_scans.csv lists all, this page {len(shown)}" if len(shown) < len(failures) else ""
+        warnings.append(f"{len(failures)} scan{'s' * (len(failures) != 1)} could not be read{rest}.")
     page = render(
         "index.html",
         "",
-        count=count,
+        count=f"{sum(counts)} nodule{'s' * (sum(counts) != 1)} in {sum(n > 0 for n in counts)} of {len(rows)} scans",
         warnings=warnings,
-        failed=failures,
+        failed=list(shown.items()),
         scans=rows,
         about=facts.get(ABOUT, ""),
         facts=facts,
     )
     write_text(output_dir / "report.html", page)
+
+
+def _index_row(output_dir: Path, name: str, scan: Mapping[str, Any], has_failed: bool) -> dict[str, Any]:
+    """What the index says of a scan of the summary."""
+    largest, highest, page = scan["largest_diameter_mm"], scan["highest_score"], f"reports/{name}.html"
+    notes = [*scan.get("warnings", ()), *notes_of(scan["part"], scan.get("lungs", ""), scan.get("unlike_training", ""))]
+    if has_failed:
+        notes.insert(0, "Could not be read when it was last tried; these are results of before.")
+    return {
+        "name": name,
+        "page": _address(page) if (output_dir / page).is_file() else "",
+        "nodules": len(scan["nodules"]),
+        "largest": "" if largest is None else f"{largest:.1f}",
+        "highest": "" if highest is None else f"{highest:.2f}",
+        "notes": notes,
+    }
+
+
+def hide_folders(text: str) -> str:
+    """A message without the folders of paths, which are often named after patients."""
+    return re.sub(r"/(?:[^/\n]+/)+", ".../", text)
 
 
 def _address(path: str) -> str:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import pandas as pd
 
-from data.report import FOUND, KEY_SIZE, facts_of, jpeg, key_picture, render
+from data.report import FOUND, KEY_SIZE, facts_of, hide_folders, jpeg, key_picture, render
 from infer import hits_of
 from preprocess import Preprocessing
 from utils import Box, Nodule, ProcessedScan, write_text
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from validate import FROC
 
 MOST_PICTURES = 8  # of a scan
+MOST_OTHERS = 30  # findings of a scan that are named without a picture
+ROW_BYTES = 800  # of the markup of a scan
 PAGE_BYTES = 14_000_000
 FEW = 20  # nodules or scans, below which figures say little
 MOST_OPEN = 3  # scans whose pictures are seen at once
@@ -195,7 +197,7 @@ def write_page(
         charts=charts,
         key_size=KEY_SIZE,
         reliability=reliable,
-        failed=sorted(failed.items()),
+        failed=[(name, hide_folders(reason)) for name, reason in sorted(failed.items())],
         scans=_scan_rows(table, findings),
         facts=facts_of(summary),
     )
@@ -205,7 +207,7 @@ def write_page(
 def _what(summary: Mapping[str, Any]) -> str:
     """What was scored."""
     folders = summary.get("data_dir")
-    names = ", ".join(folders if isinstance(folders, list) else [folders or "a data set"])
+    names = ", ".join(Path(folder).name for folder in (folders if isinstance(folders, list) else [folders or "-"]))
     fold = "" if summary.get("fold") is None else f", fold {summary['fold']}"
     return (
         f"Scored: {summary['scans']} {summary.get('subset') or ''} scans of {names}{fold}, of which "
@@ -291,6 +293,9 @@ def _scan_rows(table: pd.DataFrame, findings: Mapping[str, Sequence[Finding]]) -
                 pictures.append({"kind": finding.kind, "caption": finding.caption, "uri": uri})
             else:
                 others.append(finding.caption)
+        if len(others) > MOST_OTHERS:
+            others[MOST_OTHERS:] = [f"and {len(others) - MOST_OTHERS} more"]
+        room -= ROW_BYTES + sum(map(len, others))
         rows.append(
             {
                 "name": scan["seriesuid"],

@@ -65,6 +65,14 @@ async function main([file, executablePath]) {
       for (const name of ["ArrowUp", "PageDown", "Home", "End", "n", "s", "l", "c", "+"]) seen[name] = await key(page, name);
       await page.locator("#axial").click({ position: { x: 20, y: 30 } });
       seen.click = await settled(page);
+      const box = await page.locator("#axial").boundingBox();
+      await page.mouse.move(box.x + 100, box.y + 100);
+      await page.mouse.down();
+      for (let i = 0; i < 10; i++) await page.mouse.move(box.x + 100 + i, box.y + 100);
+      const dragged = await page.evaluate(() => window.viewer.position[2]);
+      await page.mouse.move(box.x + 100, box.y + 100);
+      seen.drag = [dragged, await page.evaluate(() => window.viewer.position[2])];
+      await page.mouse.up();
       await page.locator("th a[data-nodule]").first().click();
       seen.link = await settled(page);
       await page.emulateMedia({ media: "print" });

@@ -80,6 +80,10 @@ class TestPage:
         assert before[2] != after[2]
         assert "nodule" not in seen[width]["click"]["status"]
 
+    def test_drag_in_a_zoomed_plane_does_not_run_away(self, seen, width):
+        far, back = seen[width]["drag"]
+        assert 0 <= far - back <= 12
+
     def test_link_of_a_nodule_goes_there(self, seen, width):
         link = seen[width]["link"]
         assert link["status"] == seen[width]["start"]["status"]

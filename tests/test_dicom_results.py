@@ -156,6 +156,17 @@ def test_series_that_lacks_what_they_need_is_told_and_searched_all_the_same(trai
     assert (tmp_path / "out" / "1.2.3_nodules.json").is_file()
 
 
+@pytest.mark.parametrize("changes", [{"PatientSex": "X"}, {"StudyDate": "2026-1-1"}, {"SliceThickness": None}])
+def test_series_that_highdicom_does_not_accept_is_searched_all_the_same(trained, tmp_path, caplog, changes):
+    inferencer = trained(Bright(HALF))
+    found = inferencer.infer_scans([write_chest_series(tmp_path / "ct", **changes)])
+    assert not inferencer.failed
+    assert len(found) == 1
+    assert (tmp_path / "out" / "reports" / "1.2.3.html").is_file()
+    written = (tmp_path / "out" / "predicted_masks" / "1.2.3.dcm").is_file()
+    assert written != ("no DICOM segmentation" in caplog.text)
+
+
 def test_missing_highdicom_is_told_once_with_what_to_install(trained, tmp_path, caplog, monkeypatch):
     real = builtins.__import__
 

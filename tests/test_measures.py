@@ -7,9 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK as sitk
+from conftest import HALF, chest
 
 from data.measures import LungFrame, MeasuredScan, axial_diameters, density_of, edge_distance, inner_of, measure_nodules
 from infer import extract_nodules, find_candidates
+from preprocess import Preprocessing
 from utils import Box, Geometry
 
 CROPS = Path(__file__).resolve().parents[2] / "shared" / "real" / "crops"
@@ -23,19 +25,23 @@ def ball(shape, center, radius_mm, spacing_zyx=(1.0, 1.0, 1.0)) -> np.ndarray:
 
 @pytest.fixture
 def lungs() -> np.ndarray:
-    """Two lungs of 40 voxels of width, 20 apart; each grown by 2 mm, as the mask of preprocess.py is."""
+    """Two lungs of 35 voxels of width, 20 apart."""
     mask = np.zeros(GRID.shape_zyx, bool)
-    mask[3:57, 3:57, 3:42] = mask[3:57, 3:57, 58:97] = True
+    mask[5:55, 5:55, 5:40] = mask[5:55, 5:55, 60:95] = True
     return mask
 
 
-def measured(mask, lungs, hu=50.0, margin_mm=2.0):
+def frame_of(lungs, hu):
+    return None if lungs is None else LungFrame.of(lungs, hu, GRID)
+
+
+def measured(mask, lungs, hu=50.0):
     """Measures of all components of a mask, of one value in lungs of air."""
     nodules = extract_nodules(mask, GRID)
     ranks = np.zeros(mask.shape, np.uint16)
     for number, nodule in enumerate(nodules, start=1):
         ranks[nodule.box.slices][mask[nodule.box.slices]] = number
-    return measure_nodules(nodules, ranks, GRID, np.where(mask, hu, -850.0), lungs, margin_mm)
+    return measure_nodules(nodules, ranks, GRID, (values := np.where(mask, hu, -850.0)), lungs, frame_of(lungs, values))
 
 
 @pytest.mark.parametrize(
@@ -59,11 +65,11 @@ def test_nothing_is_said_of_a_place_without_lungs():
 
 
 def test_empty_lungs_have_no_frame():
-    assert LungFrame.of(np.zeros((4, 4, 4), bool), np.zeros((4, 4, 4)), GRID, 0.0) is None
+    assert LungFrame.of(np.zeros((4, 4, 4), bool), np.zeros((4, 4, 4)), GRID) is None
 
 
-def test_distance_is_from_surface_to_the_edge_of_the_lungs_before_they_were_grown(lungs):
-    # The lung ends at voxel 4.5 (grown: 2.5); the ball at 16.5.
+def test_distance_is_from_surface_to_the_edge_of_the_lungs(lungs):
+    # The lung ends at voxel 4.5; the ball at 16.5.
     (found,) = measured(ball(GRID.shape_zyx, (30, 30, 20), 3), lungs)
     assert found.distance_to_lung_edge_mm == pytest.approx(12, abs=0.01)
 
@@ -78,15 +84,67 @@ def test_end_of_the_scan_is_no_edge_of_the_lungs():
     lungs[:, :, 29] = False
     mask = np.zeros((2, 2, 2), bool)
     mask[:] = True
-    assert edge_distance(mask, Box((0, 14, 14), (2, 16, 16)), lungs, (1, 1, 1), 0.0) == pytest.approx(13)
+    assert edge_distance(mask, Box((0, 14, 14), (2, 16, 16)), lungs, (1, 1, 1)) == pytest.approx(13)
 
 
 def test_edge_that_is_far_away_is_found_and_one_that_is_not_there_is_not():
     lungs = np.ones((3, 3, 200), bool)
     block, box = np.ones((1, 1, 1), bool), Box((1, 1, 10), (2, 2, 11))
-    assert math.isnan(edge_distance(block, box, lungs, (1, 1, 1), 0.0))
+    assert math.isnan(edge_distance(block, box, lungs, (1, 1, 1)))
     lungs[:, :, 80] = False
-    assert edge_distance(block, box, lungs, (1, 1, 1), 0.0) == pytest.approx(69)
+    assert edge_distance(block, box, lungs, (1, 1, 1)) == pytest.approx(69)
+
+
+@pytest.mark.parametrize(("spacing", "shape"), [((5.0, 1.0, 1.0), (20, 60, 60)), ((2.5, 0.7, 0.7), (30, 80, 80))])
+def test_distance_holds_on_anisotropic_grids(spacing, shape):
+    lungs = np.ones(shape, bool)
+    lungs[0] = False
+    mask = np.zeros(shape, bool)
+    mask[6:8, 20:30, 20:30] = True  # five slices above the edge
+    box = Box((6, 20, 20), (8, 30, 30))
+    assert edge_distance(mask[box.slices], box, lungs, spacing) == pytest.approx(5 * spacing[0])
+
+
+def test_nodule_that_the_lungs_leave_out_is_no_edge_of_theirs(lungs):
+    mask = ball(GRID.shape_zyx, (30, 30, 20), 5)
+    holes = lungs & ~ball(GRID.shape_zyx, (30, 30, 20), 6)
+    assert measured(mask, holes)[0].distance_to_lung_edge_mm == measured(mask, lungs)[0].distance_to_lung_edge_mm > 5
+
+
+def test_third_is_not_told_where_the_scan_cuts_the_lungs(lungs):
+    hu = np.full(GRID.shape_zyx, -850.0)
+    lower, upper = (corner[2] for corner in GRID.bounds())
+    assert LungFrame.of(lungs, hu, GRID, (lower - 9, upper + 9)).third(-270) == "middle"
+    assert LungFrame.of(lungs, hu, GRID, (lower - 9, upper - 5)).third(-270) == ""
+    assert LungFrame.of(lungs, hu, GRID, (lower + 5, upper + 9)).third(-270) == ""
+
+
+def test_windpipe_above_the_lungs_is_no_lung(lungs):
+    lungs[55:, 28:32, 48:52] = True
+    frame = LungFrame.of(lungs, np.full(GRID.shape_zyx, -850.0), GRID, tuple(corner[2] for corner in GRID.bounds()))
+    assert (frame.lower_z_mm, frame.upper_z_mm) == (-295.5, -245.5)
+    assert not LungFrame.of(lungs, np.full(GRID.shape_zyx, -850.0), GRID, (-296.0, 0.0)).is_whole
+
+
+def test_distance_in_a_scan_is_to_the_mediastinum_too():
+    ct = chest((80, 112, 120))
+    prepared = Preprocessing(target_size=None, target_spacing=(2.0, 2.0, 2.0)).prepare(ct)
+    found = find_candidates(prepared.array > HALF, prepared.grid, 0.5)
+    (measure,) = MeasuredScan.of(ct, prepared.grid, found, prepared.own_lungs).measures
+    assert measure.distance_to_lung_edge_mm == pytest.approx(24, abs=3)  # from x = -44 to x = -20
+    assert measure.side == "right"
+
+
+@pytest.mark.parametrize(
+    ("size_yx", "degrees", "longest", "across"),
+    [((12, 30), 0, 32.3, 13), ((3, 20), 45, 20.2, 3.5), ((4, 10), 0, 10.8, 4.4)],
+)
+def test_across_is_a_diameter_of_the_nodule_and_no_shadow_of_it(size_yx, degrees, longest, across):
+    y, x = np.mgrid[-25:26, -25:26]
+    turn = math.radians(degrees)
+    along, aside = x * math.cos(turn) + y * math.sin(turn), -x * math.sin(turn) + y * math.cos(turn)
+    mask = ((abs(along) <= size_yx[1] / 2) & (abs(aside) <= size_yx[0] / 2))[None]
+    assert axial_diameters(mask, (1, 1, 1)) == pytest.approx((longest, across), abs=1.6)
 
 
 def test_volume_mean_and_score_are_those_of_the_nodule(lungs):
@@ -113,7 +171,7 @@ def test_density_needs_two_slices_of_the_scan():
         ct.SetSpacing((1, 1, step))
         grid = Geometry((60, 60, 60), (0, 0, 0), (1.0, 1.0, step / 3))
         found = find_candidates(mask.astype(np.float32), grid, 0.5)
-        (measure,) = MeasuredScan.of(ct, grid, found, None, 0.0).measures
+        (measure,) = MeasuredScan.of(ct, grid, found, None).measures
         assert measure.density == density
 
 
@@ -121,7 +179,7 @@ def test_mean_is_that_of_what_lies_inside_the_rim(lungs):
     mask = ball(GRID.shape_zyx, (30, 30, 20), 5)
     hu = np.where(ball(GRID.shape_zyx, (30, 30, 20), 4.4), 50.0, -850.0)
     found = find_candidates(mask.astype(np.float32), GRID, 0.5)
-    (measure,) = measure_nodules(found.nodules, found.ranks, GRID, hu, lungs, 2.0)
+    (measure,) = measure_nodules(found.nodules, found.ranks, GRID, hu, lungs, None)
     assert measure.mean_hu == 50
 
 

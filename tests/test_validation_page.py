@@ -185,6 +185,13 @@ def test_page_of_many_pictures_is_no_larger_than_it_may_be(tmp_path, monkeypatch
     assert page.text.count("Missed in scan") == 100  # those without a picture are named
 
 
+def test_scan_with_very_many_marks_names_some(tmp_path):
+    findings = {"a": [Finding("false", f"False mark {number}", b"") for number in range(1000)]}
+    page = page_of(tmp_path, table_of(("a", 0, 0, 1000, 0.0)), findings)
+    assert len(page.source) < 30_000
+    assert "and 970 more" in page.text
+
+
 def test_texts_are_escaped_and_failures_are_told(tmp_path):
     page = page_of(tmp_path, table_of(("<i>a</i>", 1, 1, 0, 0.9)), failed={"<b>": "<u>damaged</u>"})
     assert not {"i", "b", "u"} & {tag for tag, _ in page.elements}

@@ -6,6 +6,7 @@ const NAMES = ["axial", "coronal", "sagittal"];
 // Axis of the rows and of the columns of each plane; the head is up, so z runs against the rows.
 const ROWS = [1, 0, 0], COLUMNS = [2, 2, 1];
 const WHEEL_STEP = 40; // pixels that the wheel scrolls for one slice
+const TAP_PIXELS = 10; // that a finger may move while it taps
 const PIXELS_PER_MM = 2;
 const MOST_PIXELS = 1200;
 const CONTOUR = "#ff9f1c", ANNOTATED = "#35d0ff", CHOSEN = "#ffe14d", CROSS = "rgba(120, 220, 255, 0.6)";
@@ -82,20 +83,19 @@ class Viewer {
       slider.addEventListener("input", () => this.go(axis, +slider.value));
       canvas.addEventListener("wheel", (event) => this.onWheel(event, axis), { passive: false });
       canvas.addEventListener("keydown", (event) => this.onKey(event, axis));
-      canvas.addEventListener("pointerdown", (event) => {
-        canvas.focus({ preventScroll: true });
-        canvas.setPointerCapture(event.pointerId);
-        this.point(event, plane);
-      });
+      canvas.addEventListener("pointerdown", (event) => this.onDown(event, plane));
       canvas.addEventListener("pointermove", (event) => {
-        if (event.buttons) this.point(event, plane);
+        if (this.held && event.pointerType !== "touch") this.point(event, plane);
         this.tellValue(event, plane);
       });
+      canvas.addEventListener("pointerup", (event) => this.onUp(event, plane));
+      canvas.addEventListener("pointercancel", () => this.release());
       canvas.addEventListener("pointerleave", () => (byId("value").textContent = ""));
     }
     for (const button of document.querySelectorAll("[name=window]")) {
       button.addEventListener("change", () => this.setWindow());
     }
+    byId("viewer").addEventListener("keydown", (event) => this.onLetter(event));
     byId("contours").addEventListener("change", () => this.draw());
     byId("zoom").addEventListener("input", () => this.setZoom(+byId("zoom").value));
     byId("next").addEventListener("click", () => this.step(1));
@@ -111,8 +111,32 @@ class Viewer {
     }
   }
 
+  /** A mouse moves the other planes from now on, in a view that stays where it is; a finger may scroll the page. */
+  onDown(event, plane) {
+    plane.canvas.focus({ preventScroll: true });
+    this.held = this.planes.map((each) => this.viewOf(each));
+    this.down = [event.clientX, event.clientY];
+    if (event.pointerType === "touch") return;
+    plane.canvas.setPointerCapture(event.pointerId);
+    this.point(event, plane);
+  }
+
+  onUp(event, plane) {
+    const [x, y] = this.down || [Infinity, Infinity];
+    const isTap = Math.hypot(event.clientX - x, event.clientY - y) < TAP_PIXELS;
+    if (event.pointerType === "touch" && isTap) this.point(event, plane);
+    this.release();
+  }
+
+  release() {
+    this.held = this.down = null;
+    this.draw();
+  }
+
   onWheel(event, axis) {
     if (event.ctrlKey) return; // the browser's own zoom
+    const down = axis === AXIAL ? -1 : 1, next = this.position[axis] + down * Math.sign(event.deltaY);
+    if (next < 0 || next >= this.shape[axis]) return; // the page scrolls on
     event.preventDefault();
     this.scrolled += event.deltaY * [1, 16, 400][event.deltaMode];
     const slices = Math.trunc(this.scrolled / WHEEL_STEP);
@@ -129,7 +153,14 @@ class Viewer {
     if (event.key in steps) this.go(axis, this.position[axis] + steps[event.key]);
     else if (event.key === "Home") this.go(axis, up > 0 ? last : 0);
     else if (event.key === "End") this.go(axis, up > 0 ? 0 : last);
-    else if (event.key === "n") this.step(1);
+    else return;
+    event.preventDefault();
+  }
+
+  /** Keys that do the same wherever the focus is in the viewer. */
+  onLetter(event) {
+    if (event.ctrlKey || event.altKey || event.metaKey) return;
+    if (event.key === "n") this.step(1);
     else if (event.key === "p") this.step(-1);
     else if (event.key === "c") byId("contours").click();
     else if (event.key === "l" || event.key === "s") byId(event.key === "l" ? "lung" : "soft").click();
@@ -191,6 +222,7 @@ class Viewer {
 
   /** The part of a plane that is seen: first column and row, columns and rows, in voxels. */
   viewOf({ axis, columns, rows }) {
+    if (this.held) return this.held[axis];
     const [width, height] = [columns / this.zoom, rows / this.zoom];
     const column = this.position[COLUMNS[axis]] + 0.5;
     const row = (axis === AXIAL ? this.position[1] : rows - 1 - this.position[0]) + 0.5;
