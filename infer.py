@@ -1569,7 +1569,7 @@ class NoduleInferencer:
         if unlike:
             logger.warning("%s is unlike the training scans: %s", name, unlike)
         lungs = prepared.lung_note or ("not found" if self.preprocessing.uses_lungs else "not looked for")
-        told = (*self.by_hand, *(raw.hide(doubt).removeprefix(f"{name}: ") for doubt in doubts))
+        told = (*self.by_hand, *(_as_sentence(raw.hide(doubt).removeprefix(f"{name}: ")) for doubt in doubts))
         result = ScanResult(name, part, source, found, float(probability.max()), lungs, unlike, told)
         # The CT itself, not what the network sees of it: a radiologist wants to see what lies around the lungs.
         ct = self.preprocessing.apply_hu_window(scan, prepared.grid).astype(np.float32)
@@ -1700,10 +1700,14 @@ def _describe_by_hand(trained: InferenceSettings, used: InferenceSettings) -> tu
     """What is to be said of settings that were not chosen by the training."""
     names = {"threshold": "threshold", "min_score": "lowest score", "mirrors": "number of mirror images"}
     return tuple(
-        f"The {text} is {getattr(used, name):.3g}, set by hand; the training chose {getattr(trained, name):.3g}"
+        f"The {text} is {getattr(used, name):.3g}, set by hand; the training chose {getattr(trained, name):.3g}."
         for name, text in names.items()
         if getattr(used, name) != getattr(trained, name)
     )
+
+
+def _as_sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
 @contextmanager

@@ -75,9 +75,9 @@ FOUND, ANNOTATED = (255, 159, 28), (53, 208, 255)
 EXPLANATION = (
     "The equivalent diameter is that of the ball of the same volume; the longest diameter is that of any axial "
     "slice, across is at right angles to it there. Mean HU and density are of the voxels more than 1 mm inside, "
-    "since the rim mixes with air. Density: below a fifth of them above -450 HU is ground glass, below a half part- "
-    "solid; nodules below 5 mm, or two slices of the scan, are too small to tell. Of 101 nodules of LIDC-IDRI 88 "
-    "are called what a radiologist's rating says; the limits were chosen on these. Small solid nodules in thick "
+    "since the rim mixes with air. Density: below a fifth of them above -450 HU is ground glass, below a half "
+    "part-solid; nodules below 5 mm, or two slices of the scan, are too small to tell. Of 101 nodules of LIDC-IDRI "
+    "88 are called what a radiologist's rating says; the limits were chosen on these. Small solid nodules in thick "
     "slices look less dense than they are. The distance is from the nodule's surface to the nearest edge of the "
     "lungs: chest wall, mediastinum or diaphragm. Third of height: of the lungs, no lobe."
 )
