@@ -61,7 +61,7 @@ COARSER = 1.15  # factor by which voxels grow where a page would be larger
 KEY_PIXELS, KEY_GAP, KEY_REACH_MM = 240, 6, 20.0  # of each plane of a key picture; half its width at least
 KEY_SIZE = (3 * KEY_PIXELS + 2 * KEY_GAP, KEY_PIXELS)
 MOST_FAILURES = 500  # listed in the index
-ROW_BYTES = 600  # of the markup of a row of the index
+ROW_BYTES = 600  # of the markup of a row of a table
 MOST_KEYS = 60  # nodules with a picture
 MOST_MARKS = 30  # fainter ones in the table
 ABOUT = "About these weights"
@@ -100,15 +100,13 @@ def report_scan(
         warnings: What else stands on top of the page.
     """
     found = result.found
-    facts = {
+    facts = {  # not the source, whose path may hold a patient's name
         "Set": PARTS.get(result.part, result.part),
         "Lungs": result.lungs,
-    }  # not the source, whose path may hold a patient's name
-    facts |= {"Grid of the network": " x ".join(map(str, scan.grid.shape_zyx)) + " voxels (z, y, x)"}
-    facts |= {"Highest probability of a voxel": f"{result.highest_probability:.3f}"}
-    facts |= {"Fainter marks, in candidates.csv": str(len(found.candidates) - len(found.nodules))} | facts_of(
-        provenance
-    )
+        "Grid of the network": " x ".join(map(str, scan.grid.shape_zyx)) + " voxels (z, y, x)",
+        "Highest probability of a voxel": f"{result.highest_probability:.3f}",
+        "Fainter marks, in candidates.csv": str(len(found.candidates) - len(found.nodules)),
+    } | facts_of(provenance)
     notes = [*warnings, *result.warnings, *notes_of(result.part, result.lungs, result.unlike_training)]
     if found.is_noise:
         notes.append("The network's map is mostly noise: it has not learnt yet, or does not suit this scan.")
@@ -158,7 +156,7 @@ def write_scan(
         temporary.write_bytes(jpeg(thumbnail.resize((THUMB_PIXELS, THUMB_PIXELS), Image.Resampling.LANCZOS)))
     measures = scan.measures
     rows = [_nodule_row(measure, keys) for measure in measures]
-    grid, voxels, data = _packed_view(scan, PAGE_BYTES - len(json.dumps(rows)))
+    grid, voxels, data = _packed_view(scan, PAGE_BYTES - len(json.dumps(rows)) - 2 * ROW_BYTES * len(rows))
     x, y, z = (grid.spacing[axis] * size for axis, size in enumerate(grid.shape_zyx[::-1]))
     step = " x ".join(f"{mm:.2g}" for mm in grid.spacing_zyx)
     page = render(
@@ -210,21 +208,17 @@ def _mark_row(mark: FoundNodule) -> dict[str, str]:
 
 
 def _nodule_row(measure: Measures, keys: Sequence[Image.Image]) -> dict[str, Any]:
-    place = ", ".join(
-        filter(
-            None,
-            [
-                f"{measure.side} lung" if measure.side else "",
-                measure.lung_third and f"{measure.lung_third} third of its height",
-            ],
-        )
-    )
-    density = f", {measure.density}" if measure.density else ""
-    caption = f"Nodule {measure.nodule}: {measure.equivalent_diameter_mm:.1f} mm{density}"
+    words = [
+        f"Nodule {measure.nodule}: {measure.equivalent_diameter_mm:.1f} mm",
+        measure.density,
+        measure.side and f"{measure.side} lung",
+        measure.lung_third and f"{measure.lung_third} third of its height",
+        f"score {measure.score:.2f}",
+    ]
     return {
         "number": measure.nodule,
         "cells": [{"text": text(measure), "is_number": is_number} for _, is_number, text in COLUMNS if text],
-        "caption": f"{caption}{', ' + place if place else ''}, score {measure.score:.2f}",
+        "caption": ", ".join(filter(None, words)),
         "picture": _data_uri(keys[measure.nodule - 1]) if measure.nodule <= len(keys) else "",
     }
 

@@ -35,6 +35,7 @@ from model import InferenceSettings, LungNodule3DUNet, load_checkpoint, to_devic
 from preprocess import find_scans
 from utils import (
     Geometry,
+    atomic_path,
     autocast_dtype,
     check,
     read_json,
@@ -249,12 +250,9 @@ class PlainUNet(LungNodule3DUNet):
 
 
 def plain_row(bench: Bench, seed: int, epochs: int = 86, rate: float = 1e-3) -> dict[str, Any]:
-    """The row of the same budget of plain MONAI code: its network, loss, transforms and loader, and torch's AdamW.
-
-    It cannot go on where it was stopped.
-    """
+    """The row of the same budget of plain MONAI code: its network, loss, transforms and loader, and torch's AdamW."""
     data_dir, test_dir = bench.processed("train", "default"), bench.processed("test8", "default")
-    device, start = select_device(bench.device), time.perf_counter()
+    device, folder = select_device(bench.device), bench.folder(PLAIN, seed)
     split = make_split(data_dir, read_processed_list(data_dir), 0.5, seed)
     set_determinism(seed)
     network = PlainUNet(channels=(16, 32, 64, 128), strides=(2, 2, 2)).to(device)
@@ -262,7 +260,16 @@ def plain_row(bench: Bench, seed: int, epochs: int = 86, rate: float = 1e-3) -> 
     loss, optimizer = DiceCELoss(sigmoid=True), torch.optim.AdamW(network.parameters(), rate, weight_decay=1e-5)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     half = autocast_dtype(device, mixed_precision=True)
-    for _ in tqdm(range(epochs), disable=None):
+    parts, state_path = {"network": network, "optimizer": optimizer, "schedule": schedule}, folder / "state.pth"
+    folder.mkdir(parents=True, exist_ok=True)
+    done, seconds = 0, 0.0
+    if state_path.is_file():  # the order of the samples and their augmentation begin anew
+        state = torch.load(state_path, map_location=device, weights_only=True)
+        done, seconds = state["epochs"], state["seconds"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    for epoch in tqdm(range(done, epochs), initial=done, total=epochs, disable=None):
+        start = time.perf_counter()
         for batch in loader:
             optimizer.zero_grad()
             with torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None):
@@ -270,7 +277,11 @@ def plain_row(bench: Bench, seed: int, epochs: int = 86, rate: float = 1e-3) -> 
             value.backward()
             optimizer.step()
         schedule.step()
-    settings, minutes = InferenceSettings(), (time.perf_counter() - start) / 60
+        seconds += time.perf_counter() - start
+        state = {name: part.state_dict() for name, part in parts.items()}
+        with atomic_path(state_path) as temporary:
+            torch.save(state | {"epochs": epoch + 1, "seconds": seconds}, temporary)
+    settings, minutes = InferenceSettings(), seconds / 60
     chosen = Validator(data_dir, device=bench.device, model=network, settings=settings, seriesuids=split.validation)
     score, uids = chosen.run_validation().min_score, read_processed_list(test_dir)
     scored = Validator(
@@ -281,8 +292,8 @@ def plain_row(bench: Bench, seed: int, epochs: int = 86, rate: float = 1e-3) -> 
     curve = froc(result.candidates, result.nodules, excluded, uids)
     summary = result.summary | {"cpm": {"value": curve.cpm, "interval": curve.intervals[-1].tolist()}}
     summary |= {"by_size": table_by_size(result.nodules, curve).to_dict("records")}
-    folder = bench.folder(PLAIN, seed) / "test8"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder / "test8"
+    folder.mkdir(exist_ok=True)
     tables = {"validation_results": result.table, "nodule_results": result.nodules, "candidates": result.candidates}
     for name, table in tables.items():
         write_csv(folder / f"{name}.csv", table)
