@@ -935,7 +935,7 @@ class ResultFolder:
 def summary_table(scans: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """Rows of the summary as a table: the number of nodules instead of the nodules."""
     rows = [
-        {"seriesuid": uid} | scan | {"nodules": len(scan["nodules"]), "warnings": "; ".join(scan["warnings"])}
+        {"seriesuid": uid} | scan | {"nodules": len(scan["nodules"]), "warnings": " ".join(scan["warnings"]) or "no"}
         for uid, scan in scans.items()
     ]
     return pd.DataFrame(rows)
