@@ -64,7 +64,7 @@ def main() -> int:
         common = {"data_dir": processed, "checkpoint_path": checkpoint}
         excluded = raw / "annotations_excluded.csv"
         run("validate.py", **common, output_dir=experiment / "validation", excluded_path=excluded)
-        run("infer.py", **common, output_dir=experiment / "inference")
+        run("infer.py", **common, output_dir=experiment / "inference", report="true")
     except subprocess.CalledProcessError as error:
         print(f"{error.cmd[1]} failed with exit status {error.returncode}", file=sys.stderr)
         return 1
@@ -100,8 +100,9 @@ def report(experiment: Path, seconds: float) -> None:
     print(f"Scans with nodules alone: {summary['dice_of_scans_with_nodules']:.3f}")
     print(f"Nodules found: {summary['nodules_found']} of {summary['nodules']}")
     print("infer.py marked no nodule" if nodules.empty else nodules.to_string(index=False))
-    print("Pictures:")
-    for path in [validation / "metrics_distribution.png", *sorted((ROOT / inference).glob("*/[!.]*.png"))]:
+    print("Pages to open in a browser, and pictures:")
+    pages = [validation / "report.html", inference / "report.html"]
+    for path in [*pages, *sorted((ROOT / inference).glob("visualizations/[!.]*.png"))]:
         print(f"  {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
 
 

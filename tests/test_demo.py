@@ -49,8 +49,9 @@ def test_report_names_nodules_and_pictures(experiment, capsys):
 def test_report_names_pictures_from_the_projects_folder(experiment, monkeypatch, capsys):
     monkeypatch.setattr("data.demo.ROOT", experiment.parent)
     report(Path(experiment.name), 90.0)
-    assert capsys.readouterr().out.splitlines()[-2:] == [
-        f"  {experiment.name}/validation/metrics_distribution.png",
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        f"  {experiment.name}/validation/report.html",
+        f"  {experiment.name}/inference/report.html",
         f"  {experiment.name}/inference/visualizations/1.20.png",
     ]
 
