@@ -165,9 +165,8 @@ def write_page(
         failed: {scan: reason} of those that could not be scored.
     """
     reliable = reliability(curve) if curve else []
-    charts = [_chart(name, figure) for name, figure in figures.items()]
-    if reliable:
-        charts.append(_chart("reliability", draw_reliability(reliable)))
+    drawn = dict(figures) | ({"reliability": draw_reliability(reliable)} if reliable else {})
+    charts = [_chart(name, drawn[name]) for name in CHARTS if name in drawn]
     dice = f"Dice per scan {summary['dice']['mean']:.3f}" if summary["dice"]["scans"] else "no Dice"
     cpm = f", CPM {summary['cpm']['value']:.3f}" if "cpm" in summary else ""
     warnings = []
@@ -252,11 +251,11 @@ CHARTS = {
         "band is the 95 % interval by bootstrap over scans. CPM, the competition performance metric, is the mean of "
         "the seven points.",
     ),
-    "distribution": ("Scans", "Each point is a scan."),
     "reliability": (
         "Reliability of the score",
         "A larger point stands for more marks. What counts neither way is left out.",
     ),
+    "distribution": ("Scans", "Each point is a scan."),
 }
 
 
