@@ -1179,6 +1179,7 @@ class ScoredScans:
             raise FileNotFoundError(f"there is no folder {folders}; name one that validate.py wrote")
 
         def joined(name: str, columns: Sequence[str]) -> pd.DataFrame:
+            """The tables of a name of all folders."""
             return pd.concat([read_table(path / name, columns) for path in paths], ignore_index=True)
 
         table = joined("validation_results.csv", ["seriesuid"])  # a scan may have no Dice
