@@ -11,6 +11,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pandas as pd
 import pytest
@@ -86,6 +87,14 @@ def test_mask_of_the_page_is_the_mask_that_was_written(chest_page):
     volumes = [mask_volume(sitk.GetArrayFromImage(mask), mask.GetSpacing())]
     volumes.append(mask_volume(page.labels(), page.scan["spacing"]))
     assert volumes[1] == pytest.approx(volumes[0], rel=0.1)
+
+
+def test_mask_of_the_scans_grid_is_read_alike_by_another_library(chest_page):
+    _, folder, _ = chest_page
+    theirs = nibabel.load(folder / "predicted_masks" / "chest.nii.gz")
+    center = np.argwhere(theirs.get_fdata()).mean(axis=0)
+    x, y, z = (theirs.affine @ [*center, 1])[:3]
+    assert (-x, -y, z) == pytest.approx(BALL_CENTER, abs=2)  # NIfTI's x and y run the other way
 
 
 def mask_volume(array, spacing):
