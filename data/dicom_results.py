@@ -139,6 +139,17 @@ def _uid(kind: str, images: Sequence[Any], frames: np.ndarray, provenance: Mappi
     return str(generate_uid(entropy_srcs=[kind, str(images[0].SeriesInstanceUID), digest, *settings]))
 
 
+def _identity(kind: str, images: Sequence[Any], frames: np.ndarray, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells an object of a kind in SERIES_NUMBERS, and its series, from others."""
+    return {
+        "series_instance_uid": _uid(f"series of {kind}", images, frames, provenance),
+        "series_number": SERIES_NUMBERS[kind],
+        "sop_instance_uid": _uid(kind, images, frames, provenance),
+        "instance_number": 1,
+        "manufacturer": MAKER,
+    }
+
+
 def _parameters(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that decide what is found."""
     return {name: provenance[name] for name in ("threshold", "min_score", "mirrors")}
@@ -178,11 +189,7 @@ def _segmentation(
         pixel_array=labels[frames],
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=described,
-        series_instance_uid=_uid("series of segmentation", images, frames, provenance),
-        series_number=SERIES_NUMBERS["segmentation"],
-        sop_instance_uid=_uid("segmentation", images, frames, provenance),
-        instance_number=1,
-        manufacturer=MAKER,
+        **_identity("segmentation", images, frames, provenance),
         manufacturer_model_name=NAME,
         software_versions=version,
         device_serial_number="none",
@@ -249,11 +256,7 @@ def _report(
     return sr.Comprehensive3DSR(
         evidence=[*images, segmentation],
         content=content,
-        series_instance_uid=_uid("series of report", images, frames, provenance),
-        series_number=SERIES_NUMBERS["report"],
-        sop_instance_uid=_uid("report", images, frames, provenance),
-        instance_number=1,
-        manufacturer=MAKER,
+        **_identity("report", images, frames, provenance),
         is_complete=True,
         is_verified=False,
         series_description="Lung nodules, measured by a network",

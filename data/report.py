@@ -293,17 +293,6 @@ def pack_voxels(hu: np.ndarray) -> str:
     return base64.b64encode(gzip.compress(residuals.tobytes(), compresslevel=5, mtime=0)).decode()
 
 
-def unpack_voxels(text: str, shape_zyx: Sequence[int]) -> np.ndarray:
-    """CT values (z, y, x) that ``pack_voxels`` packed, as the page's script unpacks them."""
-    residuals = np.frombuffer(gzip.decompress(base64.b64decode(text)), np.uint8).reshape(shape_zyx)
-    voxels = np.zeros(shape_zyx, np.uint8)
-    for y, x in itertools.product(range(shape_zyx[1]), range(shape_zyx[2])):
-        left = voxels[:, y, x - 1].astype(np.uint16) if x else 0
-        above = voxels[:, y - 1, x].astype(np.uint16) if y else 0
-        voxels[:, y, x] = (residuals[:, y, x] + ((left + above) >> 1)) & 255
-    return hu_table()[voxels]
-
-
 def _view_data(scan: MeasuredScan, grid: Geometry) -> dict[str, Any]:
     """What the viewer must know beside the voxels."""
     return {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import itertools
 import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from torch import nn
 
 import preprocess
 from data.phantom import write_phantoms
-from data.report import unpack_voxels
+from data.report import hu_table
 from infer import NoduleInferencer
 from preprocess import Case, LUNA16Preprocessor
 from train import Trainer, ValidationSettings
@@ -242,6 +245,17 @@ def trained(run_dir, tmp_path):
         return inferencer
 
     return make
+
+
+def unpack_voxels(text: str, shape_zyx: Sequence[int]) -> np.ndarray:
+    """CT values (z, y, x) that ``pack_voxels`` packed, as the page's script unpacks them."""
+    residuals = np.frombuffer(gzip.decompress(base64.b64decode(text)), np.uint8).reshape(shape_zyx)
+    voxels = np.zeros(shape_zyx, np.uint8)
+    for y, x in itertools.product(range(shape_zyx[1]), range(shape_zyx[2])):
+        left = voxels[:, y, x - 1].astype(np.uint16) if x else 0
+        above = voxels[:, y - 1, x].astype(np.uint16) if y else 0
+        voxels[:, y, x] = (residuals[:, y, x] + ((left + above) >> 1)) & 255
+    return hu_table()[voxels]
 
 
 class Page(HTMLParser):

@@ -16,13 +16,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK as sitk
-from conftest import BALL_CENTER, BALL_RADIUS_MM, Bright, Nothing, Page, chest, write_chest
+from conftest import BALL_CENTER, BALL_RADIUS_MM, Bright, Nothing, Page, chest, unpack_voxels, write_chest
 from PIL import Image
 from test_dicom import save, slice_of
 
 import data.report as report
 from data.measures import MeasuredScan, hu_on
-from data.report import hu_table, key_picture, pack_voxels, run_lengths, unpack_voxels, write_index
+from data.report import hu_table, key_picture, pack_voxels, run_lengths, write_index
 from infer import delete_results
 from utils import Geometry, Nodule, read_metadata, read_processed_list, read_scan, write_metadata
 
