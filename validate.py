@@ -124,9 +124,7 @@ NODULE_RESULT_COLUMNS = (*ANNOTATION_COLUMNS, "dice")
 SIZES_MM = {"< 6 mm": (0.0, 6.0), "6-10 mm": (6.0, 10.0 + 1e-9), "> 10 mm": (10.0 + 1e-9, math.inf)}
 CROP_MARGIN_MM = 5.0  # around an annotated nodule, for its own Dice
 NEARLY_AS_GOOD = 0.005  # of mean Dice, when a score is chosen
-MUCH_WORSE = 0.1  # of mean Dice, likewise
 MOST_FINISHERS = 4  # threads that score scans beside the network, one for every four cores
-SCORE_DRAWS = 100  # of the scans, when a score is chosen
 FROC_FILES = ("froc.csv", "froc.png")
 FP_PER_SCAN = 2.0 ** np.arange(-3, 4)  # 1/8 ... 8, where LUNA16 reads the curve
 _GRID = 2.0 ** (np.arange(-48, 49) / 16)  # the same range in finer steps, for the picture
@@ -585,19 +583,12 @@ class ExaminedScan:
 def choose_min_score(scans: Sequence[ExaminedScan]) -> float:
     """The score from which nodules should stay in the mask: best for the mean Dice per scan where it is defined.
 
-    It is bagged over SCORE_DRAWS bootstrap samples of the scans (Breiman 1996), so that no single scan decides. Where
-    the bagged score loses more than MUCH_WORSE, the best score of all scans together is taken. Without Dice it is 0.
+    It is the middle of the range in which that mean is within NEARLY_AS_GOOD of its best; without any Dice it is 0.
     """
     scores = np.linspace(0, 1, 101)
     dice = np.array([[scan.dice_without_excluded(score) for scan in scans] for score in scores])
-    draws = np.random.default_rng(0).multinomial(len(scans), np.full(len(scans), 1 / len(scans)), size=SCORE_DRAWS)
-    draws = np.vstack([np.ones(len(scans), int), draws]).T  # all scans, then the draws of them
-    means = np.nan_to_num(dice) @ draws / np.maximum(np.isfinite(dice) @ draws, 1)  # (scores, draws)
-    if not means[:, 0].any():
-        return 0.0
-    best, *chosen = (float(scores[_middle_of_best(mean)]) for mean in means.T if mean.any())
-    mean = float(np.mean(chosen))
-    return best if np.interp(mean, scores, means[:, 0]) < means[:, 0].max() - MUCH_WORSE else mean
+    means = np.nan_to_num(dice).sum(axis=1) / np.maximum(np.isfinite(dice).sum(axis=1), 1)
+    return float(scores[_middle_of_best(means)]) if means.any() else 0.0
 
 
 def _middle_of_best(values: np.ndarray) -> int:

@@ -260,15 +260,9 @@ def test_chosen_score_lies_in_the_middle_between_false_and_true_spots():
     assert choose_min_score(scans) == pytest.approx(0.6, abs=0.011)
 
 
-def test_one_scan_alone_does_not_set_the_chosen_score():
-    clear, odd = examined(10, (0.8, 10, 10), (0.2, 5, 0)), examined(10, (0.8, 10, 10), (0.7, 1, 0))
-    assert choose_min_score([clear] * 9) == pytest.approx(0.5, abs=0.011)
-    assert 0.5 < choose_min_score([clear] * 9 + [odd]) < 0.7  # alone it would ask for 0.75
-
-
-def test_chosen_score_is_the_same_each_time():
-    scans = [examined(10, (0.8, 10, 10), (0.2, 5, 0)), examined(10, (0.6, 9, 9), (0.7, 3, 0)), examined(0, (0.4, 3, 0))]
-    assert choose_min_score(scans) == choose_min_score(scans) > 0
+def test_chosen_score_lies_in_the_middle_of_all_that_are_nearly_best():
+    clear, odd = examined(10, (0.8, 10, 10), (0.2, 5, 0)), examined(1000, (0.8, 1000, 1000), (0.7, 1, 0))
+    assert choose_min_score([clear] * 9 + [odd]) == pytest.approx(0.5, abs=0.011)  # the one voxel costs 0.00005
 
 
 def test_chosen_score_gives_up_a_nodule_that_would_cost_more_than_it_brings():

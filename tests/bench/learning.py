@@ -31,7 +31,7 @@ from monai.utils import set_determinism
 from tqdm import tqdm
 
 from dataset import make_split
-from model import InferenceSettings, LungNodule3DUNet, load_checkpoint, to_device
+from model import InferenceSettings, LungNodule3DUNet, load_checkpoint
 from preprocess import find_scans
 from utils import (
     Geometry,
@@ -42,12 +42,11 @@ from utils import (
     read_processed,
     read_processed_list,
     read_scan,
-    read_split,
     resample,
     select_device,
     write_csv,
 )
-from validate import ScoredScans, Validator, _middle_of_best, froc, read_excluded, table_by_size
+from validate import ScoredScans, Validator, froc, read_excluded, table_by_size
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.csv")
@@ -86,7 +85,6 @@ class Trial:
         seeds: Seeds of the training.
         weights_of: Trial whose weights it takes instead of training.
         scoring: Options of validate.py.
-        bagged: Choose min_score by many draws of the validation scans, as training does, not by all of them once.
     """
 
     grid: str
@@ -96,7 +94,6 @@ class Trial:
     seeds: tuple[int, ...] = (0,)
     weights_of: str = ""
     scoring: tuple[str, ...] = ()
-    bagged: bool = True
 
 
 def defaults(*changes: str, rate: str = "1e-3", epochs: int = 86, **more: Any) -> Trial:
@@ -117,7 +114,6 @@ SCREENING = 39  # epochs in ten minutes
 TRIALS = {
     "screening": recipe(epochs=SCREENING, **HALVES),
     "screening, no mirrors": recipe(weights_of="screening", scoring=("--mirrors", "0"), **HALVES),
-    "screening, score not bagged": recipe(weights_of="screening", bagged=False, **HALVES),
     "screening, fading": recipe("--augmentation.fade_prob", "0.2", epochs=SCREENING, **HALVES),
     "screening, nothing pasted": recipe("--augmentation.paste_prob", "0", epochs=SCREENING, **HALVES),
     "screening, fading, nothing pasted": recipe(
@@ -128,7 +124,6 @@ TRIALS = {
     "20 epochs, subpixel": recipe("--network", "subpixel", epochs=20),
     "20 epochs, subpixel, dropout 0.1": recipe("--dropout", "0.1", "--network", "subpixel", epochs=20),
     "recipe": recipe(epochs=76, tests=NAMED_BEFOREHAND, seeds=(0, 1, 2)),
-    "recipe, score not bagged": recipe(weights_of="recipe", bagged=False, tests=NAMED_BEFOREHAND, seeds=(0, 1, 2)),
     "defaults, subpixel": defaults("--network", "subpixel"),
     PLAIN: defaults(),
     "defaults": defaults(seeds=(0, 1, 2)),
@@ -198,22 +193,8 @@ class Bench:
             checkpoint = run / "checkpoints" / "best_model.pth"
             words = ["--data_dir", self.processed(test, trial.grid), "--output_dir", results, "--subset", "new"]
             words += ["--checkpoint_path", checkpoint, "--device", self.device, *trial.scoring]
-            if not trial.bagged:
-                data_dir = self.processed(trial.train, trial.grid)
-                words += ["--min_score", best_of_all(checkpoint, data_dir, self.device)]
             self.run("validate.py", *words, "--excluded_path", self.phantoms(test) / "annotations_excluded.csv")
         return results
-
-
-def best_of_all(checkpoint_path: Path, data_dir: Path, device: str) -> float:
-    """The min_score of the highest mean Dice of the validation scans, all taken once."""
-    checkpoint, uids = load_checkpoint(checkpoint_path), read_split(checkpoint_path.with_name("split.json")).validation
-    network = to_device(checkpoint.build_network(), select_device(device))
-    validator = Validator(data_dir, device=device, model=network, settings=checkpoint.inference, seriesuids=uids)
-    scans = validator._examine_scans(uids, None)
-    scores = np.linspace(0, 1, 101)
-    means = np.array([np.nanmean([scan.dice_without_excluded(score) for scan in scans]) for score in scores])
-    return float(scores[_middle_of_best(means)])
 
 
 def ceiling(bench: Bench, test: str, grid: str) -> float:
