@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import math
 import pickle
 import zipfile
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from monai.losses.focal_loss import sigmoid_focal_loss
+from monai.networks import nets
 from monai.networks.blocks.convolutions import Convolution
-from monai.networks.nets import DynUNet, UNet
+from monai.networks.nets.vnet import DownTransition, InputTransition, UpTransition
 from monai.networks.utils import pixelshuffle
 from torch import Tensor, nn
 from torch.nn import functional
@@ -42,6 +45,11 @@ START_SHARE = 0.25  # of the usual size of weights before a norm, at the start
 LOGIT_GAIN = 4.0  # of the last layer
 SURE_LOGIT = -1e4  # of background
 START_SLOPE = 0.01  # of PReLU
+FOCAL_GAMMA = 2.0
+TVERSKY_FALSE, TVERSKY_MISSED = 0.3, 0.7  # what a false and a missed voxel cost
+BOUNDARY_REACH = 10  # voxels
+RESIDUAL_BLOCKS = (1, 3, 4, 6, 6, 6)  # of nnU-Net's residual encoder, level by level
+VNET_ACTIVATION = ("elu", {"inplace": True})
 
 
 class SegmentationNetwork(nn.Module):
@@ -52,14 +60,18 @@ class SegmentationNetwork(nn.Module):
         out_channels: Channels of the output, 1 for nodule against background.
         channels: Features at each level, from fine to coarse.
         strides: Downsampling between the levels, one fewer than ``channels``.
-        num_res_units: Convolutions in each residual unit; 0 for plain convolutions.
+        num_res_units: Convolutions in each residual unit; 0 for plain convolutions. Networks whose blocks are fixed
+            take 2, the default, alone.
         dropout: Dropout probability.
-        norm: 'batch', or, for ``SubpixelUNet``, 'instance', which does not depend on the other samples of a batch.
+        norm: 'batch', or, where the network has it, 'instance' or 'group', which do not depend on the other samples of
+            a batch.
 
     Raises:
         ValueError: The arguments do not fit together.
     """
 
+    norms: tuple[str, ...] = ("batch",)  # that the network may have
+    has_own_blocks = False  # so that num_res_units means nothing
     stem_stride = 1  # downsampling before the first level
     logit_gain = 1.0  # logits over what the last layer gives
 
@@ -71,7 +83,7 @@ class SegmentationNetwork(nn.Module):
         strides: Sequence[int] = (2, 2, 2, 2),
         num_res_units: int = 2,
         dropout: float = 0.1,
-        norm: Literal["batch", "instance"] = "batch",
+        norm: Literal["batch", "instance", "group"] = "batch",
     ) -> None:
         super().__init__()
         if len(channels) < 2 or min(channels) < 1:
@@ -84,8 +96,10 @@ class SegmentationNetwork(nn.Module):
             raise InputError(f"num_res_units must not be negative, not {num_res_units}")
         if not 0 <= dropout < 1:
             raise InputError(f"dropout must be in [0, 1), not {dropout}")
-        if norm not in ("batch", "instance"):
-            raise InputError(f"norm must be 'batch' or 'instance', not {norm!r}")
+        if self.has_own_blocks and num_res_units != 2:
+            raise InputError(f"the blocks of this network are fixed: leave num_res_units at 2, not {num_res_units}")
+        if norm not in self.norms:
+            raise InputError(f"norm of this network must be {' or '.join(map(repr, self.norms))}, not {norm!r}")
         self.arguments: dict[str, Any] = {
             "in_channels": in_channels,
             "out_channels": out_channels,
@@ -95,7 +109,7 @@ class SegmentationNetwork(nn.Module):
             "dropout": dropout,
             "norm": norm,
         }
-        self.unet = self._build()
+        self.unet: Any = self._build()
         self.expect(NODULE_PRIOR)
 
     def expect(self, nodule_share: float) -> None:
@@ -105,13 +119,35 @@ class SegmentationNetwork(nn.Module):
         as those of the nodules. AdamW divides by what it remembers of them, and nothing else is learnt for hundreds of
         steps.
         """
-        last = [module for module in self.modules() if isinstance(module, nn.Conv3d | nn.ConvTranspose3d)][-1]
-        if last.bias is not None:
-            nn.init.constant_(last.bias, math.log(nodule_share / (1 - nodule_share)) / self.logit_gain)
+        for head in self.heads:
+            if head.bias is not None:
+                nn.init.constant_(head.bias, math.log(nodule_share / (1 - nodule_share)) / self.logit_gain)
+
+    @property
+    def heads(self) -> Sequence[nn.Conv3d | nn.ConvTranspose3d]:
+        """The layers that give logits."""
+        return [module for module in self.modules() if isinstance(module, nn.Conv3d | nn.ConvTranspose3d)][-1:]
 
     def _build(self) -> nn.Module:
         """The layers, by ``arguments``."""
         raise NotImplementedError
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (B, out_channels, Z, Y, X) of images (B, in_channels, Z, Y, X)."""
+        self.check_size(image.shape[2:])
+        return self.unet(image)
+
+    def _check_levels(self, fewest: int, doubling: bool = False, strides: tuple[int, ...] = (1, 2)) -> None:
+        """Raises InputError unless this network can have the levels, which ``channels`` and ``strides`` describe."""
+        channels = self.arguments["channels"]
+        doubles = all(below == 2 * above for above, below in itertools.pairwise(channels))
+        if len(channels) < fewest or (doubling and not doubles):
+            rule = ", each twice the one before" if doubling else ""
+            raise InputError(f"this network must have {fewest} or more channels{rule}, not {channels}")
+        if not set(self.arguments["strides"]) <= set(strides):
+            raise InputError(
+                f"strides of this network must be {' or '.join(map(str, strides))}, not {self.arguments['strides']}"
+            )
 
     @property
     def _norm(self) -> tuple[str, dict[str, bool]]:
@@ -180,13 +216,8 @@ class LungNodule3DUNet(SegmentationNetwork):
     logit_gain = LOGIT_GAIN
 
     def _build(self) -> nn.Module:
-        if self.arguments["norm"] != "batch":
-            # Its last layers have one channel: a norm within the sample would fix mean and spread of the logits.
-            raise InputError(
-                "this network must have batch norm; use SubpixelUNet (--network subpixel) for instance norm"
-            )
         given = self.arguments
-        unet = UNet(spatial_dims=3, act=("PRELU", {"init": START_SLOPE}), **given | {"norm": self._norm})
+        unet = nets.UNet(spatial_dims=3, act=("PRELU", {"init": START_SLOPE}), **given | {"norm": self._norm})
         finest, below = given["channels"][0], given["channels"][1]  # without a level between, the lowest one comes up
         features = finest + (below if len(given["channels"]) == 2 else finest)
         down, skip, _ = unet.model.children()
@@ -201,8 +232,7 @@ class LungNodule3DUNet(SegmentationNetwork):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, out_channels, Z, Y, X) of images (B, in_channels, Z, Y, X)."""
-        self.check_size(image.shape[2:])
-        return self.logit_gain * self.unet(image)
+        return self.logit_gain * super().forward(image)
 
 
 class SubpixelUNet(SegmentationNetwork):
@@ -216,18 +246,15 @@ class SubpixelUNet(SegmentationNetwork):
     ``num_res_units`` 2 (a residual block of two convolutions a level) or 0 (a plain one).
     """
 
+    norms = ("batch", "instance")
     stem_stride = 2
 
     def _build(self) -> nn.Module:
         given = self.arguments
-        if len(given["channels"]) < 3 or max(given["strides"]) > 2:
-            raise InputError(
-                "this network must have three or more channels and strides of 1 or 2, not "
-                f"{given['channels']} and {given['strides']}"
-            )
+        self._check_levels(fewest=3)
         if given["num_res_units"] not in (0, 2):
             raise InputError(f"num_res_units of this network must be 0 or 2, not {given['num_res_units']}")
-        unet = DynUNet(
+        unet = nets.DynUNet(
             spatial_dims=3,
             in_channels=given["in_channels"],
             out_channels=given["out_channels"] * self.stem_stride**3,
@@ -245,8 +272,207 @@ class SubpixelUNet(SegmentationNetwork):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, out_channels, Z, Y, X) of images (B, in_channels, Z, Y, X)."""
-        self.check_size(image.shape[2:])
-        return pixelshuffle(self.unet(image), spatial_dims=3, scale_factor=self.stem_stride)
+        return pixelshuffle(super().forward(image), spatial_dims=3, scale_factor=self.stem_stride)
+
+
+class NNUNet(SegmentationNetwork):
+    """nnU-Net's plain network with deep supervision (MONAI's ``DynUNet``; Isensee et al. 2021).
+
+    In training it gives logits of every level but the lowest, for ``deeply_supervised``. Other than nnU-Net's own
+    losses, that takes the lowest of these, too.
+
+    Takes the arguments of ``SegmentationNetwork``, of which ``channels`` must be three or more.
+    """
+
+    norms = ("batch", "instance")
+    has_own_blocks = True
+
+    def _build(self) -> nn.Module:
+        given = self.arguments
+        self._check_levels(fewest=3, strides=(1, 2, 3, 4))
+        unet = nets.DynUNet(
+            spatial_dims=3,
+            in_channels=given["in_channels"],
+            out_channels=given["out_channels"],
+            kernel_size=[3] * len(given["channels"]),
+            strides=[1, *given["strides"]],
+            upsample_kernel_size=given["strides"],
+            filters=given["channels"],
+            dropout=given["dropout"] or None,
+            norm_name=self._norm,
+            deep_supervision=True,
+            deep_supr_num=len(given["channels"]) - 2,
+        )
+        for block in (unet.output_block, *unet.deep_supervision_heads.children()):
+            block.conv.add_module("adn", nn.Identity())  # which drops logits
+        return unet
+
+    @property
+    def heads(self) -> Sequence[nn.Conv3d | nn.ConvTranspose3d]:
+        """The layers that give logits, of the finest level first."""
+        return [block.conv.conv for block in (self.unet.output_block, *self.unet.deep_supervision_heads)]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (B, out_channels, Z, Y, X) of images (B, in_channels, Z, Y, X).
+
+        In training (B, levels out_channels, Z, Y, X), the finest level first, the others with their values repeated.
+        """
+        logits = super().forward(image)
+        return logits.flatten(1, 2) if self.training else logits
+
+
+class ResidualEncoderUNet(SegmentationNetwork):
+    """nnU-Net's network with a residual encoder and deep supervision (Isensee et al. 2024).
+
+    It needs the package ``dynamic-network-architectures``. In training it gives logits of every level, as ``NNUNet``.
+
+    Takes the arguments of ``SegmentationNetwork``.
+    """
+
+    norms = ("batch", "instance")
+    has_own_blocks = True
+
+    def _build(self) -> nn.Module:
+        try:
+            from dynamic_network_architectures.architectures import unet as architectures
+        except ImportError as error:
+            raise UserError("nnunet_residual needs: pip install --no-deps dynamic-network-architectures") from error
+        given = self.arguments
+        levels = len(given["channels"])
+        return architectures.ResidualEncoderUNet(
+            input_channels=given["in_channels"],
+            n_stages=levels,
+            features_per_stage=given["channels"],
+            conv_op=nn.Conv3d,
+            kernel_sizes=3,
+            strides=[1, *given["strides"]],
+            n_blocks_per_stage=[*RESIDUAL_BLOCKS, *[RESIDUAL_BLOCKS[-1]] * levels][:levels],
+            num_classes=given["out_channels"],
+            n_conv_per_stage_decoder=1,
+            conv_bias=True,
+            norm_op=nn.BatchNorm3d if given["norm"] == "batch" else nn.InstanceNorm3d,
+            norm_op_kwargs={"affine": True},
+            dropout_op=nn.Dropout3d if given["dropout"] else None,
+            dropout_op_kwargs={"p": given["dropout"]},
+            nonlin=nn.LeakyReLU,
+            nonlin_kwargs={"inplace": True},
+            deep_supervision=True,
+        )
+
+    @property
+    def heads(self) -> Sequence[nn.Conv3d | nn.ConvTranspose3d]:
+        """The layers that give logits, of the finest level first."""
+        return list(self.unet.decoder.seg_layers)[::-1]
+
+    def train(self, mode: bool = True) -> ResidualEncoderUNet:
+        """Sets the mode, as any module does; in evaluation there are no logits of lower levels."""
+        self.unet.decoder.deep_supervision = mode
+        return super().train(mode)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (B, out_channels, Z, Y, X) of images (B, in_channels, Z, Y, X).
+
+        In training (B, levels out_channels, Z, Y, X), the finest level first, the others with their values repeated.
+        """
+        logits = super().forward(image)
+        if not self.training:
+            return logits
+        return torch.cat([functional.interpolate(level, image.shape[2:]) for level in logits], dim=1)
+
+
+class VNet(SegmentationNetwork):
+    """V-Net (Milletari et al. 2016), of MONAI's blocks, with a plain convolution at the end.
+
+    MONAI's own end passes through a single channel with a norm, which holds the logits back.
+
+    Takes the arguments of ``SegmentationNetwork``, of which each of ``channels`` must be twice the one before, and all
+    strides 2.
+    """
+
+    has_own_blocks = True
+
+    def _build(self) -> nn.Module:
+        self._check_levels(fewest=2, doubling=True, strides=(2,))
+        return VNetLayers(
+            **{name: self.arguments[name] for name in ("in_channels", "out_channels", "channels", "dropout")}
+        )
+
+
+class VNetLayers(nn.Module):
+    """The layers of ``VNet``, whose arguments it takes; they are those of MONAI's ``VNet`` but for the last ones."""
+
+    def __init__(self, in_channels: int, out_channels: int, channels: Sequence[int], dropout: float) -> None:
+        super().__init__()
+        finest, *lower = channels
+        if finest % in_channels:
+            raise InputError(f"the first of channels must be a multiple of in_channels ({in_channels}), not {finest}")
+        drops = [dropout if level >= len(lower) - 2 else None for level in range(len(lower))]  # in the lowest two
+        counts = [min(level + 1, 3) if level < len(lower) - 1 else 2 for level in range(len(lower))]
+        self.first = InputTransition(3, in_channels, finest, VNET_ACTIVATION)
+        self.down = nn.ModuleList(
+            DownTransition(3, features // 2, count, VNET_ACTIVATION, drop)
+            for features, count, drop in zip(lower, counts, drops, strict=True)
+        )
+        self.up = nn.ModuleList()
+        below = channels[-1]
+        for level in reversed(range(len(lower))):
+            features = 2 * channels[level]
+            self.up.append(
+                UpTransition(3, below, features, 2 if level >= 2 else 1, VNET_ACTIVATION, (drops[level], dropout))
+            )
+            below = features
+        self.last = nn.Conv3d(below, out_channels, kernel_size=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (B, out_channels, Z, Y, X) of images (B, in_channels, Z, Y, X)."""
+        levels = [self.first(image)]
+        for down in self.down:
+            levels.append(down(levels[-1]))
+        features = levels.pop()
+        for up in self.up:
+            features = up(features, levels.pop())
+        return self.last(features)
+
+
+class AttentionUNet(SegmentationNetwork):
+    """U-Net whose skip connections pass through attention gates (MONAI's ``AttentionUnet``; Oktay et al. 2018).
+
+    Takes the arguments of ``SegmentationNetwork``.
+    """
+
+    has_own_blocks = True
+
+    def _build(self) -> nn.Module:
+        names = ("in_channels", "out_channels", "channels", "strides", "dropout")
+        self._check_levels(fewest=2, strides=(1, 2))
+        return nets.AttentionUnet(spatial_dims=3, **{name: self.arguments[name] for name in names})
+
+
+class SegResNet(SegmentationNetwork):
+    """Residual encoder and a small decoder (MONAI's ``SegResNet``; Myronenko 2018, without its autoencoder).
+
+    Takes the arguments of ``SegmentationNetwork``, of which each of ``channels`` must be twice the one before, and all
+    strides 2.
+    """
+
+    norms = ("batch", "instance", "group")
+    has_own_blocks = True
+
+    def _build(self) -> nn.Module:
+        self._check_levels(fewest=2, doubling=True, strides=(2,))
+        given = self.arguments
+        levels, finest = len(given["channels"]), given["channels"][0]
+        is_group = given["norm"] == "group"
+        return nets.SegResNet(
+            spatial_dims=3,
+            init_filters=finest,
+            in_channels=given["in_channels"],
+            out_channels=given["out_channels"],
+            dropout_prob=given["dropout"] or None,
+            norm=("group", {"num_groups": math.gcd(8, finest)}) if is_group else self._norm,
+            blocks_down=(1, *[2] * (levels - 2), 4),
+            blocks_up=(1,) * (levels - 1),
+        )
 
 
 # Constructors by name; each takes the arguments of SegmentationNetwork.
@@ -254,7 +480,18 @@ NETWORKS: dict[str, Callable[..., SegmentationNetwork]] = {
     "unet": LungNodule3DUNet,
     "subpixel": SubpixelUNet,
     "subpixel_instance": partial(SubpixelUNet, norm="instance"),
+    "nnunet": partial(NNUNet, norm="instance"),
+    "nnunet_residual": partial(ResidualEncoderUNet, norm="instance"),
+    "vnet": VNet,
+    "attention_unet": AttentionUNet,
+    "segresnet": partial(SegResNet, norm="group"),
 }
+
+
+def check_weights(dice_weight: float, bce_weight: float) -> None:
+    """Raises InputError unless these can be the weights of a loss."""
+    if min(dice_weight, bce_weight) < 0 or dice_weight + bce_weight == 0:
+        raise InputError(f"dice_weight and bce_weight must be >= 0 and not both 0, not {dice_weight}, {bce_weight}")
 
 
 class DiceBCELoss(nn.Module):
@@ -292,8 +529,7 @@ class DiceBCELoss(nn.Module):
         gather: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        if min(dice_weight, bce_weight) < 0 or dice_weight + bce_weight == 0:
-            raise InputError(f"dice_weight and bce_weight must be >= 0 and not both 0, not {dice_weight}, {bce_weight}")
+        check_weights(dice_weight, bce_weight)
         if smooth <= 0:
             raise InputError(f"smooth must be positive, not {smooth}")
         if not 0 < hardest_share <= 1:
@@ -311,24 +547,127 @@ class DiceBCELoss(nn.Module):
         ignored = (target == IGNORED).flatten(1)
         logits = logits.float().flatten(1).masked_fill(ignored, SURE_LOGIT)  # (B, voxels)
         target = target.float().flatten(1).masked_fill(ignored, 0)
-        bce = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        errors = self._errors(logits, target)
         if self.hardest_share < 1:
-            bce = bce.topk(math.ceil(self.hardest_share * bce.shape[1]), dim=1, sorted=False).values
+            errors = errors.topk(math.ceil(self.hardest_share * errors.shape[1]), dim=1, sorted=False).values
         probability = torch.sigmoid(logits)
-        figures = [(probability * target).sum(1), probability.sum(1), target.sum(1), bce.mean(1)]
+        figures = [(probability * target).sum(1), probability.sum(1), target.sum(1), errors.mean(1)]
         samples = torch.stack(figures)
-        overlap, predicted, size, bce = samples if self.gather is None else self.gather(samples)  # (B,) each
+        overlap, predicted, size, error = samples if self.gather is None else self.gather(samples)  # (B,) each
         if not self.per_sample:
             overlap, predicted, size = (figure.sum(0, keepdim=True) for figure in (overlap, predicted, size))
-        dice_loss = 1 - (2 * overlap + self.smooth) / (predicted + size + self.smooth)
+        missed = self._missed(overlap, predicted, size)
         shows_nodule = size > 0
-        dice_loss = (dice_loss * shows_nodule).sum() / shows_nodule.sum().clamp(min=1)
-        mixed = self.dice_weight * dice_loss + self.bce_weight * bce.mean()
-        return torch.where(shows_nodule.any(), mixed, (self.dice_weight + self.bce_weight) * bce.mean())
+        missed = (missed * shows_nodule).sum() / shows_nodule.sum().clamp(min=1)
+        mixed = self.dice_weight * missed + self.bce_weight * error.mean()
+        return torch.where(shows_nodule.any(), mixed, (self.dice_weight + self.bce_weight) * error.mean())
+
+    def _errors(self, logits: Tensor, target: Tensor) -> Tensor:
+        """What each voxel costs, of the shape of logits and target."""
+        return functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+
+    def _missed(self, overlap: Tensor, predicted: Tensor, size: Tensor) -> Tensor:
+        """What regions cost whose common, predicted and true volumes are these, in voxels."""
+        return 1 - (2 * overlap + self.smooth) / (predicted + size + self.smooth)
 
 
-# Each takes the arguments of DiceBCELoss, and as a target 0, 1 and IGNORED.
-LOSSES: dict[str, Callable[..., nn.Module]] = {"dice_bce": DiceBCELoss}
+class DiceFocalLoss(DiceBCELoss):
+    """``DiceBCELoss`` with MONAI's focal loss (Lin et al. 2017) in the place of the cross-entropy.
+
+    It is the cross-entropy times (1 - p)^2, with p the probability of the truth, so that voxels that are nearly right
+    cost next to nothing. ``bce_weight`` is its weight.
+    """
+
+    def _errors(self, logits: Tensor, target: Tensor) -> Tensor:
+        return sigmoid_focal_loss(logits, target, gamma=FOCAL_GAMMA)
+
+
+class FocalLoss(DiceFocalLoss):
+    """The focal loss alone; it has the weight of both terms."""
+
+    def __init__(self, dice_weight: float = 0.5, bce_weight: float = 0.5, **arguments: Any) -> None:
+        check_weights(dice_weight, bce_weight)
+        super().__init__(0.0, dice_weight + bce_weight, **arguments)
+
+
+class TverskyLoss(DiceBCELoss):
+    """``DiceBCELoss`` with the Tversky index in the place of Dice (Salehi et al. 2017).
+
+    It is sum(p t) / (sum(p t) + 0.3 false positives + 0.7 false negatives), so that missed voxels cost more than false
+    ones; with 0.5 and 0.5 it would be Dice. ``dice_weight`` is its weight.
+    """
+
+    def _missed(self, overlap: Tensor, predicted: Tensor, size: Tensor) -> Tensor:
+        wrong = TVERSKY_FALSE * (predicted - overlap) + TVERSKY_MISSED * (size - overlap)
+        return 1 - (overlap + self.smooth) / (overlap + wrong + self.smooth)
+
+
+class BoundaryLoss(DiceBCELoss):
+    """``DiceBCELoss``, of which a boundary loss takes over more and more (Kervadec et al. 2019).
+
+    That is the mean over voxels of the probability times the distance to the true boundary, in voxels, negative inside.
+    Distances are cut off at BOUNDARY_REACH and divided by it; without a nodule all are 1. Its share is epoch /
+    num_epochs, so that the first epoch learns by ``DiceBCELoss`` alone.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.share: Tensor
+        self.register_buffer("share", torch.zeros(()), persistent=False)  # a tensor, so that recorded steps read it
+
+    def begin_epoch(self, epoch: int, num_epochs: int) -> None:
+        """Sets the share of the boundary loss; ``epoch`` counts from 0."""
+        self.share.fill_(epoch / num_epochs)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Scalar float32 loss, as that of ``DiceBCELoss``; it may be negative."""
+        region = super().forward(logits, target)
+        probability = torch.sigmoid(logits.float()).masked_fill(target == IGNORED, 0)
+        sample = (probability * boundary_distance(target == 1)).flatten(1).mean(1)[None]
+        boundary = (sample if self.gather is None else self.gather(sample)).mean()
+        return (1 - self.share) * region + self.share * boundary
+
+
+def boundary_distance(mask: Tensor) -> Tensor:
+    """Distance of each voxel to the boundary of a mask (B, 1, Z, Y, X), negative inside, from -1 to 1.
+
+    It is the exact Euclidean distance between voxel centres, less half a voxel, cut off at BOUNDARY_REACH voxels, over
+    BOUNDARY_REACH. It is computed along one axis after the other (Saito & Toriwaki 1994), on the device.
+    """
+    with torch.no_grad():
+        outside, inside = (_squared_distance(part).sqrt() - 0.5 for part in (mask, ~mask))
+        return torch.where(mask, -inside, outside).clamp(-BOUNDARY_REACH, BOUNDARY_REACH) / BOUNDARY_REACH
+
+
+def _squared_distance(mask: Tensor) -> Tensor:
+    """Squared distance in voxels from each voxel to the nearest one of a mask, right up to BOUNDARY_REACH."""
+    squared = torch.where(mask, 0.0, 4.0 * BOUNDARY_REACH**2)
+    for axis in range(-3, 0):
+        size, nearest = squared.shape[axis], squared.clone()
+        for step in range(1, min(BOUNDARY_REACH + 1, size)):
+            for ours, theirs in ((0, step), (step, 0)):
+                part = nearest.narrow(axis, ours, size - step)
+                torch.minimum(part, squared.narrow(axis, theirs, size - step) + step**2, out=part)
+        squared = nearest
+    return squared
+
+
+def deeply_supervised(loss: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
+    """The loss of logits (B, levels, Z, Y, X) of one or more levels: each level counts half of the one before it."""
+    weights = [0.5**level for level in range(logits.shape[1])]
+    losses = [loss(level, target) * weight for level, weight in zip(logits.split(1, dim=1), weights, strict=True)]
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum() / sum(weights)
+
+
+# Each takes the arguments of DiceBCELoss, and as a target 0, 1 and IGNORED. One with a method begin_epoch(epoch,
+# num_epochs) is told of each epoch before it begins.
+LOSSES: dict[str, Callable[..., nn.Module]] = {
+    "dice_bce": DiceBCELoss,
+    "dice_focal": DiceFocalLoss,
+    "focal": FocalLoss,
+    "tversky": TverskyLoss,
+    "boundary": BoundaryLoss,
+}
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints

@@ -55,6 +55,7 @@ from model import (
     InferenceSettings,
     SegmentationNetwork,
     checkpoint_file,
+    deeply_supervised,
     load_checkpoint,
     save_checkpoint,
     to_device,
@@ -135,7 +136,8 @@ class LossSettings:
     """The loss beside its weights.
 
     Args:
-        name: 'dice_bce' is DiceBCELoss.
+        name: 'dice_bce' is DiceBCELoss; 'dice_focal' takes the focal loss for the cross-entropy, 'focal' that alone;
+            'tversky' takes the Tversky index for Dice; of 'boundary' a boundary loss takes over from epoch to epoch.
         per_sample: Take the Dice loss of each sample, so that small nodules count like large ones, not of the batch.
         hardest_share: Share of each sample's voxels, the worst ones, that the cross-entropy is averaged over.
     """
@@ -216,8 +218,10 @@ class Trainer:
         device: 'cuda', 'cuda:<n>' or 'cpu'.
         mixed_precision: bf16 where the hardware has it, else fp16 with a gradient scaler on CUDA, else float32.
         checkpoint_interval: Epochs between checkpoint_epoch_<n>.pth.
-        network: 'unet' is LungNodule3DUNet; 'subpixel' is SubpixelUNet, which learns small nodules in fewer steps;
-            'subpixel_instance' has instance norm, which does not depend on how processes share a batch.
+        network: 'unet' is LungNodule3DUNet; 'subpixel' is SubpixelUNet, whose steps are faster on a CPU;
+            'subpixel_instance' has instance norm, which does not depend on how processes share a batch; 'nnunet' and
+            'nnunet_residual' are those of nnU-Net, with deep supervision. The others work at full resolution, too, so
+            that a step takes several times as long.
         channels: Features of each level, e.g. '[16,32,64,128,256]'.
         strides: Downsampling between the levels, e.g. '[2,2,2,2]'.
         num_res_units: Convolutions in each residual unit.
@@ -352,7 +356,8 @@ class Trainer:
         loss = {name: given[name] for name in ("dice_weight", "bce_weight", "smooth")}
         loss |= {name: given[f"loss.{name}"] for name in ("per_sample", "hardest_share")}
         make_loss = LOSSES[given["loss.name"]]
-        self.loss, self.validation_loss = make_loss(**loss, gather=gather_samples), make_loss(**loss)
+        self.loss = make_loss(**loss, gather=gather_samples).to(self.device)
+        self.validation_loss = make_loss(**loss).to(self.device)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
             lr=given["learning_rate"],
@@ -669,6 +674,9 @@ class Trainer:
     def _run_epoch(self) -> None:
         start = time.perf_counter()
         rate = self._set_learning_rate()
+        for loss in (self.loss, self.validation_loss):
+            if begin_epoch := getattr(loss, "begin_epoch", None):
+                begin_epoch(self.epoch, self.num_epochs)
         train_loss = self._train_epoch()
         trained = time.perf_counter()
         copy_from_first(self.network.buffers())  # batch norm's statistics, of which the first process writes its own
@@ -803,14 +811,14 @@ class Trainer:
         dtype = self.autocast_dtype
         with torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             logits = self.trained(image)
-        loss = self.loss(logits, mask)
+        loss = deeply_supervised(self.loss, logits, mask)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss * process_count()).backward()  # DistributedDataParallel divides by their number
         finite = self._is_finite(loss.detach())
         for buffer, old in zip(statistics, before, strict=True):
             buffer.copy_(torch.where(finite, buffer, old))
         self._update(finite)
-        background = logits.detach().float().masked_fill(mask > 0, -math.inf)
+        background = logits[:, :1].detach().float().masked_fill(mask > 0, -math.inf)
         reported = torch.where(finite, loss.detach(), math.nan).reshape(1)
         return torch.cat([reported, torch.sigmoid(background.flatten(1).amax(dim=1))])
 

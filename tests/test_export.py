@@ -22,12 +22,12 @@ def checkpoint_path(run_dir):
     return run_dir / "checkpoints" / "best_model.pth"
 
 
-@pytest.fixture(params=["unet", "subpixel"])
+@pytest.fixture(params=["unet", "subpixel", "nnunet"])
 def network_path(request, checkpoint_path, tmp_path):
-    """A checkpoint of either network, with random weights and statistics."""
+    """A checkpoint of each kind of network, with random weights and statistics."""
     torch.manual_seed(0)
     known = load_checkpoint(checkpoint_path)
-    network = NETWORKS[request.param](channels=(4, 8, 8), strides=(2, 2), num_res_units=2, dropout=0.1)
+    network = NETWORKS[request.param](channels=(4, 8, 16), strides=(2, 2), num_res_units=2, dropout=0.1)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm3d):
             torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
@@ -45,10 +45,6 @@ def network_path(request, checkpoint_path, tmp_path):
     )
     save_checkpoint(tmp_path / "net.pth", checkpoint)
     return tmp_path / "net.pth"
-
-
-def test_networks_are_named_as_the_fixture_says():
-    assert {"unet", "subpixel"} <= set(NETWORKS)
 
 
 # ------------------------------------------------------------------------------------------------------- nnU-Net's data

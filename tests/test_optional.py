@@ -12,6 +12,7 @@ from conftest import HALF, Bright, chest
 
 from data.export import Exporter
 from data.masks import read_mask
+from model import NETWORKS
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +68,12 @@ def test_dicom_results(trained, tmp_path, caplog):
     assert "pip install 'highdicom" in caplog.text
     assert list((tmp_path / "out" / "reports").glob("*.html"))
     assert not list((tmp_path / "out").rglob("*.dcm"))
+
+
+@without("dynamic_network_architectures")
+def test_residual_encoder():
+    with pytest.raises(UserError, match="pip install --no-deps dynamic-network-architectures"):
+        NETWORKS["nnunet_residual"]()
 
 
 @without("distributed")

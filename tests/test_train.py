@@ -51,6 +51,7 @@ from validate import Validator
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = {**TINY, "device": "cpu", "mixed_precision": False}
+THREE_LEVELS = {"channels": (4, 8, 16), "strides": (2, 2), "num_res_units": 2}
 PATCHES = {"patches": Patches((16, 16, 16), per_scan=2)}
 
 
@@ -134,14 +135,18 @@ def test_checkpoint_carries_network_and_preprocessing(run_dir):
     assert checkpoint.preprocessing["target_size"] == [32, 48, 48]
 
 
-def test_subpixel_network_is_trained_kept_and_used(processed_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "loss"), [("subpixel", "focal"), ("nnunet", "boundary"), ("vnet", "tversky"), ("segresnet", "dice_focal")]
+)
+def test_network_of_another_name_is_trained_kept_and_used(processed_dir, tmp_path, name, loss):
     trainer = Trainer(
-        processed_dir, tmp_path, num_epochs=1, network="subpixel", **CPU | {"channels": (4, 4, 8), "strides": (2, 1)}
+        processed_dir, tmp_path, num_epochs=2, network=name, loss=LossSettings(loss), **CPU | THREE_LEVELS
     )
     trainer.train()
+    assert getattr(trainer.loss, "share", 0.5) == 0.5  # of the boundary loss, in the second of two epochs
     path = tmp_path / "checkpoints" / "best_model.pth"
     inferencer = NoduleInferencer(path, tmp_path / "out", "cpu")
-    assert isinstance(inferencer.predictor.model, SubpixelUNet)
+    assert type(inferencer.predictor.model) is type(trainer.network)
     assert inferencer.settings.min_score == trainer.inference.min_score
 
 
@@ -160,7 +165,7 @@ def test_impossible_augmentation_ends_with_status_1_and_its_reason(tmp_path, cap
 
 def test_unknown_network_is_refused(processed_dir, tmp_path):
     with pytest.raises(ValueError, match="network must be one of unet, subpixel"):
-        Trainer(processed_dir, tmp_path, network="vnet", **CPU)
+        Trainer(processed_dir, tmp_path, network="swin", **CPU)
 
 
 def test_resume_and_overwrite_exclude_each_other(processed_dir, tmp_path):
@@ -242,7 +247,11 @@ def test_learning_rate_falls_along_a_cosine(run_dir):
     assert pd.read_csv(run_dir / "log.csv")["learning_rate"].tolist() == pytest.approx([1e-4, 0.5e-4])
 
 
-@pytest.mark.parametrize("options", [{}, PATCHES], ids=["scans", "patches"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, PATCHES, {"network": "nnunet", "loss": LossSettings("boundary"), **THREE_LEVELS}],
+    ids=["scans", "patches", "a loss that changes"],
+)
 def test_resumed_run_equals_one_that_was_never_stopped(processed_dir, tmp_path, monkeypatch, options):
     options = {**CPU, **options, "dropout": 0.3, "num_epochs": 3, "checkpoint_interval": 1, "learning_rate": 1e-2}
     Trainer(processed_dir, tmp_path / "whole", **options).train()
@@ -733,7 +742,7 @@ def test_value_out_of_range_is_refused_by_name(processed_dir, tmp_path, name, va
         (lambda: ValidationSettings(interval=0), "validation.interval"),
         (lambda: Patches((0, 16, 16)), "patches.size"),
         (lambda: Patches(nodule_share=1.5), "nodule_share"),
-        (lambda: LossSettings(name="focal"), "loss.name must be one of dice_bce, not 'focal'"),
+        (lambda: LossSettings(name="hinge"), "loss.name must be one of dice_bce, dice_focal, .* not 'hinge'"),
     ],
 )
 def test_value_of_a_group_out_of_range_is_refused_by_name(make, name):
@@ -800,8 +809,11 @@ def test_help_lists_the_registered_networks_and_losses(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "({unet,subpixel,subpixel_instance,toy}, default unet)" in text
-    assert "({dice_bce}, default dice_bce)" in text
+    assert (
+        "({unet,subpixel,subpixel_instance,nnunet,nnunet_residual,vnet,attention_unet,segresnet,toy}, default unet)"
+        in text
+    )
+    assert "({dice_bce,dice_focal,focal,tversky,boundary}, default dice_bce)" in text
 
 
 def test_network_starts_from_the_share_of_nodules_in_its_data(processed_dir, tmp_path):
