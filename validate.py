@@ -44,6 +44,7 @@ from infer import (
     is_hit,
     map_scans,
     report_failures,
+    sphere_diameter,
     tell_noise,
     write_failures,
 )
@@ -105,6 +106,7 @@ VALIDATION_FILES = (
     "froc.csv",
     "froc.png",
     "froc.json",
+    "diameters.png",
     "report.html",
     "excluded_findings.csv",
 )
@@ -120,7 +122,8 @@ COUNTS = (
     "false_positive_nodules",
     "on_excluded_findings",
 )
-NODULE_RESULT_COLUMNS = (*ANNOTATION_COLUMNS, "dice")
+NODULE_RESULT_COLUMNS = (*ANNOTATION_COLUMNS, "dice", "grid_diameter_mm", "found_diameter_mm")
+AGREEMENT_SIZES_MM = {"all": (0.0, math.inf), "< 6 mm": (0.0, 6.0), "6 mm and more": (6.0, math.inf)}
 SIZES_MM = {"< 6 mm": (0.0, 6.0), "6-10 mm": (6.0, 10.0 + 1e-9), "> 10 mm": (10.0 + 1e-9, math.inf)}
 CROP_MARGIN_MM = 5.0  # around an annotated nodule, for its own Dice
 NEARLY_AS_GOOD = 0.005  # of mean Dice, when a score is chosen
@@ -495,10 +498,16 @@ class Validator:
             figures = {"froc": draw_froc(curve)} | figures
             result.summary["cpm"] = {"value": curve.cpm, "interval": curve.intervals[-1].tolist()}
             result.summary["by_size"] = table_by_size(result.nodules, curve).to_dict("records")
+            result.summary["diameters"] = size_agreement(result.nodules)
         else:
             logger.warning("no scan has a nodule: there is no FROC")
             for name in FROC_FILES:
                 (self.output_dir / name).unlink(missing_ok=True)  # of an earlier run
+        (self.output_dir / "diameters.png").unlink(missing_ok=True)
+        if result.summary.get("diameters"):
+            figures["diameters"] = draw_agreement(result.nodules)
+            with atomic_path(self.output_dir / "diameters.png") as temporary:
+                figures["diameters"].savefig(temporary)
         write_json(self.output_dir / "validation_summary.json", result.summary)
         write_page(self.output_dir, result.summary, scored, findings, curve, figures, self.failed)
 
@@ -519,6 +528,7 @@ class ExaminedScan:
         found: All candidates, without the labels.
         whole: Overlap over the whole scan.
         crops: Overlap in a crop around each annotated nodule.
+        grid_diameters_mm: Of the sphere of as many voxels as each annotated nodule has in the mask, NaN without any.
         on_excluded: (n + 1,) whether that number's nodule lies on an excluded finding and on no annotated nodule.
         loss: Loss of the scan, NaN without a loss function.
         findings: What was found and missed, with pictures, where a page is made of them.
@@ -529,6 +539,7 @@ class ExaminedScan:
     found: Segmentation
     whole: Overlap
     crops: list[Overlap]
+    grid_diameters_mm: Sequence[float]
     on_excluded: np.ndarray
     loss: float
     findings: Sequence[Finding] = ()
@@ -551,7 +562,9 @@ class ExaminedScan:
             on_excluded[found.numbers] = on_finding & ~on_nodule
             on_excluded[0] = False
         whole = Overlap.of(found.labels, truth, count)
-        return cls(scan.seriesuid, annotated, unlabelled, whole, crops, on_excluded, loss)
+        volumes = [nodule.voxels * scan.geometry.voxel_volume_mm3 for nodule in annotated]
+        diameters = [sphere_diameter(volume) if volume else math.nan for volume in volumes]
+        return cls(scan.seriesuid, annotated, unlabelled, whole, crops, diameters, on_excluded, loss)
 
     def row(self, min_score: float) -> dict[str, Any]:
         """Metrics of the scan, and its nodules found and not."""
@@ -571,13 +584,23 @@ class ExaminedScan:
         return self.whole.metrics((self.found.scores >= min_score) & ~self.on_excluded)["dice"]
 
     def nodule_rows(self, min_score: float) -> list[dict[str, Any]]:
-        """One row of NODULE_RESULT_COLUMNS an annotated nodule, with the Dice in its crop."""
-        kept = self.found.scores >= min_score
-        values = [
-            (self.seriesuid, *nodule.center_xyz, nodule.diameter_mm, crop.metrics(kept)["dice"])
-            for nodule, crop in zip(self.annotated, self.crops, strict=True)
-        ]
-        return [dict(zip(NODULE_RESULT_COLUMNS, row, strict=True)) for row in values]
+        """One row of NODULE_RESULT_COLUMNS an annotated nodule.
+
+        They are its annotation, the Dice in its crop, and the diameters of its voxels in the true mask and of the
+        surest found nodule that hits it, and no other one; NaN where there is none.
+        """
+        kept, nodules = self.found.scores >= min_score, self.found.keep(min_score).nodules
+        hits = hits_of(nodules, self.annotated)
+        hits &= hits.sum(axis=1, keepdims=True) == 1  # of two nodules in one it has the size of neither
+        rows = []
+        for nodule, crop, on_grid, is_hit_by in zip(
+            self.annotated, self.crops, self.grid_diameters_mm, hits.T, strict=True
+        ):
+            mine = [found for found, is_its in zip(nodules, is_hit_by, strict=True) if is_its]
+            size = max(mine, key=lambda found: found.score).diameter_mm if mine else math.nan
+            values = (*nodule.center_xyz, nodule.diameter_mm, crop.metrics(kept)["dice"], on_grid, size)
+            rows.append(dict(zip(NODULE_RESULT_COLUMNS, (self.seriesuid, *values), strict=True)))
+        return rows
 
 
 def choose_min_score(scans: Sequence[ExaminedScan]) -> float:
@@ -623,6 +646,71 @@ def table_by_size(nodules: pd.DataFrame, curve: FROC) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def size_agreement(nodules: pd.DataFrame) -> list[dict[str, Any]]:
+    """How found diameters agree with annotated ones, by size (Bland & Altman 1986).
+
+    Args:
+        nodules: Rows of NODULE_RESULT_COLUMNS.
+
+    Returns:
+        For each of AGREEMENT_SIZES_MM that has found nodules: ``diameter``, ``found`` (their number), ``bias_mm`` (mean
+        of found less annotated diameter), ``bias_interval_mm`` (its 95 % interval), ``limits_mm`` (within which 95 % of
+        the differences lie if they are normal), and ``grid_bias_mm``, the bias of the true mask on the grid. Spreads
+        of fewer than two nodules are NaN.
+    """
+    found = nodules[nodules["found_diameter_mm"].notna()]
+    rows = []
+    for name, (lower, upper) in AGREEMENT_SIZES_MM.items():
+        chosen = found[(found["diameter_mm"] >= lower) & (found["diameter_mm"] < upper)]
+        if chosen.empty:
+            continue
+        differences = chosen["found_diameter_mm"] - chosen["diameter_mm"]
+        bias, spread = float(differences.mean()), 1.96 * float(differences.std())
+        error = spread / math.sqrt(len(chosen))
+        rows.append(
+            {
+                "diameter": name,
+                "found": len(chosen),
+                "bias_mm": bias,
+                "bias_interval_mm": [bias - error, bias + error],
+                "limits_mm": [bias - spread, bias + spread],
+                "grid_bias_mm": float((chosen["grid_diameter_mm"] - chosen["diameter_mm"]).mean()),
+            }
+        )
+    return rows
+
+
+def draw_agreement(nodules: pd.DataFrame) -> Figure:
+    """Found less annotated diameter of each found nodule, and bias and limits below and from 6 mm on."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 5.0), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    found = nodules[nodules["found_diameter_mm"].notna()]
+    true = found["diameter_mm"]
+    axes.axhline(0, color="0.6", lw=1)
+    grid, ours = found["grid_diameter_mm"] - true, found["found_diameter_mm"] - true
+    axes.scatter(true, grid, s=12, color="0.6", label="true mask on the grid")
+    axes.scatter(true, ours, s=18, color="C0", alpha=0.7, label="found")
+    ends = {"< 6 mm": (true.min(), 6.0), "6 mm and more": (6.0, true.max())}
+    for row in size_agreement(nodules)[1:]:
+        lower, upper = ends[row["diameter"]]
+        axes.plot([lower, upper], [row["bias_mm"]] * 2, color="C0", lw=2)
+        if row["found"] > 1:
+            axes.fill_between([lower, upper], *row["limits_mm"], color="C0", alpha=0.12, lw=0)
+        axes.annotate(
+            f"{row['bias_mm']:+.2f} mm",
+            ((lower + upper) / 2, max(row["bias_mm"], np.nan_to_num(row["limits_mm"][1]))),
+            (0, 4),
+            textcoords="offset points",
+            ha="center",
+        )
+    axes.set(xlabel="annotated diameter (mm)", ylabel="found less annotated diameter (mm)")
+    axes.grid(color="0.9")
+    axes.legend(frameon=False)
+    return figure
 
 
 def _scored(table: pd.DataFrame) -> pd.DataFrame:
@@ -703,6 +791,12 @@ def format_summary(summary: dict[str, Any]) -> str:
     if summary.get("by_size"):
         lines.append(f"FROC: CPM {summary['cpm']['value']:.3f}{_interval_text(summary['cpm']['interval'], summary)}")
         lines.append(pd.DataFrame(summary["by_size"]).round(3).to_string(index=False))
+    for row in summary.get("diameters", ()):
+        limits = "{:+.1f} to {:+.1f}".format(*row["limits_mm"])
+        spread = f", 95 % of the differences within {limits} mm" * (row["found"] > 1)
+        lines.append(
+            f"found less annotated diameter, {row['diameter']} ({row['found']}): {row['bias_mm']:+.2f} mm{spread}"
+        )
     if summary.get("chosen_on_these_scans"):
         lines.append(
             "The training chose its best epoch and min_score on these validation scans, so the figures flatter the "
@@ -1179,7 +1273,7 @@ class ScoredScans:
         table = _scored(table)
         twice = table.loc[table["seriesuid"].duplicated(), "seriesuid"]
         check(twice.empty, f"{folders} has two results of the scan {next(iter(twice), None)}; leave one out")
-        nodules = joined("nodule_results.csv", NODULE_RESULT_COLUMNS)
+        nodules = joined("nodule_results.csv", [*ANNOTATION_COLUMNS, "dice"])
         if excluded is None:
             files = [path / "excluded_findings.csv" for path in paths]
             listed = [read_table(path, ANNOTATION_COLUMNS) for path in files if path.is_file()]

@@ -193,6 +193,7 @@ def write_page(
         metrics=_metric_rows(table),
         further=_further(summary),
         by_size=summary.get("by_size", []),
+        diameters=summary.get("diameters", []),
         charts=charts,
         key_size=KEY_SIZE,
         reliability=reliable,
@@ -254,6 +255,11 @@ CHARTS = {
     "reliability": (
         "Reliability of the score",
         "A larger point stands for more marks. What counts neither way is left out.",
+    ),
+    "diameters": (
+        "Diameters",
+        "Each point is a found nodule: its diameter less the annotated one. The line is the mean, in the band lie 95 % "
+        "of the differences. Grey: what the grid makes of the annotated nodule itself.",
     ),
     "distribution": ("Scans", "Each point is a scan."),
 }

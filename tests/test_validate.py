@@ -35,15 +35,18 @@ from utils import (
     write_metadata,
 )
 from validate import (
+    NODULE_RESULT_COLUMNS,
     ExaminedScan,
     Overlap,
     Validator,
     choose_min_score,
+    draw_agreement,
     format_summary,
     froc,
     match_nodules,
     nodule_crop,
     score_predictions,
+    size_agreement,
     summarize,
     table_by_size,
     voxel_metrics,
@@ -252,7 +255,7 @@ def examined(truth_voxels, *spots):
     candidates = [FoundNodule((0.0,) * 3, (0.0,) * 3, 5.0, 1, 1.0, box, score) for score, _, _ in spots]
     found = Segmentation(np.zeros((0, 1, 1), int), candidates, list(range(1, len(spots) + 1)))
     overlap = Overlap(np.array(voxels), np.array(hits))
-    return ExaminedScan("1.2.3", [], found, overlap, [], np.zeros(len(voxels), bool), math.nan)
+    return ExaminedScan("1.2.3", [], found, overlap, [], [], np.zeros(len(voxels), bool), math.nan)
 
 
 def test_chosen_score_lies_in_the_middle_between_false_and_true_spots():
@@ -351,6 +354,57 @@ def test_table_by_size_by_hand():
         {"diameter": "6-10 mm", "nodules": 2, "dice_per_nodule": 0.4, "found": 0.5, "cpm": 0.5},
         {"diameter": "> 10 mm", "nodules": 1, "dice_per_nodule": 0.0, "found": 0.0, "cpm": 0.0},
     ]
+
+
+def sized(*rows):
+    """Rows of nodule_results.csv: annotated, grid and found diameter."""
+    table = [("a", 0.0, 0.0, 0.0, true, 0.5, grid, found) for true, grid, found in rows]
+    return pd.DataFrame(table, columns=NODULE_RESULT_COLUMNS)
+
+
+def test_agreement_of_diameters_by_hand():
+    nan = math.nan
+    rows = size_agreement(
+        sized((5.0, 5.2, 5.5), (5.9, nan, nan), (6.0, 6.1, 7.0), (10.0, 10.3, 9.0), (20.0, 20.2, 21.5))
+    )
+    assert [(row["diameter"], row["found"]) for row in rows] == [("all", 4), ("< 6 mm", 1), ("6 mm and more", 3)]
+    assert [row["bias_mm"] for row in rows] == pytest.approx([0.5, 0.5, 0.5])
+    assert [row["grid_bias_mm"] for row in rows] == pytest.approx([0.2, 0.2, 0.2])
+    spread = math.sqrt((0.5**2 + 1.5**2 + 1.0**2) / 2)
+    assert rows[2]["limits_mm"] == pytest.approx([0.5 - 1.96 * spread, 0.5 + 1.96 * spread])
+    error = 1.96 * spread / math.sqrt(3)
+    assert rows[2]["bias_interval_mm"] == pytest.approx([0.5 - error, 0.5 + error])
+    assert np.isnan(rows[1]["limits_mm"]).all()
+
+
+def test_nothing_found_has_no_agreement():
+    assert size_agreement(sized((5.0, 5.2, math.nan))) == []
+
+
+def found_ball(x_mm, diameter_mm, score):
+    return FoundNodule((x_mm, 0.0, 0.0), (0.0,) * 3, diameter_mm, 1, 1.0, Box((0, 0, 0), (1, 1, 1)), score)
+
+
+def test_size_of_a_nodule_is_that_of_the_surest_that_hits_it_alone():
+    annotated = [
+        AnnotatedNodule((x, 0.0, 0.0), (0.0,) * 3, diameter, 1)
+        for x, diameter in ((0.0, 10.0), (50.0, 8.0), (100.0, 10.0), (104.0, 10.0))
+    ]
+    balls = [
+        found_ball(1.0, 7.0, 0.6),
+        found_ball(-1.0, 9.0, 0.8),
+        found_ball(50.0, 8.5, 0.3),
+        found_ball(102.0, 15.0, 0.9),
+    ]
+    found = Segmentation(np.zeros((0, 1, 1), int), balls, [1, 2, 3, 4])
+    overlap = Overlap(np.ones(5, int), np.zeros(5, int))
+    scan = ExaminedScan(
+        "a", annotated, found, overlap, [overlap] * 4, [9.9, 8.2, 9.8, math.nan], np.zeros(5, bool), 0.0
+    )
+    sizes = [row["found_diameter_mm"] for row in scan.nodule_rows(0.5)]
+    np.testing.assert_equal(sizes, [9.0, math.nan, math.nan, math.nan])
+    assert scan.nodule_rows(0.2)[1]["found_diameter_mm"] == 8.5
+    np.testing.assert_equal([row["grid_diameter_mm"] for row in scan.nodule_rows(0.5)], [9.9, 8.2, 9.8, math.nan])
 
 
 def test_size_that_no_nodule_has_is_left_out():
@@ -1024,6 +1078,15 @@ def test_froc_of_nodules_behind_one_surer_mistake_by_hand(erred):
     assert table["sensitivity"][4:7].tolist() == [1, 1, 1]
 
 
+def test_picture_of_the_diameters_is_that_of_the_nodules_file(erred):
+    folder, _ = erred
+    (axes,) = draw_agreement(read_csv(folder / "nodule_results.csv")).axes
+    assert matplotlib.image.imread(folder / "diameters.png").std() > 0.02
+    table = read_csv(folder / "nodule_results.csv")
+    expected = table[["diameter_mm"]].assign(less=table["found_diameter_mm"] - table["diameter_mm"])
+    np.testing.assert_allclose(axes.collections[1].get_offsets(), expected)
+
+
 def test_picture_of_the_froc_opens(erred):
     assert matplotlib.image.imread(erred[0] / "froc.png").std() > 0.05
 
@@ -1034,6 +1097,9 @@ def test_candidates_and_nodules_have_a_row_each(erred, processed_dir):
     table = read_csv(folder / "nodule_results.csv")
     assert table["diameter_mm"].tolist() == [nodule.diameter_mm for nodule in nodules]
     assert table["dice"].tolist() == [1.0] * len(nodules)
+    volumes = [nodule.voxels * scan_of(processed_dir, 2).geometry.voxel_volume_mm3 for nodule in nodules]
+    np.testing.assert_allclose(table["grid_diameter_mm"], [(6 * volume / np.pi) ** (1 / 3) for volume in volumes])
+    np.testing.assert_allclose(table["found_diameter_mm"], table["grid_diameter_mm"])  # the network finds the true mask
     assert list(read_csv(folder / "candidates.csv")) == ["seriesuid", "coordX", "coordY", "coordZ", "probability"]
     assert len(result.candidates) == len(nodules) + 1
 

@@ -16,8 +16,8 @@ from jsonargparse import auto_cli
 from tqdm import tqdm
 
 from infer import NoduleInferencer, find_candidates, nodule_table, score_candidate
-from utils import read_processed, read_processed_list
-from validate import NODULE_RESULT_COLUMNS, froc, read_excluded
+from utils import ANNOTATION_COLUMNS, read_processed, read_processed_list
+from validate import froc, read_excluded
 
 SCORES = {
     "highest probability": lambda voxels, geometry, probability: float(probability[tuple(voxels.T)].max()),
@@ -53,7 +53,7 @@ def compare(
         for name, score in SCORES.items():
             found = find_candidates(probability, scan.geometry, inferencer.settings.threshold, score=score)
             marks[name].append(nodule_table(uid, found.candidates))
-    annotations = pd.DataFrame(nodules, columns=NODULE_RESULT_COLUMNS[:-1])
+    annotations = pd.DataFrame(nodules, columns=list(ANNOTATION_COLUMNS))
     excluded = read_excluded(excluded_path)
     curves = {name: froc(pd.concat(tables), annotations, excluded, uids) for name, tables in marks.items()}
     used = curves["the score used"]
