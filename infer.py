@@ -147,24 +147,28 @@ class Transform(Protocol):
 
 @dataclass(frozen=True)
 class Flip:
-    """A mirror image.
+    """A mirror image, or, with y and x exchanged before, a quarter turn in their plane or its mirror image.
 
     Args:
         axes_zyx: Axes of the array that are reversed.
+        exchanged: Whether y and x are exchanged before; voxels should be as long along both.
     """
 
     axes_zyx: tuple[int, ...]
+    exchanged: bool = False
 
     def apply(self, image: Tensor) -> Tensor:
-        """The mirror image."""
-        return image.flip([axis + 2 for axis in self.axes_zyx])
+        """The image that the network looks at."""
+        return (image.transpose(3, 4) if self.exchanged else image).flip([axis + 2 for axis in self.axes_zyx])
 
     def undo(self, logits: Tensor) -> Tensor:
-        """The mirror image of the logits."""
-        return self.apply(logits)
+        """The logits, as they lie on the image."""
+        back = logits.flip([axis + 2 for axis in self.axes_zyx])
+        return back.transpose(3, 4) if self.exchanged else back
 
 
-# ``mirrors`` counts how many of them are used, from the first.
+# ``mirrors`` counts how many of them are used, from the first: mirror images, then what has y and x exchanged, of which
+# quarter turns come first.
 TRANSFORMS: list[Transform] = [
     Flip((2,)),
     Flip((1,)),
@@ -173,6 +177,14 @@ TRANSFORMS: list[Transform] = [
     Flip((0, 1)),
     Flip((0, 2)),
     Flip((0, 1, 2)),
+    Flip((1,), exchanged=True),
+    Flip((2,), exchanged=True),
+    Flip((0, 1), exchanged=True),
+    Flip((0, 2), exchanged=True),
+    Flip((), exchanged=True),
+    Flip((1, 2), exchanged=True),
+    Flip((0,), exchanged=True),
+    Flip((0, 1, 2), exchanged=True),
 ]
 
 
@@ -1292,8 +1304,8 @@ class NoduleInferencer:
         threshold: Probability from which a voxel counts as nodule; null takes the training's, 0.5.
         min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the one that the training chose on
             its validation scans at a threshold of 0.5, and 0 (all stay) for another threshold or a live network.
-        mirrors: Mirror images, 0 to 7, whose probabilities are averaged with those of the scan itself; a network
-            trained on patches looks again only at what may be a nodule. null takes the number that the training chose
+        mirrors: Mirror images, and from the 8th on quarter turns, 0 to 15, whose probabilities are averaged with those
+            of the scan itself; a network trained on patches looks again only at what may be a nodule. null takes the number that the training chose
             min_score with, and 0 for a live network.
         mixed_precision: Compute in half precision where the hardware gains by it.
         overwrite: Replace the results of another checkpoint, data set or setting in output_dir.

@@ -161,8 +161,8 @@ class ValidationSettings:
         fold: LUNA16's subset (0 to 9) to hold out for `validate.py --fold`; null holds out nothing.
         interval: Epochs between validations; the last epoch is always validated. In the first tenth of the epochs only
             the 1st, 2nd, 4th, 8th, ... due one takes place.
-        mirrors: Mirror images, 0 to 7, whose probabilities validation and later inference average with those of the
-            scan itself, or with patches of what may be a nodule.
+        mirrors: Mirror images, and from the 8th on quarter turns, 0 to 15, whose probabilities validation and later
+            inference average with those of the scan itself, or with patches of what may be a nodule.
     """
 
     fraction: float = 0.2

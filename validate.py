@@ -243,8 +243,8 @@ class Validator:
         min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the one that the training chose at a
             threshold of 0.5, and 0 (all stay) for another threshold; for a live network it is chosen anew, for the best
             Dice.
-        mirrors: Mirror images, 0 to 7, whose probabilities are averaged with those of the scan itself; null takes the
-            training's, and 0 for a live network.
+        mirrors: Mirror images, and from the 8th on quarter turns, 0 to 15, whose probabilities are averaged with those
+            of the scan itself; null takes the training's, and 0 for a live network.
         mixed_precision: Compute in half precision where the hardware gains by it.
         overwrite: Replace the results of another checkpoint, data set or setting in output_dir.
         model: A live network instead of a checkpoint; then no files are written.

@@ -124,6 +124,28 @@ def test_probabilities_of_mirror_images_are_averaged(live, mirrors, leaning):
         assert [abs(end) > 0.15 for end in ends] == [bool(lean) for lean in leaning]
 
 
+def test_looks_are_all_turns_and_mirror_images_with_the_turns_next_to_the_mirror_images():
+    image = torch.arange(2 * 3 * 4.0).reshape(1, 1, 2, 3, 4)
+    looks = [image, *(transform.apply(image) for transform in infer.TRANSFORMS)]
+    assert len({str(look.tolist()) for look in looks}) == 16
+    for transform, look in zip(infer.TRANSFORMS, looks[1:], strict=True):
+        assert torch.equal(transform.undo(look), image)
+    turns = [image.rot90(times, (3, 4)) for times in (1, 3)]
+    assert {str(look.tolist()) for look in looks[8:10]} == {str(turn.tolist()) for turn in turns}
+
+
+def test_probabilities_of_all_looks_are_averaged(live):
+    image = np.random.default_rng(0).random((4, 5, 6), dtype=np.float32)
+    found = live(Leaning(), mirrors=15).predict_probability(image)
+    looks = [np.flip(image, axes) for axes in MIRRORS]
+    straight = [np.flip(live(Leaning()).predict_probability(a), axes) for a, axes in zip(looks, MIRRORS, strict=True)]
+    turned = [
+        np.flip(live(Leaning()).predict_probability(a.swapaxes(1, 2)).swapaxes(1, 2), axes)
+        for a, axes in zip(looks, MIRRORS, strict=True)
+    ]
+    np.testing.assert_allclose(found, np.mean(straight + turned, axis=0), atol=2e-6)
+
+
 class QuarterTurn:
     """A test-time transform of one's own, in the (y, x) plane."""
 
@@ -252,9 +274,9 @@ def test_checkpoint_knows_the_number_of_mirror_images(processed_dir, tmp_path):
     assert NoduleInferencer(path, device="cpu", mirrors=0).settings.mirrors == 0
 
 
-@pytest.mark.parametrize("mirrors", [-1, 8])
+@pytest.mark.parametrize("mirrors", [-1, 16])
 def test_impossible_number_of_mirror_images_is_refused(live, mirrors):
-    with pytest.raises(ValueError, match="mirrors must be 0 to 7 or null"):
+    with pytest.raises(ValueError, match="mirrors must be 0 to 15 or null"):
         live(Nothing(), mirrors=mirrors)
 
 

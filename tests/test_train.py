@@ -750,7 +750,7 @@ def test_value_of_a_group_out_of_range_is_refused_by_name(make, name):
         make()
 
 
-@pytest.mark.parametrize(("name", "value"), [("fraction", 1.0), ("fold", 10), ("mirrors", 8)])
+@pytest.mark.parametrize(("name", "value"), [("fraction", 1.0), ("fold", 10), ("mirrors", 16)])
 def test_validation_setting_out_of_range_is_refused_by_name(processed_dir, tmp_path, name, value):
     with pytest.raises(InputError, match=name):
         Trainer(processed_dir, tmp_path, validation=ValidationSettings(**{name: value}), **CPU)
