@@ -1305,8 +1305,8 @@ class NoduleInferencer:
         min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the one that the training chose on
             its validation scans at a threshold of 0.5, and 0 (all stay) for another threshold or a live network.
         mirrors: Mirror images, and from the 8th on quarter turns, 0 to 15, whose probabilities are averaged with those
-            of the scan itself; a network trained on patches looks again only at what may be a nodule. null takes the number that the training chose
-            min_score with, and 0 for a live network.
+            of the scan itself; a network trained on patches looks again only at what may be a nodule. null takes the
+            number that the training chose min_score with, and 0 for a live network.
         mixed_precision: Compute in half precision where the hardware gains by it.
         overwrite: Replace the results of another checkpoint, data set or setting in output_dir.
         report: Write pages to look at the results with: report.html, and one for each scan; null does it for raw scans.
