@@ -48,7 +48,14 @@ from data.lungs import LUNG_METHOD, measure_noise
 from data.measures import MeasuredScan, Measures, lungs_by_threshold, write_measures
 from data.report import ct_of, report_scan, write_index
 from data.slicer import write_points, write_segmentation
-from model import InferenceSettings, SegmentationNetwork, checkpoint_file, load_checkpoint, to_device
+from model import (
+    InferenceSettings,
+    SegmentationNetwork,
+    checkpoint_file,
+    load_checkpoint,
+    save_checkpoint,
+    to_device,
+)
 from preprocess import PreparedScan, Preprocessing
 from utils import (
     CANDIDATE_COLUMNS,
@@ -1371,13 +1378,21 @@ class NoduleInferencer:
         geometry = Geometry(image.shape, (0.0, 0.0, 0.0), self.settings.grid_spacing or (1.0, 1.0, 1.0))
         return self.segment(self.predict_probability(image), geometry).mask
 
-    def find_candidates(self, probability: np.ndarray, geometry: Geometry) -> Segmentation:
+    def find_candidates(
+        self, probability: np.ndarray, geometry: Geometry, threshold: float | None = None
+    ) -> Segmentation:
         """All that might be a nodule in a probability map, float (z, y, x), judged by this network's grid.
 
-        With a live network of unknown grid a nodule may be as small as a voxel.
+        With a live network of unknown grid a nodule may be as small as a voxel. ``threshold`` None takes its own.
         """
+        threshold = threshold or self.settings.threshold
         smallest_mm3 = SMALLEST_NODULE_MM3 if self.settings.grid_spacing else 0.0
-        return find_candidates(probability, geometry, self.settings.threshold, self.settings.grid_spacing, smallest_mm3)
+        return find_candidates(probability, geometry, threshold, self.settings.grid_spacing, smallest_mm3)
+
+    def save_checkpoint(self, path: Path, settings: InferenceSettings) -> None:
+        """Writes a copy of this network's checkpoint that looks at scans by other settings."""
+        with atomic_path(path) as temporary:
+            save_checkpoint(temporary, replace(load_checkpoint(self.checkpoint_path), inference=settings))
 
     def segment(self, probability: np.ndarray, geometry: Geometry) -> Segmentation:
         """Mask, nodules and candidates of a probability map, float (z, y, x)."""

@@ -2,8 +2,9 @@
 
 ``python validate.py`` scores the validation scans of a training; ``--fold k`` the held-out fold of one that was trained
 with it; ``--predictions FILE.csv`` anyone's marks, without a network; ``--compare A B`` holds two results against each
-other. The FROC's rules are those of the challenge (Setio et al. 2017, arXiv:1612.08012) and, where the paper is silent,
-those of ``noduleCADEvaluationLUNA16.py``.
+other; ``--tune FILE.pth`` chooses threshold and min_score on the validation scans. The FROC's rules are those of the
+challenge (Setio et al. 2017, arXiv:1612.08012) and, where the paper is silent, those of
+``noduleCADEvaluationLUNA16.py``.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ VALIDATION_FILES = (
 )
 EXCLUDED_PATH = "data/LUNA16/annotations_excluded.csv"
 PREDICTIONS_DIR = "experiments/predictions"  # for the score of anyone's marks
+THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # that tuning chooses from
 METRICS = ("dice", "sensitivity", "precision", "recall")
 COUNTS = (
     "tp_voxels",
@@ -341,6 +343,61 @@ class Validator:
         if self.writes_files:
             do_once(lambda: self._write(result, excluded, {scan.seriesuid: scan.findings for scan in scans}))
         return result
+
+    def tune(self, tune: str | Path | None = None, excluded_path: str | Path = EXCLUDED_PATH) -> pd.DataFrame:
+        """Chooses threshold and min_score on the validation scans, and writes a checkpoint that carries them.
+
+        Args:
+            tune: Path of that checkpoint, beside the one that is tuned, to which it is otherwise equal; nothing is
+                scored then, since scores of these scans would flatter. null scores.
+            excluded_path: LUNA16's annotations_excluded.csv; what is found on such findings does not count.
+
+        Returns:
+            Of each of THRESHOLDS its ``min_score`` and the mean Dice of these scans that it was chosen by; ``chosen``
+            is true of the one that the checkpoint carries: the nearest to the present threshold of those that are
+            within NEARLY_AS_GOOD of the best.
+
+        Raises:
+            FileExistsError: There is such a file, and ``overwrite`` is false.
+            InputError: It would not lie beside the checkpoint, or no scan has a nodule or can be used.
+        """
+        path, source = Path(tune or ""), self.inferencer.checkpoint_path
+        check(
+            path.suffix == ".pth" and path.resolve().parent == source.resolve().parent,
+            f"tune must name a .pth file in {source.parent}, where the training's split.json lies, not {path}",
+        )
+        if path.exists() and not self.overwrite:
+            raise FileExistsError(f"{path} exists; name another file for tune, or set overwrite=True")
+        uids = [uid for uid, part in self._choose("validation", None).items() if part not in LEARNT_FROM]
+        self.inferencer.check_prepared_alike(self.data_dir, uids)
+        excluded = self._excluded(uids, excluded_path)
+
+        def examine(scan: ProcessedScan, predicted: tuple[Tensor, Any]) -> list[ExaminedScan]:
+            probability = predicted[0].cpu().numpy()
+            kinds = [self.inferencer.find_candidates(probability, scan.geometry, threshold) for threshold in THRESHOLDS]
+            return [ExaminedScan.of(scan, found, excluded=excluded) for found in kinds]
+
+        self.failed = {}
+        scans: list[list[ExaminedScan]] = map_scans(
+            self.data_dir, uids, self._predict, examine, desc="tuning", failed=self.failed
+        )
+        for uid, reason in self.failed.items():
+            logger.warning("%s is left out: %s", uid, reason)
+        check(bool(scans), "no validation scan can be used; run preprocess.py on them again")
+        rows = []
+        for threshold, examined in zip(THRESHOLDS, zip(*scans, strict=True), strict=True):
+            score = choose_min_score(examined)
+            values = np.array([scan.dice_without_excluded(score) for scan in examined])
+            rows.append((threshold, score, float(np.nanmean(values)) if np.isfinite(values).any() else math.nan))
+        table = pd.DataFrame(rows, columns=["threshold", "min_score", "dice"])
+        check(bool((table["dice"] > 0).any()), "no nodule of the validation scans is found at any threshold")
+        good = table[table["dice"] >= table["dice"].max() - NEARLY_AS_GOOD]
+        best = (good["threshold"] - self.inferencer.settings.threshold).abs().idxmin()
+        table["chosen"] = table.index == best
+        threshold, score = table.loc[best, ["threshold", "min_score"]]
+        settings = replace(self.inferencer.settings, threshold=float(threshold), min_score=float(score))
+        do_once(lambda: self.inferencer.save_checkpoint(path, settings))
+        return table
 
     def _excluded(self, seriesuids: Sequence[str], path: str | Path) -> pd.DataFrame | None:
         """The excluded findings that preprocess.py noted and, with a checkpoint, those of a table; None: neither."""
@@ -1339,6 +1396,16 @@ def compare_results(compare: list[Path] | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["figure", "first", "second", "difference", "lower", "upper"])
 
 
+def format_tuning(table: pd.DataFrame, path: str | Path) -> str:
+    """What ``Validator.tune`` chose, as a person reads it."""
+    chosen = table[table["chosen"]].iloc[0]
+    return (
+        f"{table.drop(columns='chosen').round(3).to_string(index=False)}\n"
+        f"{path} carries a threshold of {chosen['threshold']:g} and a min_score of {chosen['min_score']:.2f}. The Dice "
+        "is that of the scans that they were chosen on, and says nothing of others."
+    )
+
+
 def check_same_scans(first: ScoredScans, second: ScoredScans, *names: str) -> None:
     """Raises InputError where two results are not of the same scans, annotations and excluded findings."""
     uids = [set(scored.table["seriesuid"]) for scored in (first, second)]
@@ -1373,8 +1440,8 @@ def format_comparison(table: pd.DataFrame, names: Sequence[str]) -> str:
 
 def _command(argv: list[str] | None) -> int:
     skipped = ["model", "settings", "seriesuids", "loss"]
-    (options, run_options, score_options, compare_options), given = parse_command_line(
-        Validator, "run_validation", score_predictions, compare_results, argv=argv, skip=skipped
+    (options, run_options, tune_options, score_options, compare_options), given = parse_command_line(
+        Validator, "run_validation", "tune", score_predictions, compare_results, argv=argv, skip=skipped
     )
     if compare_options["compare"] is not None:
         refuse_options(given - {"compare"}, "they are for scoring; leave them out with compare")
@@ -1386,6 +1453,10 @@ def _command(argv: list[str] | None) -> int:
             score_options["output_dir"] = PREDICTIONS_DIR
         print(format_froc(score_predictions(**score_options)))
         print(f"table and picture: {score_options['output_dir']}")
+        return 0
+    if tune_options["tune"] is not None:
+        refuse_options(given - set(options) - set(tune_options), "they are for scoring; leave them out with tune")
+        print(format_tuning(Validator(**options).tune(**tune_options), tune_options["tune"]))
         return 0
     refuse_options(given - set(options) - set(run_options), "they are for scoring marks; name these by predictions")
     check(not {"fold", "subset"} <= given, "--subset would be ignored: --fold scores the held-out scans; leave one out")

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import metadata_of, nodule_at
+from scipy import ndimage
 from torch import nn
 
 import validate
@@ -1051,6 +1052,98 @@ def erring_run(run_dir, processed_dir, tmp_path_factory):
         return output_dir, validator.run_validation(excluded_path=excluded_path)
 
     return run
+
+
+class Dim(nn.Module):
+    """Gives all of one mask (z, y, x) a probability of 0.35, and its rim as much again around it one of 0.25."""
+
+    def __init__(self, mask):
+        super().__init__()
+        mask = np.asarray(mask) > 0
+        probability = np.where(mask, 0.35, np.where(ndimage.binary_dilation(mask), 0.25, 0.01)).astype(np.float32)
+        self.logits = torch.logit(torch.from_numpy(probability))
+
+    def forward(self, image):
+        return self.logits.expand_as(image)
+
+
+@pytest.fixture
+def dim(run_dir, processed_dir, tmp_path):
+    """A validator of scan 2 alone, whose network is Dim."""
+    shutil.copytree(run_dir / "checkpoints", tmp_path / "checkpoints")
+    uids = read_processed_list(processed_dir)
+    split = {"train": uids[:2], "validation": uids[2:3], "test": [], "fold": None}
+    (tmp_path / "checkpoints" / "split.json").write_text(json.dumps(split))
+
+    def make(name="best_model.pth", **options):
+        path = tmp_path / "checkpoints" / name
+        validator = Validator(processed_dir, path, tmp_path / "out", "cpu", mixed_precision=False, **options)
+        validator.inferencer.seen = {}
+        validator.inferencer.predictor.model = Dim(read_processed(processed_dir, uids[2]).mask)
+        return validator
+
+    return make
+
+
+def test_tuned_checkpoint_finds_what_the_old_one_missed(dim, tmp_path):
+    assert dim().run_validation().summary["nodules_found"] == 0
+    table = dim().tune(tmp_path / "checkpoints" / "tuned.pth")
+    assert table.loc[table["chosen"], "threshold"].tolist() == [0.3]
+    assert table["dice"][1] == 1 and 0 < table["dice"][0] < 1 and table["dice"][2:].tolist() == [0] * 5
+    old, new = (load_checkpoint(tmp_path / "checkpoints" / name) for name in ("best_model.pth", "tuned.pth"))
+    assert new.inference == replace(old.inference, threshold=0.3, min_score=table["min_score"][1])
+    assert new.training == old.training and all(map(torch.equal, new.weights.values(), old.weights.values()))
+    result = dim("tuned.pth", overwrite=True).run_validation()
+    assert result.summary["dice"]["mean"] == 1 and result.summary["chosen_on_these_scans"]
+
+
+def test_tuning_scores_nothing(dim, tmp_path):
+    dim().tune(tmp_path / "checkpoints" / "tuned.pth")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tuning_keeps_the_threshold_where_others_are_no_better(dim, processed_dir, tmp_path):
+    validator = dim()
+    validator.inferencer.predictor.model = Oracle(
+        read_processed(processed_dir, read_processed_list(processed_dir)[2]).mask
+    )
+    table = validator.tune(tmp_path / "checkpoints" / "tuned.pth")
+    assert table["dice"].tolist() == [1] * 7 and table.loc[table["chosen"], "threshold"].tolist() == [0.5]
+
+
+def test_tuning_that_finds_nothing_writes_nothing(dim, tmp_path):
+    validator = dim()
+    validator.inferencer.predictor.model = Nothing()
+    with pytest.raises(InputError, match="no nodule of the validation scans is found at any threshold"):
+        validator.tune(tmp_path / "checkpoints" / "tuned.pth")
+    assert not (tmp_path / "checkpoints" / "tuned.pth").exists()
+
+
+@pytest.mark.parametrize("name", ["elsewhere/tuned.pth", "checkpoints/tuned", "tuned.pth"])
+def test_tuned_checkpoint_lies_beside_its_split(dim, tmp_path, name):
+    with pytest.raises(
+        InputError, match=r"must name a \.pth file in .*checkpoints, where the training's split.json lies"
+    ):
+        dim().tune(tmp_path / name)
+
+
+def test_tuning_does_not_overwrite_a_file_unasked(dim, tmp_path):
+    path = tmp_path / "checkpoints" / "best_model.pth"
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="name another file for tune"):
+        dim().tune(path)
+    assert path.read_bytes() == before
+
+
+def test_tuning_from_the_command_line(run_dir, processed_dir, tmp_path, capsys, monkeypatch):
+    shutil.copytree(run_dir / "checkpoints", tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints" / "tuned.pth"
+    words = ["--data_dir", str(processed_dir), "--checkpoint_path", str(path.with_name("best_model.pth"))]
+    words += ["--output_dir", str(tmp_path / "out"), "--device", "cpu", "--tune", str(path)]
+    monkeypatch.setattr(Validator, "_predict", lambda self, scan: (torch.from_numpy(0.6 * (scan.mask > 0)), math.nan))
+    assert validate.main(words) == 0
+    assert f"{path} carries a threshold of 0.5" in capsys.readouterr().out
+    assert validate.main([*words, "--subset", "all"]) == 1
 
 
 @pytest.fixture(scope="module")
