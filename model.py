@@ -9,7 +9,7 @@ import math
 import pickle
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ START_SHARE = 0.25  # of the usual size of weights before a norm, at the start
 LOGIT_GAIN = 4.0  # of the last layer
 SURE_LOGIT = -1e4  # of background
 START_SLOPE = 0.01  # of PReLU
+MEAN_EPS = 1e-7  # keeps the logit of a mean probability finite
 FOCAL_GAMMA = 2.0
 TVERSKY_FALSE, TVERSKY_MISSED = 0.3, 0.7  # what a false and a missed voxel cost
 BOUNDARY_REACH = 10  # voxels
@@ -374,6 +375,8 @@ class ResidualEncoderUNet(SegmentationNetwork):
 
         In training (B, levels out_channels, Z, Y, X), the finest level first, the others with their values repeated.
         """
+        if self.unet.decoder.deep_supervision != self.training:  # where only the flags of the modules were set
+            self.unet.decoder.deep_supervision = self.training
         logits = super().forward(image)
         if not self.training:
             return logits
@@ -486,6 +489,37 @@ NETWORKS: dict[str, Callable[..., SegmentationNetwork]] = {
     "attention_unet": AttentionUNet,
     "segresnet": partial(SegResNet, norm="group"),
 }
+
+
+ENSEMBLE = "ensemble"
+
+
+class Ensemble(SegmentationNetwork):
+    """Several trained networks, whose probabilities are averaged; they look one after the other.
+
+    Args:
+        members: For each ``network``, its name in NETWORKS, and its ``arguments``.
+    """
+
+    def __init__(self, members: Sequence[Mapping[str, Any]]) -> None:
+        nn.Module.__init__(self)
+        self.arguments = {"members": [dict(member) for member in members]}
+        self.members = nn.ModuleList(NETWORKS[member["network"]](**member["arguments"]) for member in members)
+
+    @property
+    def divisor(self) -> int:
+        """Every spatial size must be a multiple of this, which suits all networks."""
+        return math.lcm(*(member.divisor for member in self.members))  # type: ignore[arg-type]
+
+    def check_size(self, shape_zyx: Sequence[int]) -> None:
+        """Raises ValueError unless all networks take arrays of this shape (z, y, x)."""
+        for member in self.members:
+            member.check_size(shape_zyx)  # type: ignore[operator]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Float32 logits (B, out_channels, Z, Y, X) of the mean probability of images (B, in_channels, Z, Y, X)."""
+        total = torch.stack([torch.sigmoid(member(image).float()) for member in self.members]).sum(dim=0)
+        return torch.logit(total / len(self.members), eps=MEAN_EPS)
 
 
 def check_weights(dice_weight: float, bce_weight: float) -> None:
@@ -712,7 +746,7 @@ class Checkpoint:
     """All that a resume, an inference or a validation needs of a training.
 
     Args:
-        network: Name of the network in NETWORKS.
+        network: Name of the network in NETWORKS, or 'ensemble' for an ``Ensemble``.
         arguments: Arguments of the network's constructor.
         weights: The network's state_dict.
         preprocessing: How the training scans were prepared, as ``Preprocessing.to_dict`` gives it.
@@ -745,10 +779,12 @@ class Checkpoint:
         Raises:
             InputError: There is no network of this name.
         """
+        constructors = {ENSEMBLE: Ensemble} | NETWORKS
         check(
-            self.network in NETWORKS, f"the checkpoint has the network {self.network!r}, which NETWORKS does not know"
+            self.network in constructors,
+            f"the checkpoint has the network {self.network!r}, which NETWORKS does not know",
         )
-        network = NETWORKS[self.network](**self.arguments)
+        network = constructors[self.network](**self.arguments)
         network.load_state_dict(self.weights)
         return network.eval()
 

@@ -1979,7 +1979,8 @@ def _join_paths(words: Iterable[str], options: dict[str, Any]) -> Iterator[str]:
         if paths:
             yield _as_list(paths)
         name, is_joined, value = word.removeprefix("--").partition("=")
-        paths = [] if name in options and list[Path] in get_args(_type_of(options[name])) else None
+        kind = _type_of(options[name]) if name in options else None
+        paths = [] if list[Path] in (kind, *get_args(kind)) else None
         if paths is not None and is_joined:
             paths, word = [value], f"--{name}"
         if word != "--":

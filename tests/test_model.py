@@ -15,6 +15,7 @@ from scipy import ndimage
 from torch import nn
 from torch.nn import functional
 
+from infer import evaluation_mode
 from model import (
     LOSSES,
     NETWORKS,
@@ -173,6 +174,16 @@ def test_training_gives_the_logits_of_each_level_finest_first(name, levels):
         coarse, coarse[..., ::2, ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
     )
     assert len(network.heads) == levels
+
+
+@pytest.mark.parametrize("name", ALL_NETWORKS)
+def test_network_trains_on_after_it_was_evaluated(name):
+    network = any_network(name).train()
+    image = torch.rand(2, 1, 16, 16, 16)
+    shape = network(image).shape
+    with evaluation_mode(network):
+        assert network(image).shape == (2, 1, 16, 16, 16)
+    assert network(image).shape == shape
 
 
 @pytest.mark.parametrize("name", [name for name in ALL_NETWORKS if name not in FREE_BLOCKS])

@@ -1,0 +1,127 @@
+"""Several checkpoints joined to one."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from data.ensemble import Ensembler, join_checkpoints, main
+from infer import NoduleInferencer
+from model import NETWORKS, Checkpoint, Ensemble, InferenceSettings, load_checkpoint, save_checkpoint
+from utils import InputError, read_processed, read_processed_list
+from validate import Validator
+
+LEVELS = {"unet": {"channels": (4, 8), "strides": (2,)}, "subpixel": {"channels": (4, 4, 8), "strides": (2, 2)}}
+
+
+def member(name, seed=0, preprocessing=None, **more):
+    torch.manual_seed(seed)
+    network = NETWORKS[name](**LEVELS[name], dropout=0.0)
+    network.expect(0.3)
+    values = {"inference": InferenceSettings(), "training": {}, "epoch": seed, "progress": {}} | more
+    return Checkpoint(name, network.arguments, network.state_dict(), preprocessing or {"target_size": None}, **values)
+
+
+def test_probability_is_the_mean_of_theirs():
+    members = [member("unet"), member("subpixel"), member("unet", seed=1)]
+    image = torch.rand(1, 1, 8, 8, 16)
+    joined = join_checkpoints(members, "abc").build_network()
+    assert isinstance(joined, Ensemble) and not joined.training and joined.divisor == 8
+    with torch.no_grad():
+        found = torch.sigmoid(joined(image))
+        expected = torch.stack([torch.sigmoid(one.build_network()(image)) for one in members]).mean(dim=0)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match="multiple of 8"):
+        joined(torch.rand(1, 1, 8, 8, 12))
+
+
+def test_settings_are_joined():
+    settings = [
+        InferenceSettings(min_score=0.2, mirrors=3, window=(48, 32, 32), grid_spacing=(1.0, 1.0, 2.0)),
+        InferenceSettings(min_score=0.4, mirrors=0, window=(32, 48, 48), grid_spacing=(1.0, 1.0, 1.0)),
+    ]
+    joined = join_checkpoints([member("unet", inference=one) for one in settings], "ab").inference
+    assert joined.min_score == pytest.approx(0.3)
+    assert replace(joined, min_score=0.3) == InferenceSettings(0.5, 0.3, 3, (48, 48, 48), (1.0, 1.0, 1.5))
+
+
+def test_what_one_has_seen_all_have_seen():
+    seen = [
+        {"a": (None, "train"), "b": ("p", "validation"), "c": (None, "earlier")},
+        {"a": ("q", "validation"), "b": (None, "train"), "d": (None, "validation")},
+    ]
+    learnt = [{"spacing": (1.0, 2.0), "dose": (5.0, 6.0)}, {"spacing": (0.5, 1.5)}]
+    members = [
+        member("unet", seen=s, learnt=r, about=a) for s, r, a in zip(seen, learnt, ["One.", "Two."], strict=True)
+    ]
+    joined = join_checkpoints(members, "ab")
+    expected = {"a": ("q", "train"), "b": ("p", "train"), "c": (None, "earlier"), "d": (None, "validation")}
+    assert joined.seen == expected
+    assert joined.learnt == {"spacing": (0.5, 2.0)} and joined.about == "One. Two."
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"preprocessing": {"target_size": [8, 8, 8]}}, "b takes scans that are prepared otherwise than those of a"),
+        ({"inference": InferenceSettings(threshold=0.4)}, "b has a threshold of 0.4, a one of 0.5"),
+        ({"inference": InferenceSettings(window=(8, 8, 8))}, "trained on patches, the other one on whole scans"),
+    ],
+)
+def test_checkpoints_that_do_not_fit_together_are_refused(other, message):
+    with pytest.raises(InputError, match=message):
+        join_checkpoints([member("unet"), member("unet", **other)], "ab")
+
+
+def test_ensemble_of_ensembles_is_refused():
+    joined = join_checkpoints([member("unet"), member("unet")], "ab")
+    with pytest.raises(InputError, match="b is an ensemble itself; name its members"):
+        join_checkpoints([member("unet"), joined], "ab")
+
+
+@pytest.fixture
+def paths(run_dir, processed_dir, tmp_path):
+    """Two checkpoints of one preparation, without a split beside them, that have seen a scan each."""
+    uids = read_processed_list(processed_dir)
+    known = load_checkpoint(run_dir / "checkpoints" / "best_model.pth")
+    settings = replace(known.inference, min_score=0.1)
+    for number in range(2):
+        one = member("unet", number, known.preprocessing, inference=settings, seen={uids[number]: (None, "train")})
+        save_checkpoint(tmp_path / f"{number}.pth", one)
+    return [tmp_path / "0.pth", tmp_path / "1.pth"]
+
+
+def test_joined_file_infers_and_validates_as_any_other(paths, processed_dir, tmp_path, capsys):
+    path = tmp_path / "joined.pth"
+    assert main(["--checkpoint_paths", *map(str, paths), "--output_path", str(path)]) == 0
+    assert capsys.readouterr().out.strip() == str(path)
+    image = read_processed(processed_dir, read_processed_list(processed_dir)[0]).image
+    maps = [
+        NoduleInferencer(one, tmp_path / "out", "cpu", mixed_precision=False).predict_probability(image)
+        for one in (path, *paths)
+    ]
+    np.testing.assert_allclose(maps[0], (maps[1] + maps[2]) / 2, atol=1e-5)
+    result = Validator(processed_dir, path, tmp_path / "scored", "cpu", mixed_precision=False).run_validation("all")
+    assert result.table["part"].tolist()[:3] == ["seen in training", "seen in training", "new"]
+
+
+def test_joined_file_does_not_replace_another_unasked(paths):
+    before = paths[0].read_bytes()
+    with pytest.raises(FileExistsError, match="name another output_path"):
+        Ensembler(paths, paths[0]).join()
+    assert paths[0].read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("count", "name", "message"),
+    [(1, "joined.pth", "must be two or more files, not 1"), (2, "joined", "output_path must end in .pth")],
+)
+def test_impossible_ensemble_is_refused(paths, tmp_path, count, name, message):
+    with pytest.raises(InputError, match=message):
+        Ensembler(paths[:count], tmp_path / name)
+
+
+def test_joined_file_does_not_lie_beside_the_split_of_one_training(paths, run_dir):
+    with pytest.raises(InputError, match=r"holds the split\.json of one training"):
+        Ensembler(paths, run_dir / "checkpoints" / "joined.pth")
