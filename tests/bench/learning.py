@@ -110,6 +110,8 @@ def recipe(*changes: str, epochs: int = 86, **more: Any) -> Trial:
 
 HALVES = {"train": "train A", "tests": ("test A", "test B")}
 SCREENING = 39  # epochs in ten minutes
+# Epochs in ten minutes of networks that work at full resolution, by the operations of a step beside the default's.
+FULL_RESOLUTION = {"nnunet": 6, "attention_unet": 7, "segresnet": 4, "nnunet_residual": 4, "vnet": 1}
 
 TRIALS = {
     "screening": recipe(epochs=SCREENING, **HALVES),
@@ -119,6 +121,14 @@ TRIALS = {
     "screening, fading, nothing pasted": recipe(
         "--augmentation.fade_prob", "0.2", "--augmentation.paste_prob", "0", epochs=SCREENING, **HALVES
     ),
+    **{
+        f"screening, {name}": recipe("--network", name, "--patches.warmup_epochs", "1", epochs=epochs, **HALVES)
+        for name, epochs in FULL_RESOLUTION.items()
+    },
+    **{
+        f"screening, {name}": recipe("--loss.name", name, epochs=SCREENING, **HALVES)
+        for name in ("dice_focal", "focal", "tversky", "boundary")
+    },
     "20 epochs": recipe(epochs=20),
     "20 epochs, dropout 0.1": recipe("--dropout", "0.1", epochs=20),
     "20 epochs, subpixel": recipe("--network", "subpixel", epochs=20),
