@@ -348,7 +348,7 @@ class Validator:
         """Chooses threshold and min_score on the validation scans, and writes a checkpoint that carries them.
 
         Args:
-            tune: Name of that checkpoint, e.g. 'experiments/NAME/checkpoints/tuned.pth', beside the one that is tuned, to
+            tune: Name of that checkpoint, e.g. 'experiments/NAME/checkpoints/tuned.pth', beside the tuned one, to
                 which it is otherwise equal; nothing is scored then, since scores of these scans would flatter.
                 null scores.
             excluded_path: LUNA16's annotations_excluded.csv; what is found on such findings does not count.
