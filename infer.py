@@ -1308,9 +1308,9 @@ class NoduleInferencer:
         checkpoint_path: Checkpoint of train.py; it carries the network and the preprocessing.
         output_dir: Where files and pictures go, whichever checkpoint is named.
         device: 'cuda', 'cuda:<n>' or 'cpu'.
-        threshold: Probability from which a voxel counts as nodule; null takes the training's, 0.5.
-        min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the one that the training chose on
-            its validation scans at a threshold of 0.5, and 0 (all stay) for another threshold or a live network.
+        threshold: Probability from which a voxel counts as nodule; null takes the checkpoint's, 0.5 unless it is tuned.
+        min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the checkpoint's, chosen on the
+            validation scans, and 0 (all stay) for another threshold than the checkpoint's or a live network.
         mirrors: Mirror images, and from the 8th on quarter turns, 0 to 15, whose probabilities are averaged with those
             of the scan itself; a network trained on patches looks again only at what may be a nodule. null takes the
             number that the training chose min_score with, and 0 for a live network.
@@ -1390,9 +1390,18 @@ class NoduleInferencer:
         return find_candidates(probability, geometry, threshold, self.settings.grid_spacing, smallest_mm3)
 
     def save_checkpoint(self, path: Path, settings: InferenceSettings) -> None:
-        """Writes a copy of this network's checkpoint that looks at scans by other settings."""
+        """Writes a copy of this network's checkpoint that looks at scans by other settings.
+
+        Raises:
+            InputError: The checkpoint has become another one since it was read.
+        """
+        checkpoint = load_checkpoint(self.checkpoint_path)
+        check(
+            checkpoint.sha256 == self.checkpoint_sha256,
+            f"{self.checkpoint_path} has changed meanwhile, and the settings are of the earlier network; do it again",
+        )
         with atomic_path(path) as temporary:
-            save_checkpoint(temporary, replace(load_checkpoint(self.checkpoint_path), inference=settings))
+            save_checkpoint(temporary, replace(checkpoint, inference=settings))
 
     def segment(self, probability: np.ndarray, geometry: Geometry) -> Segmentation:
         """Mask, nodules and candidates of a probability map, float (z, y, x)."""

@@ -150,7 +150,6 @@ class SegmentationNetwork(nn.Module):
                 f"strides of this network must be {' or '.join(map(str, strides))}, not {self.arguments['strides']}"
             )
 
-    @property
     def _norm(self) -> tuple[str, dict[str, bool]]:
         """The norm as MONAI names it; instance norm learns scale and shift as batch norm does."""
         return self.arguments["norm"], {"affine": True}
@@ -218,7 +217,7 @@ class LungNodule3DUNet(SegmentationNetwork):
 
     def _build(self) -> nn.Module:
         given = self.arguments
-        unet = nets.UNet(spatial_dims=3, act=("PRELU", {"init": START_SLOPE}), **given | {"norm": self._norm})
+        unet = nets.UNet(spatial_dims=3, act=("PRELU", {"init": START_SLOPE}), **given | {"norm": self._norm()})
         finest, below = given["channels"][0], given["channels"][1]  # without a level between, the lowest one comes up
         features = finest + (below if len(given["channels"]) == 2 else finest)
         down, skip, _ = unet.model.children()
@@ -264,7 +263,7 @@ class SubpixelUNet(SegmentationNetwork):
             upsample_kernel_size=given["strides"],
             filters=given["channels"],
             dropout=given["dropout"] or None,
-            norm_name=self._norm,
+            norm_name=self._norm(),
             res_block=given["num_res_units"] > 0,
         )
         # Its last layer drops logits, too: each becomes a probability of 0.5, and those were the hardest voxels.
@@ -279,8 +278,8 @@ class SubpixelUNet(SegmentationNetwork):
 class NNUNet(SegmentationNetwork):
     """nnU-Net's plain network with deep supervision (MONAI's ``DynUNet``; Isensee et al. 2021).
 
-    In training it gives logits of every level but the lowest, for ``deeply_supervised``. Other than nnU-Net's own
-    losses, that takes the lowest of these, too.
+    In training it gives logits of every level but the lowest, for ``deeply_supervised``. Unlike in nnU-Net, the lowest
+    of these counts as well.
 
     Takes the arguments of ``SegmentationNetwork``, of which ``channels`` must be three or more.
     """
@@ -300,7 +299,7 @@ class NNUNet(SegmentationNetwork):
             upsample_kernel_size=given["strides"],
             filters=given["channels"],
             dropout=given["dropout"] or None,
-            norm_name=self._norm,
+            norm_name=self._norm(),
             deep_supervision=True,
             deep_supr_num=len(given["channels"]) - 2,
         )
@@ -353,7 +352,7 @@ class ResidualEncoderUNet(SegmentationNetwork):
             conv_bias=True,
             norm_op=nn.BatchNorm3d if given["norm"] == "batch" else nn.InstanceNorm3d,
             norm_op_kwargs={"affine": True},
-            dropout_op=nn.Dropout3d if given["dropout"] else None,
+            dropout_op=nn.Dropout3d,  # also of 0: the names of the weights count the layers
             dropout_op_kwargs={"p": given["dropout"]},
             nonlin=nn.LeakyReLU,
             nonlin_kwargs={"inplace": True},
@@ -472,7 +471,7 @@ class SegResNet(SegmentationNetwork):
             in_channels=given["in_channels"],
             out_channels=given["out_channels"],
             dropout_prob=given["dropout"] or None,
-            norm=("group", {"num_groups": math.gcd(8, finest)}) if is_group else self._norm,
+            norm=("group", {"num_groups": math.gcd(8, finest)}) if is_group else self._norm(),
             blocks_down=(1, *[2] * (levels - 2), 4),
             blocks_up=(1,) * (levels - 1),
         )
@@ -641,7 +640,8 @@ class BoundaryLoss(DiceBCELoss):
 
     That is the mean over voxels of the probability times the distance to the true boundary, in voxels, negative inside.
     Distances are cut off at BOUNDARY_REACH and divided by it; without a nodule all are 1. Its share is epoch /
-    num_epochs, so that the first epoch learns by ``DiceBCELoss`` alone.
+    num_epochs, so that the first epoch learns by ``DiceBCELoss`` alone. The share starts at 0 and stays there unless
+    ``begin_epoch`` is called.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -815,10 +815,11 @@ def hand_on(checkpoint: Checkpoint, about: str, seen: SeenScans) -> Checkpoint:
         about: What it was trained and measured on.
         seen: The scans that it has seen, by the names that others know them by.
     """
-    weights = {
-        name: value.half() if value.is_floating_point() and value.ndim > 1 else value
-        for name, value in checkpoint.weights.items()
-    }
+    halves: dict[tuple[int, torch.Size], Tensor] = {}  # some networks list a layer under several names
+    weights = dict(checkpoint.weights)
+    for name, value in weights.items():
+        if value.is_floating_point() and value.ndim > 1:
+            weights[name] = halves.setdefault((value.data_ptr(), value.shape), value.half())
     return replace(checkpoint, weights=weights, progress={}, about=about, seen=seen)
 
 

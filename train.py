@@ -48,6 +48,7 @@ from dataset import (
     visible_nodules,
 )
 from model import (
+    ENSEMBLE,
     LOSSES,
     NETWORKS,
     NODULE_PRIOR,
@@ -62,6 +63,7 @@ from model import (
 )
 from utils import (
     SEEN,
+    TUNED_FILE,
     Folders,
     InputError,
     Progress,
@@ -97,6 +99,7 @@ from utils import (
     read_processed_list,
     read_split,
     run_main,
+    seen_by,
     select_device,
     split_path,
     tell,
@@ -117,7 +120,7 @@ LEAST_SHARE = 1e-4  # of voxels that an untrained network takes for nodule; from
 EPOCHS_TIMED = 10  # the last ones, by which the time that is left is estimated
 WARM_UP = 3  # eager steps before capture: cuDNN tries its kernels, AdamW allocates its state
 # Files of a run, and TensorBoard's beside them.
-RUN_FILE = re.compile(r"checkpoints/(best_model|checkpoint_epoch_\d+)\.pth|log\.csv|curves\.png")
+RUN_FILE = re.compile(rf"checkpoints/(best_model\.pth|checkpoint_epoch_\d+\.pth|{TUNED_FILE})|log\.csv|curves\.png")
 LOG_FILE = re.compile(r"logs_\d{8}-\d{6}/events\.out\.tfevents.*")
 GPU_SETTINGS = ("num_workers", "speed.record_steps")
 REPORT_EVERY = 10  # steps between reads of what lies on the device; each read makes the host wait for it
@@ -219,9 +222,9 @@ class Trainer:
         mixed_precision: bf16 where the hardware has it, else fp16 with a gradient scaler on CUDA, else float32.
         checkpoint_interval: Epochs between checkpoint_epoch_<n>.pth.
         network: 'unet' is LungNodule3DUNet; 'subpixel' is SubpixelUNet, whose steps are faster on a CPU;
-            'subpixel_instance' has instance norm, which does not depend on how processes share a batch; 'nnunet' and
-            'nnunet_residual' are those of nnU-Net, with deep supervision. The others work at full resolution, too, so
-            that a step takes several times as long.
+            'subpixel_instance' has instance norm, which does not depend on how processes share a batch. The others work
+            at full resolution, so that a step takes several times as long: 'nnunet' and 'nnunet_residual' of nnU-Net,
+            with deep supervision, 'vnet', 'attention_unet' and 'segresnet'.
         channels: Features of each level, e.g. '[16,32,64,128,256]'.
         strides: Downsampling between the levels, e.g. '[2,2,2,2]'.
         num_res_units: Convolutions in each residual unit.
@@ -385,6 +388,7 @@ class Trainer:
             InputError: They are those of another network, or hold numbers that are not finite.
         """
         checkpoint = load_checkpoint(path)
+        check(checkpoint.network != ENSEMBLE, f"initial_weights {path} are an ensemble; name one of its members")
         theirs = checkpoint.arguments | {"network": checkpoint.network}
         ours = network.arguments | {"network": self.settings["network"]}
         differing = [name for name in ours if name != "dropout" and theirs.get(name) != ours[name]]
@@ -407,9 +411,7 @@ class Trainer:
 
     def _note_earlier(self, seen: SeenScans, path: Path) -> None:
         """Notes which scans the initial weights have seen, by their checkpoint or the split beside it."""
-        if not seen and split_path(path).is_file():
-            split = read_split(split_path(path))
-            seen = dict.fromkeys(split.train + split.validation, (None, "earlier"))
+        seen = seen_by(seen, path)
         if not seen:
             logger.warning("%s does not say which scans it has seen; these may be scored as new ones", path)
         self.earlier = {uid: (patient, "earlier") for uid, (patient, _) in seen.items()}
@@ -674,9 +676,8 @@ class Trainer:
     def _run_epoch(self) -> None:
         start = time.perf_counter()
         rate = self._set_learning_rate()
-        for loss in (self.loss, self.validation_loss):
-            if begin_epoch := getattr(loss, "begin_epoch", None):
-                begin_epoch(self.epoch, self.num_epochs)
+        if begin_epoch := getattr(self.loss, "begin_epoch", None):  # validation's stays, so that epochs can be compared
+            begin_epoch(self.epoch, self.num_epochs)
         train_loss = self._train_epoch()
         trained = time.perf_counter()
         copy_from_first(self.network.buffers())  # batch norm's statistics, of which the first process writes its own

@@ -1451,7 +1451,17 @@ SEEN = "seen in training"  # part of a scan that taught the network, or whose pa
 LEARNT_FROM = ("train", SEEN)  # parts whose scans are never scored
 # {series UID: (patient or None, part)} of the scans that a network has learnt from ('train', or 'earlier' for those of
 # the weights that its training began with), or that chose its best epoch ('validation').
+TUNED_FILE = r"tuned[\w-]*\.pth"  # names of checkpoints that validate.py --tune writes
 SeenScans = dict[str, tuple[str | None, str]]
+
+
+def seen_by(seen: SeenScans, checkpoint_path: Path) -> SeenScans:
+    """What a checkpoint says it has seen or, where it says nothing, the split beside it; empty where neither tells."""
+    path = split_path(checkpoint_path)
+    if seen or not path.is_file():
+        return seen
+    split = read_split(path)
+    return {uid: (None, part) for uid, part in split.parts.items() if part != "test"}
 
 
 def parts_of(

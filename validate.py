@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before torch is loaded
 import glob
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -54,6 +55,7 @@ from utils import (
     CANDIDATE_COLUMNS,
     LEARNT_FROM,
     POSITION_COLUMNS,
+    TUNED_FILE,
     AnnotatedNodule,
     Box,
     Folders,
@@ -241,10 +243,9 @@ class Validator:
         checkpoint_path: Checkpoint of train.py.
         output_dir: Where the tables and pictures go; with predictions experiments/predictions, unless it is named.
         device: 'cuda', 'cuda:<n>' or 'cpu'.
-        threshold: Probability from which a voxel counts as nodule; null takes the training's, 0.5.
-        min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the one that the training chose at a
-            threshold of 0.5, and 0 (all stay) for another threshold; for a live network it is chosen anew, for the best
-            Dice.
+        threshold: Probability from which a voxel counts as nodule; null takes the checkpoint's, 0.5 unless it is tuned.
+        min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the checkpoint's, and 0 (all stay)
+            for another threshold than the checkpoint's; for a live network it is chosen anew, for the best Dice.
         mirrors: Mirror images, and from the 8th on quarter turns, 0 to 15, whose probabilities are averaged with those
             of the scan itself; null takes the training's, and 0 for a live network.
         mixed_precision: Compute in half precision where the hardware gains by it.
@@ -348,8 +349,8 @@ class Validator:
         """Chooses threshold and min_score on the validation scans, and writes a checkpoint that carries them.
 
         Args:
-            tune: Name of that checkpoint, e.g. 'experiments/NAME/checkpoints/tuned.pth', beside the tuned one, to
-                which it is otherwise equal; nothing is scored then, since scores of these scans would flatter.
+            tune: Name of that checkpoint, tuned.pth or the like, in the folder of the one that is tuned. It carries
+                the number of mirror images, too. Nothing is scored then, since scores of these scans would flatter;
                 null scores.
             excluded_path: LUNA16's annotations_excluded.csv; what is found on such findings does not count.
 
@@ -360,24 +361,24 @@ class Validator:
 
         Raises:
             FileExistsError: There is such a file, and ``overwrite`` is false.
-            InputError: It would not lie beside the checkpoint, or no scan has a nodule or can be used.
+            InputError: It would not lie beside the checkpoint, the network is none of a training, or no scan has a
+                nodule or can be used.
         """
         path, source = Path(tune or ""), self.inferencer.checkpoint_path
         check(
-            path.suffix == ".pth" and path.resolve().parent == source.resolve().parent,
-            f"tune must name a .pth file in {source.parent}, where the training's split.json lies, not {path}",
+            self.writes_files and split_path(source).is_file(),
+            f"{source.parent} has no split.json: only the checkpoint of a training can be tuned, by its own "
+            "validation scans",
+        )
+        check(
+            re.fullmatch(TUNED_FILE, path.name) is not None and path.resolve().parent == source.resolve().parent,
+            f"tune must name a file in {source.parent} that is called tuned.pth or tuned-NAME.pth, not {path}",
         )
         if path.exists() and not self.overwrite:
             raise FileExistsError(f"{path} exists; name another file for tune, or set overwrite=True")
         uids = [uid for uid, part in self._choose("validation", None).items() if part not in LEARNT_FROM]
         self.inferencer.check_prepared_alike(self.data_dir, uids)
-        excluded = self._excluded(uids, excluded_path)
-
-        def examine(scan: ProcessedScan, predicted: tuple[Tensor, Any]) -> list[ExaminedScan]:
-            probability = predicted[0].cpu().numpy()
-            kinds = [self.inferencer.find_candidates(probability, scan.geometry, threshold) for threshold in THRESHOLDS]
-            return [ExaminedScan.of(scan, found, excluded=excluded) for found in kinds]
-
+        examine = partial(self._examine_at_thresholds, self._excluded(uids, excluded_path))
         self.failed = {}
         scans: list[list[ExaminedScan]] = map_scans(
             self.data_dir, uids, self._predict, examine, desc="tuning", failed=self.failed
@@ -385,20 +386,21 @@ class Validator:
         for uid, reason in self.failed.items():
             logger.warning("%s is left out: %s", uid, reason)
         check(bool(scans), "no validation scan can be used; run preprocess.py on them again")
-        rows = []
-        for threshold, examined in zip(THRESHOLDS, zip(*scans, strict=True), strict=True):
-            score = choose_min_score(examined)
-            values = np.array([scan.dice_without_excluded(score) for scan in examined])
-            rows.append((threshold, score, float(np.nanmean(values)) if np.isfinite(values).any() else math.nan))
-        table = pd.DataFrame(rows, columns=["threshold", "min_score", "dice"])
-        check(bool((table["dice"] > 0).any()), "no nodule of the validation scans is found at any threshold")
-        good = table[table["dice"] >= table["dice"].max() - NEARLY_AS_GOOD]
-        best = (good["threshold"] - self.inferencer.settings.threshold).abs().idxmin()
-        table["chosen"] = table.index == best
-        threshold, score = table.loc[best, ["threshold", "min_score"]]
-        settings = replace(self.inferencer.settings, threshold=float(threshold), min_score=float(score))
+        table = choose_threshold(scans, self.inferencer.settings.threshold)
+        chosen = table[table["chosen"]].iloc[0]
+        settings = replace(
+            self.inferencer.settings, threshold=float(chosen["threshold"]), min_score=float(chosen["min_score"])
+        )
         do_once(lambda: self.inferencer.save_checkpoint(path, settings))
         return table
+
+    def _examine_at_thresholds(
+        self, excluded: pd.DataFrame | None, scan: ProcessedScan, predicted: tuple[Tensor, Any]
+    ) -> list[ExaminedScan]:
+        """What is found in a scan at each of THRESHOLDS."""
+        probability = predicted[0].cpu().numpy()
+        found = [self.inferencer.find_candidates(probability, scan.geometry, threshold) for threshold in THRESHOLDS]
+        return [ExaminedScan.of(scan, one, excluded=excluded) for one in found]
 
     def _excluded(self, seriesuids: Sequence[str], path: str | Path) -> pd.DataFrame | None:
         """The excluded findings that preprocess.py noted and, with a checkpoint, those of a table; None: neither."""
@@ -670,6 +672,22 @@ def choose_min_score(scans: Sequence[ExaminedScan]) -> float:
     dice = np.array([[scan.dice_without_excluded(score) for scan in scans] for score in scores])
     means = np.nan_to_num(dice).sum(axis=1) / np.maximum(np.isfinite(dice).sum(axis=1), 1)
     return float(scores[_middle_of_best(means)]) if means.any() else 0.0
+
+
+def choose_threshold(scans: Sequence[Sequence[ExaminedScan]], present: float) -> pd.DataFrame:
+    """The table that ``Validator.tune`` returns, of scans examined at each of THRESHOLDS.
+
+    Raises:
+        InputError: No nodule is found at any threshold.
+    """
+    rows = []
+    for threshold, examined in zip(THRESHOLDS, zip(*scans, strict=True), strict=True):
+        score = choose_min_score(examined)
+        rows.append((threshold, score, pd.Series([scan.dice_without_excluded(score) for scan in examined]).mean()))
+    table = pd.DataFrame(rows, columns=["threshold", "min_score", "dice"])
+    check(bool((table["dice"] > 0).any()), "no nodule of the validation scans is found at any threshold")
+    good = table[table["dice"] >= table["dice"].max() - NEARLY_AS_GOOD]
+    return table.assign(chosen=table.index == (good["threshold"] - present).abs().idxmin())
 
 
 def _middle_of_best(values: np.ndarray) -> int:
@@ -1457,8 +1475,11 @@ def _command(argv: list[str] | None) -> int:
         return 0
     if tune_options["tune"] is not None:
         refuse_options(given - set(options) - set(tune_options), "they are for scoring; leave them out with tune")
-        print(format_tuning(Validator(**options).tune(**tune_options), tune_options["tune"]))
-        return 0
+        validator = Validator(**options)
+        table = validator.tune(**tune_options)
+        if not process_rank():
+            print(format_tuning(table, tune_options["tune"]))
+        return 1 if validator.failed else 0
     refuse_options(given - set(options) - set(run_options), "they are for scoring marks; name these by predictions")
     check(not {"fold", "subset"} <= given, "--subset would be ignored: --fold scores the held-out scans; leave one out")
     validator = Validator(**options)

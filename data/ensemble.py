@@ -15,7 +15,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from model import ENSEMBLE, Checkpoint, InferenceSettings, checkpoint_file, load_checkpoint, save_checkpoint
-from utils import SeenScans, atomic_path, check, describe_difference, parse_command_line, run_main, split_path
+from utils import (
+    SeenScans,
+    atomic_path,
+    check,
+    describe_difference,
+    parse_command_line,
+    run_main,
+    seen_by,
+    split_path,
+)
 
 
 class Ensembler:
@@ -52,7 +61,9 @@ class Ensembler:
         """
         if self.output_path.exists() and not self.overwrite:
             raise FileExistsError(f"{self.output_path} exists; name another output_path, or set overwrite=True")
-        joined = join_checkpoints([load_checkpoint(path) for path in self.paths], [str(path) for path in self.paths])
+        checkpoints = [(path, load_checkpoint(path)) for path in self.paths]
+        members = [replace(checkpoint, seen=seen_by(checkpoint.seen, path)) for path, checkpoint in checkpoints]
+        joined = join_checkpoints(members, [str(path) for path in self.paths])
         with atomic_path(self.output_path) as temporary:
             save_checkpoint(temporary, joined)
         return self.output_path
@@ -69,11 +80,17 @@ def join_checkpoints(members: Sequence[Checkpoint], names: Sequence[str]) -> Che
         names: What they are called in errors.
 
     Raises:
-        InputError: They were prepared differently, have other thresholds, or are ensembles themselves.
+        InputError: They were prepared differently, have other thresholds, do not say what they have seen, or are
+            ensembles themselves.
     """
     first = members[0]
     for member, name in zip(members, names, strict=True):
         check(member.network != ENSEMBLE, f"{name} is an ensemble itself; name its members")
+        check(
+            bool(member.seen),
+            f"{name} does not say which scans it has seen; put the split.json of its training beside it, since these "
+            "scans would otherwise be scored as new ones",
+        )
         check(
             member.preprocessing == first.preprocessing,
             f"{name} takes scans that are prepared otherwise than those of {names[0]}: "

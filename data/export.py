@@ -177,8 +177,7 @@ def write_torch(checkpoint: Checkpoint, path: Path) -> Path:
         InputError: It does not compute what the network does.
     """
     network = checkpoint.build_network()
-    sizes = {axis: network.divisor * torch.export.Dim(f"blocks_{axis}", min=2, max=1024) for axis in (2, 3, 4)}
-    program = torch.export.export(Probability(network), (_example(network),), dynamic_shapes=(sizes,))
+    program = torch.export.export(Probability(network), (_example(network),), dynamic_shapes=(_sizes(network),))
     with atomic_path(path) as temporary:
         # As an open file, for a temporary name has another suffix than torch wants.
         with open(temporary, "wb") as file:
@@ -204,7 +203,6 @@ def write_onnx(checkpoint: Checkpoint, path: Path) -> Path:
     for name in (*ONNX_PACKAGES, "onnx_ir", "torch.onnx"):
         logging.getLogger(name).setLevel(logging.ERROR)  # they tell each step
     network = checkpoint.build_network()
-    axes = dict.fromkeys((2, 3, 4), torch.export.Dim.DYNAMIC)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about its own parts
         program = torch.onnx.export(
@@ -212,7 +210,7 @@ def write_onnx(checkpoint: Checkpoint, path: Path) -> Path:
             (_example(network),),
             input_names=["image"],
             output_names=["probability"],
-            dynamic_shapes=(axes,),
+            dynamic_shapes=(_sizes(network),),
             dynamo=True,
             verbose=False,
         )
@@ -224,6 +222,11 @@ def write_onnx(checkpoint: Checkpoint, path: Path) -> Path:
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         _compare(network, lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0]))
     return path
+
+
+def _sizes(network: SegmentationNetwork) -> dict[int, Any]:
+    """{axis of an image: sizes along it that the network takes}."""
+    return {axis: network.divisor * torch.export.Dim(f"blocks_{axis}", min=2, max=1024) for axis in (2, 3, 4)}
 
 
 def _example(network: SegmentationNetwork, blocks: int = 2) -> Tensor:

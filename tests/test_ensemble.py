@@ -9,7 +9,7 @@ import torch
 from data.ensemble import Ensembler, join_checkpoints, main
 from infer import NoduleInferencer
 from model import NETWORKS, Checkpoint, Ensemble, InferenceSettings, load_checkpoint, save_checkpoint
-from utils import InputError, read_processed, read_processed_list
+from utils import InputError, Split, read_processed, read_processed_list, write_split
 from validate import Validator
 
 LEVELS = {"unet": {"channels": (4, 8), "strides": (2,)}, "subpixel": {"channels": (4, 4, 8), "strides": (2, 2)}}
@@ -20,6 +20,7 @@ def member(name, seed=0, preprocessing=None, **more):
     network = NETWORKS[name](**LEVELS[name], dropout=0.0)
     network.expect(0.3)
     values = {"inference": InferenceSettings(), "training": {}, "epoch": seed, "progress": {}} | more
+    values.setdefault("seen", {"a": (None, "train")})
     return Checkpoint(name, network.arguments, network.state_dict(), preprocessing or {"target_size": None}, **values)
 
 
@@ -72,6 +73,24 @@ def test_what_one_has_seen_all_have_seen():
 def test_checkpoints_that_do_not_fit_together_are_refused(other, message):
     with pytest.raises(InputError, match=message):
         join_checkpoints([member("unet"), member("unet", **other)], "ab")
+
+
+def test_member_that_does_not_say_what_it_has_seen_is_refused():
+    with pytest.raises(InputError, match=r"b does not say which scans it has seen; put the split\.json"):
+        join_checkpoints([member("unet"), member("unet", seen={})], "ab")
+
+
+def test_split_beside_a_member_says_what_it_has_seen(run_dir, tmp_path):
+    """As of checkpoints that do not say it themselves."""
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save_checkpoint(folder / "best_model.pth", member("unet", number, seen={}))
+        write_split(folder / "split.json", Split((f"a{number}",), (f"b{number}",), ("c",)))
+    paths = [tmp_path / str(number) / "best_model.pth" for number in range(2)]
+    joined = load_checkpoint(Ensembler(paths, tmp_path / "joined.pth").join())
+    expected = {"a0": "train", "a1": "train", "b0": "validation", "b1": "validation"}
+    assert joined.seen == {uid: (None, part) for uid, part in expected.items()}
 
 
 def test_ensemble_of_ensembles_is_refused():

@@ -4,6 +4,7 @@ import builtins
 import json
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 
 import nibabel
 import numpy as np
@@ -11,9 +12,10 @@ import pytest
 import torch
 from monai.bundle import run, verify_net_in_out
 
+from data.ensemble import join_checkpoints
 from data.export import Exporter, _compare, _example, main
 from infer import Predictor
-from model import NETWORKS, Checkpoint, InferenceSettings, load_checkpoint, save_checkpoint
+from model import ENSEMBLE, NETWORKS, Checkpoint, InferenceSettings, load_checkpoint, save_checkpoint
 from utils import InputError, UserError, read_metadata, read_processed, read_processed_list, write_metadata
 
 
@@ -22,19 +24,37 @@ def checkpoint_path(run_dir):
     return run_dir / "checkpoints" / "best_model.pth"
 
 
-@pytest.fixture(params=["unet", "subpixel", "nnunet"])
+RESIDUAL = pytest.param(
+    "nnunet_residual",
+    marks=pytest.mark.skipif(
+        find_spec("dynamic_network_architectures") is None, reason="needs dynamic-network-architectures"
+    ),
+)
+
+
+@pytest.fixture(params=["unet", "subpixel", RESIDUAL, ENSEMBLE])
 def network_path(request, checkpoint_path, tmp_path):
     """A checkpoint of each kind of network, with random weights and statistics."""
     torch.manual_seed(0)
     known = load_checkpoint(checkpoint_path)
-    network = NETWORKS[request.param](channels=(4, 8, 16), strides=(2, 2), num_res_units=2, dropout=0.1)
+    if request.param == ENSEMBLE:
+        members = [random_checkpoint(name, known) for name in ("unet", "subpixel")]
+        save_checkpoint(tmp_path / "net.pth", join_checkpoints(members, "ab"))
+    else:
+        save_checkpoint(tmp_path / "net.pth", random_checkpoint(request.param, known))
+    return tmp_path / "net.pth"
+
+
+def random_checkpoint(name, known):
+    """Of a small network with random weights and statistics, for scans as those of a known checkpoint."""
+    network = NETWORKS[name](channels=(4, 8, 16), strides=(2, 2), num_res_units=2, dropout=0.1)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm3d):
             torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
             torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
     weights = network.state_dict()
-    checkpoint = Checkpoint(
-        request.param,
+    return Checkpoint(
+        name,
         network.arguments,
         weights,
         known.preprocessing,
@@ -42,9 +62,8 @@ def network_path(request, checkpoint_path, tmp_path):
         {},
         1,
         {},
+        seen={"a": (None, "train")},
     )
-    save_checkpoint(tmp_path / "net.pth", checkpoint)
-    return tmp_path / "net.pth"
 
 
 # ------------------------------------------------------------------------------------------------------- nnU-Net's data

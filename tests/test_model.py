@@ -171,6 +171,22 @@ def test_training_gives_the_logits_of_each_level_finest_first(name):
 
 
 @pytest.mark.parametrize("name", ALL_NETWORKS)
+def test_weights_fit_whatever_the_dropout(name):
+    any_network(name, dropout=0.1).load_state_dict(any_network(name, dropout=0.0).state_dict())
+
+
+@pytest.mark.parametrize("name", ALL_NETWORKS)
+def test_handed_on_weights_take_half_the_bytes(name, tmp_path):
+    network = any_network(name, channels=(8, 16, 32))
+    given = hand_on(checkpoint_of(weights=network.state_dict()), "about", {})
+    save_checkpoint(tmp_path / "half.pth", given)
+    weights = load_checkpoint(tmp_path / "half.pth").weights.values()
+    storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights}
+    single = sum(4 * tensor.numel() for tensor in [*network.parameters(), *network.buffers()])
+    assert sum(storages.values()) < 0.6 * single
+
+
+@pytest.mark.parametrize("name", ALL_NETWORKS)
 def test_network_trains_on_after_it_was_evaluated(name):
     network = any_network(name).train()
     image = torch.rand(2, 1, 16, 16, 16)

@@ -31,6 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 import infer
 import model
 import train
+from data.ensemble import join_checkpoints
 from dataset import Augmentation, Patches
 from infer import NoduleInferencer
 from model import DiceBCELoss, SegmentationNetwork, SubpixelUNet, load_checkpoint, save_checkpoint
@@ -144,6 +145,7 @@ def test_network_of_another_name_is_trained_kept_and_used(processed_dir, tmp_pat
     )
     trainer.train()
     assert getattr(trainer.loss, "share", 0.5) == 0.5  # of the boundary loss, in the second of two epochs
+    assert getattr(trainer.validation_loss, "share", 0) == 0  # or epochs could not be compared
     path = tmp_path / "checkpoints" / "best_model.pth"
     inferencer = NoduleInferencer(path, tmp_path / "out", "cpu")
     assert type(inferencer.predictor.model) is type(trainer.network)
@@ -913,6 +915,20 @@ def test_fresh_run_begins_with_given_weights(processed_dir, run_dir, tmp_path):
     names = [name for name in theirs if name.endswith("weight")]
     assert all(torch.allclose(ours[name], theirs[name]) for name in names)
     assert load_checkpoint(tmp_path / "checkpoints" / "checkpoint_epoch_1.pth").epoch == 1
+
+
+def test_ensemble_gives_no_initial_weights(processed_dir, run_dir, tmp_path):
+    one = load_checkpoint(run_dir / "checkpoints" / "best_model.pth")
+    save_checkpoint(tmp_path / "joined.pth", join_checkpoints([one, one], "ab"))
+    with pytest.raises(InputError, match="are an ensemble; name one of its members"):
+        Trainer(processed_dir, tmp_path / "run", initial_weights=tmp_path / "joined.pth", **CPU)
+
+
+def test_tuned_checkpoint_goes_with_the_run_that_is_overwritten(processed_dir, run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    shutil.copy(run_dir / "checkpoints" / "best_model.pth", tmp_path / "run" / "checkpoints" / "tuned-a.pth")
+    Trainer(processed_dir, tmp_path / "run", num_epochs=1, overwrite=True, **CPU).train()
+    assert not (tmp_path / "run" / "checkpoints" / "tuned-a.pth").exists()
 
 
 def test_given_weights_survive_a_resume(processed_dir, run_dir, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from scipy import ndimage
 from torch import nn
 
 import validate
-from infer import FoundNodule, NoduleInferencer, Segmentation, find_candidates
+from infer import FoundNodule, NoduleInferencer, Segmentation, find_candidates, map_scans
 from model import DiceBCELoss, LungNodule3DUNet, load_checkpoint, save_checkpoint
 from utils import (
     POSITION_COLUMNS,
@@ -1119,20 +1119,51 @@ def test_tuning_that_finds_nothing_writes_nothing(dim, tmp_path):
     assert not (tmp_path / "checkpoints" / "tuned.pth").exists()
 
 
-@pytest.mark.parametrize("name", ["elsewhere/tuned.pth", "checkpoints/tuned", "tuned.pth"])
-def test_tuned_checkpoint_lies_beside_its_split(dim, tmp_path, name):
-    with pytest.raises(
-        InputError, match=r"must name a \.pth file in .*checkpoints, where the training's split.json lies"
-    ):
-        dim().tune(tmp_path / name)
+@pytest.mark.parametrize(
+    "name", ["elsewhere/tuned.pth", "checkpoints/tuned", "tuned.pth", "checkpoints/best_model.pth"]
+)
+def test_tuned_checkpoint_has_a_name_of_its_own_beside_the_split(dim, tmp_path, name):
+    before = (tmp_path / "checkpoints" / "best_model.pth").read_bytes()
+    with pytest.raises(InputError, match=r"must name a file in .*checkpoints that is called tuned\.pth or"):
+        dim(overwrite=True).tune(tmp_path / name)
+    assert (tmp_path / "checkpoints" / "best_model.pth").read_bytes() == before
+
+
+def test_checkpoint_without_a_split_is_not_tuned(dim, tmp_path):
+    (tmp_path / "checkpoints" / "split.json").unlink()
+    with pytest.raises(InputError, match=r"has no split\.json: only the checkpoint of a training can be tuned"):
+        dim().tune(tmp_path / "checkpoints" / "tuned.pth")
+
+
+def test_checkpoint_that_changes_while_it_is_tuned_is_not_mixed_with_the_new_one(dim, tmp_path):
+    validator, path = dim(), tmp_path / "checkpoints" / "best_model.pth"
+    save_checkpoint(path, replace(load_checkpoint(path), epoch=99))
+    with pytest.raises(InputError, match="has changed meanwhile"):
+        validator.tune(tmp_path / "checkpoints" / "tuned.pth")
+    assert not (tmp_path / "checkpoints" / "tuned.pth").exists()
+
+
+def test_scan_that_cannot_be_tuned_on_is_told_and_gives_status_1(run_dir, processed_dir, tmp_path, monkeypatch, caplog):
+    shutil.copytree(run_dir / "checkpoints", tmp_path / "checkpoints")
+    words = ["--data_dir", str(processed_dir), "--checkpoint_path", str(tmp_path / "checkpoints" / "best_model.pth")]
+    words += ["--device", "cpu", "--tune", str(tmp_path / "checkpoints" / "tuned.pth")]
+    monkeypatch.setattr(Validator, "_predict", lambda self, scan: (torch.from_numpy(0.6 * (scan.mask > 0)), math.nan))
+
+    def all_but_one(*arguments, failed, **options):
+        failed["a"] = "is damaged"
+        return map_scans(*arguments, failed=failed, **options)
+
+    monkeypatch.setattr(validate, "map_scans", all_but_one)
+    assert validate.main(words) == 1
+    assert "a is left out: is damaged" in caplog.text
 
 
 def test_tuning_does_not_overwrite_a_file_unasked(dim, tmp_path):
-    path = tmp_path / "checkpoints" / "best_model.pth"
-    before = path.read_bytes()
+    path = tmp_path / "checkpoints" / "tuned-earlier.pth"
+    path.write_text("precious")
     with pytest.raises(FileExistsError, match="name another file for tune"):
         dim().tune(path)
-    assert path.read_bytes() == before
+    assert path.read_text() == "precious"
 
 
 def test_tuning_from_the_command_line(run_dir, processed_dir, tmp_path, capsys, monkeypatch):
