@@ -778,7 +778,7 @@ def draw_agreement(nodules: pd.DataFrame) -> Figure:
             axes.fill_between([lower, upper], *row["limits_mm"], color="C0", alpha=0.12, lw=0)
         axes.annotate(
             f"{row['bias_mm']:+.2f} mm",
-            ((lower + upper) / 2, max(row["bias_mm"], np.nan_to_num(row["limits_mm"][1]))),
+            ((lower + upper) / 2, np.fmax(row["bias_mm"], row["limits_mm"][1])),  # of one nodule there are no limits
             (0, 4),
             textcoords="offset points",
             ha="center",
