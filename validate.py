@@ -220,6 +220,7 @@ class ValidationResult:
         summary: The figures of ``validation_summary.json``.
         loss: Mean loss over the scans, NaN without a loss function.
         min_score: Score from which nodules stayed in the masks.
+        scans: What was found and what is there, a scan each, to be scored at other values of min_score.
     """
 
     table: pd.DataFrame
@@ -228,6 +229,7 @@ class ValidationResult:
     summary: dict[str, Any]
     loss: float
     min_score: float
+    scans: list[ExaminedScan]
 
     @property
     def dice(self) -> float:
@@ -460,6 +462,7 @@ class Validator:
             summarize(table) | settings | provenance,
             float(np.mean([scan.loss for scan in scans])),
             min_score,
+            scans,
         )
 
     def _claim(self, provenance: dict[str, Any]) -> None:
@@ -671,7 +674,7 @@ def choose_min_score(scans: Sequence[ExaminedScan]) -> float:
     scores = np.linspace(0, 1, 101)
     dice = np.array([[scan.dice_without_excluded(score) for scan in scans] for score in scores])
     means = np.nan_to_num(dice).sum(axis=1) / np.maximum(np.isfinite(dice).sum(axis=1), 1)
-    return float(scores[_middle_of_best(means)]) if means.any() else 0.0
+    return float(scores[middle_of_best(means)]) if means.any() else 0.0
 
 
 def choose_threshold(scans: Sequence[Sequence[ExaminedScan]], present: float) -> pd.DataFrame:
@@ -690,7 +693,7 @@ def choose_threshold(scans: Sequence[Sequence[ExaminedScan]], present: float) ->
     return table.assign(chosen=table.index == (good["threshold"] - present).abs().idxmin())
 
 
-def _middle_of_best(values: np.ndarray) -> int:
+def middle_of_best(values: np.ndarray) -> int:
     """Middle of the range around the highest value in which all are nearly as high."""
     best = int(values.argmax())
     poor = np.flatnonzero(values < values[best] - NEARLY_AS_GOOD)

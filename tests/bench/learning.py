@@ -246,7 +246,8 @@ def plain_row(bench: Bench, seed: int, epochs: int = 86, rate: float = 1e-3) -> 
     device, folder = select_device(bench.device), bench.folder(PLAIN, seed)
     split = make_split(data_dir, read_processed_list(data_dir), 0.5, seed)
     set_determinism(seed)
-    network = PlainUNet(channels=(16, 32, 64, 128), strides=(2, 2, 2)).to(device)
+    layout = torch.channels_last_3d  # the same sums, a quarter faster on a CPU
+    network = PlainUNet(channels=(16, 32, 64, 128), strides=(2, 2, 2)).to(device, memory_format=layout)
     loader = plain_loader(data_dir, split.train, 0 if device.type == "cpu" else 4, seed)
     loss, optimizer = DiceCELoss(sigmoid=True), torch.optim.AdamW(network.parameters(), rate, weight_decay=1e-5)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
@@ -264,7 +265,7 @@ def plain_row(bench: Bench, seed: int, epochs: int = 86, rate: float = 1e-3) -> 
         for batch in loader:
             optimizer.zero_grad()
             with torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None):
-                value = loss(network(batch["image"].to(device)), batch["mask"].to(device))
+                value = loss(network(batch["image"].to(device, memory_format=layout)), batch["mask"].to(device))
             value.backward()
             optimizer.step()
         schedule.step()
