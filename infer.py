@@ -42,6 +42,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
+from data.cleaning import follow_edges, reshape_nodules
 from data.dicom import DicomReader
 from data.dicom_results import has_highdicom, write_dicom_results
 from data.lungs import LUNG_METHOD, measure_noise
@@ -49,6 +50,7 @@ from data.measures import MeasuredScan, Measures, lungs_by_threshold, write_meas
 from data.report import ct_of, report_scan, write_index
 from data.slicer import write_points, write_segmentation
 from model import (
+    Cleaning,
     InferenceSettings,
     SegmentationNetwork,
     checkpoint_file,
@@ -539,6 +541,9 @@ def find_candidates(
     grid_spacing: Vector | None = None,
     smallest_mm3: float = SMALLEST_NODULE_MM3,
     score: Score | None = None,
+    cleaning: Cleaning | None = None,
+    image: np.ndarray | None = None,
+    device: torch.device | str = "cpu",
 ) -> Segmentation:
     """All that might be a nodule: those of the mask, and fainter spots that do not reach the threshold.
 
@@ -554,19 +559,33 @@ def find_candidates(
             follows from the array alone.
         smallest_mm3: Volume that a nodule of the mask must have; what is smaller is a faint spot.
         score: How likely a candidate is a nodule; None takes ``score_candidate``.
+        cleaning: What is done to the mask besides; the candidates' scores are those of ``probability`` as it is.
+        image: The array in [0, 1] that the map is of; needed with ``cleaning``.
+        device: Where ``cleaning.crf`` computes.
+
+    Raises:
+        ValueError: ``cleaning`` has no image, or one of another shape.
     """
+    cleaning = None if cleaning == Cleaning() else cleaning
+    array = np.zeros(0) if image is None else np.asarray(image)
+    check(cleaning is None or array.shape == probability.shape, "cleaning needs the image that the map is of")
     grid = replace(geometry, spacing=grid_spacing or geometry.spacing)
     score = score or score_candidate
     voxel_mm3 = grid.voxel_volume_mm3
-    parts, is_noise = _main_components(probability, threshold, voxel_mm3)
+    spots, spots_are_noise = _main_components(probability, min(CANDIDATE_THRESHOLD, threshold), voxel_mm3)
+    marked = probability
+    if cleaning and cleaning.crf and not spots_are_noise:
+        marked = follow_edges(probability, array, grid.spacing_zyx, spots, device)
+    parts, is_noise = _main_components(marked, threshold, voxel_mm3)
     if not is_noise:
         parts = _nodule_voxels(_fill_holes(parts, probability.shape, grid), grid)
+    if cleaning and not is_noise:
+        parts = reshape_nodules(parts, array, grid.spacing_zyx, cleaning)
     parts = [voxels for voxels in parts if len(voxels) * voxel_mm3 >= smallest_mm3]
     labels = np.zeros(probability.shape, np.int32)
     for number, voxels in enumerate(parts, start=1):
         labels[tuple(voxels.T)] = number
     found = _describe(parts, geometry, probability, grid, score)
-    spots, spots_are_noise = _main_components(probability, min(CANDIDATE_THRESHOLD, threshold), voxel_mm3)
     spots = [voxels for voxels in spots if not labels[tuple(voxels.T)].any()]
     faint = _describe(spots, geometry, probability, grid, score)[: max(0, MAX_CANDIDATES - len(found))]
     numbers = [number for number, _ in found] + [0] * len(faint)
@@ -1020,7 +1039,8 @@ def claim(path: Path, ours: dict[str, Any], overwrite: bool) -> str:
 
 def describe_mismatch(output_dir: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """Why results cannot go into a folder that holds others, by what is noted there; empty where they can."""
-    differing = [name for name in ours if name != "checkpoint" and theirs.get(name) != ours[name]]
+    names = ours | {"cleaning": ""}  # which is noted where there is any
+    differing = [name for name in names if name != "checkpoint" and theirs.get(name, "") != ours.get(name, "")]
     if not differing:
         return ""
     min_score, folder = theirs.get("min_score"), theirs.get("data_dir")
@@ -1319,6 +1339,8 @@ class NoduleInferencer:
         report: Write pages to look at the results with: report.html, and one for each scan; null does it for raw scans.
         model: A live network instead of a checkpoint.
         settings: How a live network looks at a scan, where the arguments above say nothing; a checkpoint knows its own.
+        cleaning: What is done to the mask besides the threshold; null takes the checkpoint's, nothing unless it is
+            tuned.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
@@ -1338,6 +1360,7 @@ class NoduleInferencer:
         report: bool | None = None,
         model: nn.Module | None = None,
         settings: InferenceSettings | None = None,
+        cleaning: Cleaning | None = None,
     ) -> None:
         self.checkpoint_path = checkpoint_file(checkpoint_path)
         self.report = report
@@ -1355,7 +1378,7 @@ class NoduleInferencer:
                 tell(f"{self.checkpoint_path.name}: {self.about}")
             self.lung_method = checkpoint.preprocessing.get("lung_method", 1)
             settings = checkpoint.inference
-        self.settings = _override(settings or InferenceSettings(), threshold, min_score, mirrors)
+        self.settings = _override(settings or InferenceSettings(), threshold, min_score, mirrors, cleaning)
         self.by_hand = _describe_by_hand(settings or self.settings, self.settings)
         self.predictor = Predictor(model or checkpoint.build_network(), self.settings, device, mixed_precision)
         self.folder = ResultFolder(self.output_dir, self.provenance, overwrite)
@@ -1376,18 +1399,31 @@ class NoduleInferencer:
         """
         image = np.asarray(image)
         geometry = Geometry(image.shape, (0.0, 0.0, 0.0), self.settings.grid_spacing or (1.0, 1.0, 1.0))
-        return self.segment(self.predict_probability(image), geometry).mask
+        return self.segment(self.predict_probability(image), geometry, image).mask
 
     def find_candidates(
-        self, probability: np.ndarray, geometry: Geometry, threshold: float | None = None
+        self,
+        probability: np.ndarray,
+        geometry: Geometry,
+        image: np.ndarray | None = None,
+        settings: InferenceSettings | None = None,
     ) -> Segmentation:
         """All that might be a nodule in a probability map, float (z, y, x), judged by this network's grid.
 
-        With a live network of unknown grid a nodule may be as small as a voxel. ``threshold`` None takes its own.
+        With a live network of unknown grid a nodule may be as small as a voxel. ``image`` is the array that the map is
+        of, which is only needed where the mask is cleaned. ``settings`` None takes this network's.
         """
-        threshold = threshold or self.settings.threshold
-        smallest_mm3 = SMALLEST_NODULE_MM3 if self.settings.grid_spacing else 0.0
-        return find_candidates(probability, geometry, threshold, self.settings.grid_spacing, smallest_mm3)
+        settings = settings or self.settings
+        return find_candidates(
+            probability,
+            geometry,
+            settings.threshold,
+            settings.grid_spacing,
+            SMALLEST_NODULE_MM3 if settings.grid_spacing else 0.0,
+            cleaning=settings.cleaning,
+            image=image,
+            device=self.predictor.device,
+        )
 
     def save_checkpoint(self, path: Path, settings: InferenceSettings) -> None:
         """Writes a copy of this network's checkpoint that looks at scans by other settings.
@@ -1403,9 +1439,9 @@ class NoduleInferencer:
         with atomic_path(path) as temporary:
             save_checkpoint(temporary, replace(checkpoint, inference=settings))
 
-    def segment(self, probability: np.ndarray, geometry: Geometry) -> Segmentation:
-        """Mask, nodules and candidates of a probability map, float (z, y, x)."""
-        return self.find_candidates(probability, geometry).keep(self.settings.min_score)
+    def segment(self, probability: np.ndarray, geometry: Geometry, image: np.ndarray | None = None) -> Segmentation:
+        """Mask, nodules and candidates of a probability map, float (z, y, x), of an image of the same shape."""
+        return self.find_candidates(probability, geometry, image).keep(self.settings.min_score)
 
     def extract_nodule_candidates(
         self,
@@ -1476,7 +1512,7 @@ class NoduleInferencer:
     ) -> ScanResult:
         """Nodules, files and picture of a processed scan."""
         assert self.preprocessing is not None
-        uid, found = scan.seriesuid, self.segment(probability, scan.geometry)
+        uid, found = scan.seriesuid, self.segment(probability, scan.geometry, scan.image)
         lungs = scan.metadata.lung_note or f"by {scan.metadata.lung_source}"
         unlike = describe_unlike(scanning_of(scan.metadata.scan_geometry, scan.metadata.noise_hu), self.learnt)
         highest = float(probability.max())
@@ -1598,7 +1634,7 @@ class NoduleInferencer:
         is_again = self.folder.claim(None, None, {name: source})
         part = self._part_of(raw)
         probability = self.predict_probability(prepared.array)
-        found = self.segment(probability, prepared.grid)
+        found = self.segment(probability, prepared.grid, prepared.array)
         unlike = describe_unlike(scanning_of(Geometry.from_image(scan), measure_noise(scan)), self.learnt)
         if prepared.lung_source == "none" and self.preprocessing.uses_lungs and not is_piece:
             unlike = "; ".join(filter(None, [unlike, "no lungs were found"]))
@@ -1722,6 +1758,8 @@ class NoduleInferencer:
     @property
     def provenance(self) -> dict[str, Any]:
         """Whose results these are: the checkpoint and all settings that decide what is found."""
+        cleaning = self.settings.cleaning
+        told = {"about": self.about, "cleaning": "" if cleaning == Cleaning() else str(cleaning)}
         return {
             "checkpoint": str(self.checkpoint_path),
             "checkpoint_sha256": self.checkpoint_sha256,
@@ -1729,17 +1767,20 @@ class NoduleInferencer:
             "min_score": self.settings.min_score,
             "mirrors": self.settings.mirrors,
             "computed_in": str(self.predictor.autocast_dtype or torch.float32).removeprefix("torch."),
-        } | ({"about": self.about} if self.about else {})
+        } | {name: text for name, text in told.items() if text}
 
 
 def _describe_by_hand(trained: InferenceSettings, used: InferenceSettings) -> tuple[str, ...]:
     """What is to be said of settings that were not chosen by the training."""
     names = {"threshold": "threshold", "min_score": "lowest score", "mirrors": "number of mirror images"}
-    return tuple(
+    told = tuple(
         f"The {text} is {getattr(used, name):.3g}, set by hand; the training chose {getattr(trained, name):.3g}."
         for name, text in names.items()
         if getattr(used, name) != getattr(trained, name)
     )
+    if used.cleaning != trained.cleaning:
+        told += (f"The mask was cleaned by {used.cleaning}, set by hand; the training chose {trained.cleaning}.",)
+    return told
 
 
 def _as_sentence(text: str) -> str:
@@ -1760,7 +1801,11 @@ def warnings_told() -> Iterator[list[str]]:
 
 
 def _override(
-    settings: InferenceSettings, threshold: float | None, min_score: float | None, mirrors: int | None
+    settings: InferenceSettings,
+    threshold: float | None,
+    min_score: float | None,
+    mirrors: int | None,
+    cleaning: Cleaning | None,
 ) -> InferenceSettings:
     """The settings with those that a user gave; a learnt min_score holds at its own threshold only."""
     if min_score is None and settings.min_score and threshold not in (None, settings.threshold):
@@ -1772,7 +1817,7 @@ def _override(
             threshold,
         )
         min_score = 0.0
-    given = {"threshold": threshold, "min_score": min_score, "mirrors": mirrors}
+    given = {"threshold": threshold, "min_score": min_score, "mirrors": mirrors, "cleaning": cleaning}
     return replace(settings, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 

@@ -708,6 +708,36 @@ LOSSES: dict[str, Callable[..., nn.Module]] = {
 
 
 @dataclass(frozen=True)
+class Cleaning:
+    """What is done to the mask besides the threshold. None of it was found to help, so nothing is done by default.
+
+    Args:
+        crf: Let probabilities follow the edges of the image before the threshold, by a conditional random field.
+        opening_mm: Radius of a ball; the parts of a nodule that it cannot enter are taken off.
+        closing_mm: Radius of a ball; the gaps and dents of a nodule that it cannot enter are filled. Holes always are.
+        smallest_mm: Diameter of the sphere of equal volume; what is smaller is no nodule. Below 2 mm nothing is.
+        in_lungs: Leave out nodules that lie mostly in air or outside the lungs.
+
+    Raises:
+        InputError: A length is negative.
+    """
+
+    crf: bool = False
+    opening_mm: float = 0.0
+    closing_mm: float = 0.0
+    smallest_mm: float = 0.0
+    in_lungs: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("opening_mm", "closing_mm", "smallest_mm"):
+            check(0 <= getattr(self, name) < math.inf, f"cleaning.{name} must be 0 or more, not {getattr(self, name)}")
+
+    def __str__(self) -> str:
+        given = {name: value for name, value in asdict(self).items() if value}
+        return ", ".join(name if value is True else f"{name} {value:g}" for name, value in given.items()) or "none"
+
+
+@dataclass(frozen=True)
 class InferenceSettings:
     """How a network looks at a scan, and what stays in the mask. Training chooses them, and checkpoints carry them.
 
@@ -718,6 +748,7 @@ class InferenceSettings:
         window: Shape (z, y, x) of the sliding window; None takes each scan whole.
         grid_spacing: Voxel size (x, y, z) in mm by which size and shape of nodules are judged, the median of the
             training scans; None takes that of each scan, and lets nodules be as small as a voxel.
+        cleaning: What is done to the mask besides the threshold.
 
     Raises:
         InputError: A value is out of its range.
@@ -728,6 +759,7 @@ class InferenceSettings:
     mirrors: int = 0
     window: Shape | None = None
     grid_spacing: Vector | None = None
+    cleaning: Cleaning = Cleaning()
 
     def __post_init__(self) -> None:
         check(0 < self.threshold < 1, f"threshold must be between 0 and 1, not {self.threshold}")
@@ -735,6 +767,8 @@ class InferenceSettings:
         for name in ("window", "grid_spacing"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))  # of a list, as checkpoints hold it
+        if isinstance(self.cleaning, dict):
+            object.__setattr__(self, "cleaning", Cleaning(**self.cleaning))
 
     def to_dict(self) -> dict[str, Any]:
         """Built-in types, for checkpoints."""

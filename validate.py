@@ -35,6 +35,7 @@ from data.validation_page import Finding, picture_findings, write_page
 from dataset import ignore_excluded
 from infer import (
     REMEDY,
+    Cleaning,
     InferenceSettings,
     NoduleInferencer,
     Segmentation,
@@ -115,7 +116,14 @@ VALIDATION_FILES = (
 )
 EXCLUDED_PATH = "data/LUNA16/annotations_excluded.csv"
 PREDICTIONS_DIR = "experiments/predictions"  # for the score of anyone's marks
-THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # that tuning chooses from
+THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # that tuning chooses from, and what it tries beside
+CLEANINGS: tuple[dict[str, Any], ...] = (
+    {"crf": True},
+    {"opening_mm": 1.0},
+    {"closing_mm": 2.0},
+    {"smallest_mm": 4.0},
+    {"in_lungs": True},
+)
 METRICS = ("dice", "sensitivity", "precision", "recall")
 COUNTS = (
     "tp_voxels",
@@ -256,6 +264,8 @@ class Validator:
         settings: How a live network looks at a scan, where the arguments above say nothing; a checkpoint knows its own.
         seriesuids: Scans to score with a live network.
         loss: Function of logits and target (B, 1, Z, Y, X) to average over the scans.
+        cleaning: What is done to the mask besides the threshold; null takes the checkpoint's, nothing unless it is
+            tuned.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
@@ -277,6 +287,7 @@ class Validator:
         settings: InferenceSettings | None = None,
         seriesuids: Sequence[str] | None = None,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        cleaning: Cleaning | None = None,
     ) -> None:
         check(model is None or seriesuids is not None, "a live model needs the seriesuids to score")
         self.data_dir = as_folders(data_dir)
@@ -296,6 +307,7 @@ class Validator:
             overwrite,
             model=model,
             settings=settings,
+            cleaning=cleaning,
         )
         self.overwrite = overwrite
         self.min_score = self.inferencer.settings.min_score
@@ -348,7 +360,7 @@ class Validator:
         return result
 
     def tune(self, tune: str | Path | None = None, excluded_path: str | Path = EXCLUDED_PATH) -> pd.DataFrame:
-        """Chooses threshold and min_score on the validation scans, and writes a checkpoint that carries them.
+        """Chooses threshold, cleaning and min_score on the validation scans; writes a checkpoint that carries them.
 
         Args:
             tune: Name of that checkpoint, tuned.pth or the like, in the folder of the one that is tuned. It carries
@@ -357,9 +369,10 @@ class Validator:
             excluded_path: LUNA16's annotations_excluded.csv; what is found on such findings does not count.
 
         Returns:
-            Of each of THRESHOLDS its ``min_score`` and the mean Dice of these scans that it was chosen by; ``chosen``
-            is true of the one that the checkpoint carries: the nearest to the present threshold of those that are
-            within NEARLY_AS_GOOD of the best.
+            Of each choice its ``threshold``, ``cleaning``, ``min_score`` and the mean Dice of these scans that it was
+            chosen by; ``chosen`` is true of the one that the checkpoint carries. The choices are THRESHOLDS, and at the
+            present threshold each of CLEANINGS. Of those within NEARLY_AS_GOOD of the best the present settings are
+            chosen, or else the nearest threshold, or the first cleaning.
 
         Raises:
             FileExistsError: There is such a file, and ``overwrite`` is false.
@@ -380,7 +393,10 @@ class Validator:
             raise FileExistsError(f"{path} exists; name another file for tune, or set overwrite=True")
         uids = [uid for uid, part in self._choose("validation", None).items() if part not in LEARNT_FROM]
         self.inferencer.check_prepared_alike(self.data_dir, uids)
-        examine = partial(self._examine_at_thresholds, self._excluded(uids, excluded_path))
+        present = self.inferencer.settings
+        choices = [replace(present, threshold=threshold) for threshold in sorted({*THRESHOLDS, present.threshold})]
+        choices += [replace(present, cleaning=replace(present.cleaning, **change)) for change in CLEANINGS]
+        examine = partial(self._examine_choices, choices, self._excluded(uids, excluded_path))
         self.failed = {}
         scans: list[list[ExaminedScan]] = map_scans(
             self.data_dir, uids, self._predict, examine, desc="tuning", failed=self.failed
@@ -388,20 +404,20 @@ class Validator:
         for uid, reason in self.failed.items():
             logger.warning("%s is left out: %s", uid, reason)
         check(bool(scans), "no validation scan can be used; run preprocess.py on them again")
-        table = choose_threshold(scans, self.inferencer.settings.threshold)
-        chosen = table[table["chosen"]].iloc[0]
-        settings = replace(
-            self.inferencer.settings, threshold=float(chosen["threshold"]), min_score=float(chosen["min_score"])
-        )
+        settings, table = choose_settings(choices, scans, present)
         do_once(lambda: self.inferencer.save_checkpoint(path, settings))
         return table
 
-    def _examine_at_thresholds(
-        self, excluded: pd.DataFrame | None, scan: ProcessedScan, predicted: tuple[Tensor, Any]
+    def _examine_choices(
+        self,
+        choices: Sequence[InferenceSettings],
+        excluded: pd.DataFrame | None,
+        scan: ProcessedScan,
+        predicted: tuple[Tensor, Any],
     ) -> list[ExaminedScan]:
-        """What is found in a scan at each of THRESHOLDS."""
+        """What is found in a scan by each choice of settings."""
         probability = predicted[0].cpu().numpy()
-        found = [self.inferencer.find_candidates(probability, scan.geometry, threshold) for threshold in THRESHOLDS]
+        found = [self.inferencer.find_candidates(probability, scan.geometry, scan.image, choice) for choice in choices]
         return [ExaminedScan.of(scan, one, excluded=excluded) for one in found]
 
     def _excluded(self, seriesuids: Sequence[str], path: str | Path) -> pd.DataFrame | None:
@@ -509,7 +525,7 @@ class Validator:
     ) -> ExaminedScan:
         """Compares all that was found in a scan with the truth."""
         probability, loss = predicted
-        found = self.inferencer.find_candidates(probability.cpu().numpy(), scan.geometry)
+        found = self.inferencer.find_candidates(probability.cpu().numpy(), scan.geometry, scan.image)
         if not self.writes_files and scan.seriesuid == self._example_uid:
             self._example = scan, found
         examined = ExaminedScan.of(scan, found, float(loss), excluded)
@@ -529,7 +545,7 @@ class Validator:
         if self._example is None:
             scan = read_processed(self.data_dir, self._example_uid)
             probability = self.inferencer.predictor.predict_probability(scan.image, content_box(scan.image))
-            self._example = scan, self.inferencer.find_candidates(probability, scan.geometry)
+            self._example = scan, self.inferencer.find_candidates(probability, scan.geometry, scan.image)
         scan, found = self._example[0], self._example[1].keep(self.min_score)
         image, truth = np.asarray(scan.image, np.float32), np.asarray(scan.mask)
         annotated, title = scan.metadata.nodules, scan.seriesuid
@@ -677,20 +693,26 @@ def choose_min_score(scans: Sequence[ExaminedScan]) -> float:
     return float(scores[middle_of_best(means)]) if means.any() else 0.0
 
 
-def choose_threshold(scans: Sequence[Sequence[ExaminedScan]], present: float) -> pd.DataFrame:
-    """The table that ``Validator.tune`` returns, of scans examined at each of THRESHOLDS.
+def choose_settings(
+    choices: Sequence[InferenceSettings], scans: Sequence[Sequence[ExaminedScan]], present: InferenceSettings
+) -> tuple[InferenceSettings, pd.DataFrame]:
+    """The settings that ``Validator.tune`` chooses, and the table of all, of scans examined by each choice.
 
     Raises:
-        InputError: No nodule is found at any threshold.
+        InputError: No nodule is found by any choice.
     """
     rows = []
-    for threshold, examined in zip(THRESHOLDS, zip(*scans, strict=True), strict=True):
+    for choice, examined in zip(choices, zip(*scans, strict=True), strict=True):
         score = choose_min_score(examined)
-        rows.append((threshold, score, pd.Series([scan.dice_without_excluded(score) for scan in examined]).mean()))
-    table = pd.DataFrame(rows, columns=["threshold", "min_score", "dice"])
-    check(bool((table["dice"] > 0).any()), "no nodule of the validation scans is found at any threshold")
+        dice = pd.Series([scan.dice_without_excluded(score) for scan in examined]).mean()
+        rows.append((choice.threshold, str(choice.cleaning), score, dice))
+    table = pd.DataFrame(rows, columns=["threshold", "cleaning", "min_score", "dice"])
+    check(bool((table["dice"] > 0).any()), "no nodule of the validation scans is found by any choice")
     good = table[table["dice"] >= table["dice"].max() - NEARLY_AS_GOOD]
-    return table.assign(chosen=table.index == (good["threshold"] - present).abs().idxmin())
+    changes = (good["threshold"] - present.threshold).abs() + (good["cleaning"] != str(present.cleaning))
+    chosen = int(changes.idxmin())
+    settings = replace(choices[chosen], min_score=float(table["min_score"].iloc[chosen]))
+    return settings, table.assign(chosen=table.index == chosen)
 
 
 def middle_of_best(values: np.ndarray) -> int:
@@ -1423,8 +1445,8 @@ def format_tuning(table: pd.DataFrame, path: str | Path) -> str:
     chosen = table[table["chosen"]].iloc[0]
     return (
         f"{table.drop(columns='chosen').round(3).to_string(index=False)}\n"
-        f"{path} carries a threshold of {chosen['threshold']:g} and a min_score of {chosen['min_score']:.2f}. The Dice "
-        "is that of the scans that they were chosen on, and says nothing of others."
+        f"{path} carries a threshold of {chosen['threshold']:g}, a min_score of {chosen['min_score']:.2f} and cleaning "
+        f"by {chosen['cleaning']}. The Dice is that of the scans that they were chosen on, and says nothing of others."
     )
 
 

@@ -152,7 +152,8 @@ def _identity(kind: str, images: Sequence[Any], frames: np.ndarray, provenance: 
 
 def _parameters(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that decide what is found."""
-    return {name: provenance[name] for name in ("threshold", "min_score", "mirrors")}
+    names = ("threshold", "min_score", "mirrors", "cleaning")
+    return {name: provenance[name] for name in names if name in provenance}
 
 
 def _segmentation(

@@ -102,6 +102,10 @@ def join_checkpoints(members: Sequence[Checkpoint], names: Sequence[str]) -> Che
             f"{name} has a threshold of {theirs.threshold:g}, {names[0]} one of {ours.threshold:g}; they must be equal",
         )
         check(
+            theirs.cleaning == ours.cleaning,
+            f"{name} has its masks cleaned by {theirs.cleaning}, {names[0]} by {ours.cleaning}; they must be equal",
+        )
+        check(
             (theirs.window is None) == (ours.window is None),
             f"one of {name} and {names[0]} was trained on patches, the other one on whole scans",
         )

@@ -122,7 +122,8 @@ def facts_of(provenance: Mapping[str, Any]) -> dict[str, str]:
         "Computed in": provenance["computed_in"],
         "Date": now(),
     }
-    return facts | ({ABOUT: provenance["about"]} if "about" in provenance else {})
+    told = {ABOUT: "about", "Masks cleaned by": "cleaning"}
+    return facts | {title: provenance[name] for title, name in told.items() if name in provenance}
 
 
 def notes_of(part: str, lungs: str, unlike_training: str) -> list[str]:

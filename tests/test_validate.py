@@ -1089,7 +1089,14 @@ def test_tuned_checkpoint_finds_what_the_old_one_missed(dim, tmp_path):
     assert dim().run_validation().summary["nodules_found"] == 0
     table = dim().tune(tmp_path / "checkpoints" / "tuned.pth")
     assert table.loc[table["chosen"], "threshold"].tolist() == [0.3]
-    assert table["dice"][1] == 1 and 0 < table["dice"][0] < 1 and table["dice"][2:].tolist() == [0] * 5
+    assert table["dice"][1] == 1 and 0 < table["dice"][0] < 1 and table["dice"][2:].tolist() == [0] * 10
+    assert table["cleaning"].tolist() == ["none"] * 7 + [
+        "crf",
+        "opening_mm 1",
+        "closing_mm 2",
+        "smallest_mm 4",
+        "in_lungs",
+    ]
     old, new = (load_checkpoint(tmp_path / "checkpoints" / name) for name in ("best_model.pth", "tuned.pth"))
     assert new.inference == replace(old.inference, threshold=0.3, min_score=table["min_score"][1])
     assert new.training == old.training and all(map(torch.equal, new.weights.values(), old.weights.values()))
@@ -1108,13 +1115,15 @@ def test_tuning_keeps_the_threshold_where_others_are_no_better(dim, processed_di
         read_processed(processed_dir, read_processed_list(processed_dir)[2]).mask
     )
     table = validator.tune(tmp_path / "checkpoints" / "tuned.pth")
-    assert table["dice"].tolist() == [1] * 7 and table.loc[table["chosen"], "threshold"].tolist() == [0.5]
+    chosen = table[table["chosen"]]
+    assert table["dice"][:7].tolist() == [1] * 7
+    assert (chosen["threshold"].tolist(), chosen["cleaning"].tolist()) == ([0.5], ["none"])
 
 
 def test_tuning_that_finds_nothing_writes_nothing(dim, tmp_path):
     validator = dim()
     validator.inferencer.predictor.model = Nothing()
-    with pytest.raises(InputError, match="no nodule of the validation scans is found at any threshold"):
+    with pytest.raises(InputError, match="no nodule of the validation scans is found by any choice"):
         validator.tune(tmp_path / "checkpoints" / "tuned.pth")
     assert not (tmp_path / "checkpoints" / "tuned.pth").exists()
 
