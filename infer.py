@@ -1039,8 +1039,8 @@ def claim(path: Path, ours: dict[str, Any], overwrite: bool) -> str:
 
 def describe_mismatch(output_dir: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """Why results cannot go into a folder that holds others, by what is noted there; empty where they can."""
-    noted = ours | {"cleaning": ""}  # which stands there only where there is any
-    differing = [name for name in noted if name != "checkpoint" and theirs.get(name, "") != ours.get(name, "")]
+    noted = {"cleaning": None} | ours  # it is noted only where there is any
+    differing = [name for name in noted if name != "checkpoint" and theirs.get(name) != noted[name]]
     if not differing:
         return ""
     min_score, folder = theirs.get("min_score"), theirs.get("data_dir")
