@@ -1,0 +1,138 @@
+"""What further looks and cleaner masks gain: one trained network by other settings, on scans that it has not seen.
+
+python tests/bench/settings.py --data_dir data/phantom/test/processed --about "small recipe, seed 8"
+
+Each setting has its row in settings.csv, with what it gains over the checkpoint's own settings. Its min_score is chosen
+anew, that of each half of the scans on the other half. Rows that are there are not made again.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import pandas as pd
+from jsonargparse import auto_cli
+from tqdm import tqdm
+
+from infer import NoduleInferencer
+from model import Cleaning
+from utils import ANNOTATION_COLUMNS, LEARNT_FROM, check, read_processed, read_processed_list, write_csv
+from validate import NODULE_RESULT_COLUMNS, ExaminedScan, ScoredScans, choose_min_score
+
+RESULTS = Path(__file__).with_name("settings.csv")
+PRESENT = "as the checkpoint says"
+SETTINGS: dict[str, dict[str, Any]] = {
+    PRESENT: {},
+    "no mirror image": {"mirrors": 0},
+    "1 mirror image": {"mirrors": 1},
+    "3 mirror images": {"mirrors": 3},
+    "7 mirror images": {"mirrors": 7},
+    "8 quarter turns and mirror images": {"mirrors": 9},
+    "16 quarter turns and mirror images": {"mirrors": 15},
+    "threshold 0.3": {"threshold": 0.3},
+    "threshold 0.4": {"threshold": 0.4},
+    "threshold 0.6": {"threshold": 0.6},
+    "conditional random field": {"cleaning": Cleaning(crf=True)},
+    "opening, 1 mm": {"cleaning": Cleaning(opening_mm=1.0)},
+    "opening, 2 mm": {"cleaning": Cleaning(opening_mm=2.0)},
+    "closing, 2 mm": {"cleaning": Cleaning(closing_mm=2.0)},
+    "3 mm or larger": {"cleaning": Cleaning(smallest_mm=3.0)},
+    "4 mm or larger": {"cleaning": Cleaning(smallest_mm=4.0)},
+    "in the lungs": {"cleaning": Cleaning(in_lungs=True)},
+}
+
+
+def examine(
+    checkpoint_path: Path, data_dir: Path, names: Sequence[str], device: str
+) -> dict[str, tuple[list[ExaminedScan], float]]:
+    """{name: (scans and what is found in them, seconds a scan)} of settings that look equally often."""
+    inferencer = NoduleInferencer(checkpoint_path, device=device, mirrors=SETTINGS[names[0]].get("mirrors"))
+    choices = {name: replace(inferencer.settings, **SETTINGS[name]) for name in names}
+    uids = read_processed_list(data_dir)
+    learnt = [uid for uid in uids if inferencer.seen.get(uid, (None, ""))[1] in LEARNT_FROM]
+    check(not learnt, f"{checkpoint_path} has learnt from {len(learnt)} of these scans; name a data_dir of others")
+    found: dict[str, list[ExaminedScan]] = {name: [] for name in names}
+    seconds = dict.fromkeys(names, 0.0)
+    for uid in tqdm(uids, unit="scan", desc=names[0], disable=None):
+        scan = read_processed(data_dir, uid)
+        excluded = pd.DataFrame([(uid, *finding) for finding in scan.metadata.excluded], columns=ANNOTATION_COLUMNS)
+        start = time.perf_counter()
+        probability = inferencer.predict_probability(scan.image)
+        looked = time.perf_counter() - start
+        for name, choice in choices.items():
+            start = time.perf_counter()
+            candidates = inferencer.find_candidates(probability, scan.geometry, scan.image, choice)
+            seconds[name] += looked + time.perf_counter() - start
+            found[name].append(ExaminedScan.of(scan, candidates, excluded=excluded))
+    return {name: (found[name], seconds[name] / len(uids)) for name in names}
+
+
+def score(scans: Sequence[ExaminedScan], excluded: pd.DataFrame) -> ScoredScans:
+    """Results at a min_score that each scan has no part in."""
+    halves = [choose_min_score(scans[1::2]), choose_min_score(scans[::2])]
+    min_scores = [halves[number % 2] for number in range(len(scans))]
+    table = [{"seriesuid": s.seriesuid} | s.row(least) for s, least in zip(scans, min_scores, strict=True)]
+    nodules = [row for s, least in zip(scans, min_scores, strict=True) for row in s.nodule_rows(least)]
+    return ScoredScans(
+        pd.DataFrame(table),
+        pd.DataFrame(nodules, columns=list(NODULE_RESULT_COLUMNS)),
+        pd.concat([scan.found.marks(scan.seriesuid) for scan in scans], ignore_index=True),
+        excluded,
+    )
+
+
+def main(
+    about: str,
+    data_dir: Path = Path("data/phantom/test/processed"),
+    checkpoint_path: Path = Path("experiments/phantom/checkpoints/best_model.pth"),
+    settings: list[str] = list(SETTINGS),  # noqa: B006 - never changed
+    device: str = "cuda",
+) -> None:
+    """Makes the missing rows of settings.csv.
+
+    Args:
+        about: What the network and the scans are called in the table.
+        data_dir: Folder of processed scans that training never saw.
+        checkpoint_path: Checkpoint of train.py.
+        settings: Names in SETTINGS.
+        device: 'cuda', 'cuda:<n>' or 'cpu'.
+    """
+    unknown = [name for name in settings if name not in SETTINGS]
+    check(not unknown, f"settings must be among {', '.join(SETTINGS)}, not {', '.join(unknown)}")
+    done = pd.read_csv(RESULTS) if RESULTS.is_file() else pd.DataFrame(columns=["about", "setting"])
+    missing = [name for name in settings if name not in set(done.loc[done["about"] == about, "setting"])]
+    if not missing:
+        return
+    metadata = {uid: read_processed(data_dir, uid).metadata for uid in read_processed_list(data_dir)}
+    findings = [(uid, *finding) for uid, scan in metadata.items() for finding in scan.excluded]
+    excluded = pd.DataFrame(findings, columns=ANNOTATION_COLUMNS)
+    present: dict[str, np.ndarray] = {}
+    for mirrors in sorted({SETTINGS[name].get("mirrors", -1) for name in missing} | {-1}):  # -1: the checkpoint's
+        names = [name for name in missing if SETTINGS[name].get("mirrors", -1) == mirrors]
+        if mirrors == -1:
+            names = [PRESENT, *(name for name in names if name != PRESENT)]
+        for name, (scans, seconds) in examine(checkpoint_path, data_dir, names, device).items():
+            draws = score(scans, excluded).draws()
+            present = present or draws
+            row: dict[str, Any] = {"about": about, "setting": name, "scans": len(scans), "seconds": round(seconds, 2)}
+            for kind, values in (("dice", draws["Dice per scan"]), ("cpm", draws["CPM"])):
+                gains = values - present["Dice per scan" if kind == "dice" else "CPM"]
+                low, high = np.nanquantile(gains[1:], [0.025, 0.975])
+                figures = {kind: values[0], f"{kind}_gain": gains[0], f"{kind}_low": low, f"{kind}_high": high}
+                row |= {key: round(float(value), 4) for key, value in figures.items()}
+            if name in missing:
+                done = pd.concat([done, pd.DataFrame([row])], ignore_index=True) if len(done) else pd.DataFrame([row])
+                write_csv(RESULTS, done)
+                print(pd.DataFrame([row]).T.to_string(header=False), flush=True)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
