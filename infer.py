@@ -176,6 +176,32 @@ class Flip:
         return back.transpose(3, 4) if self.exchanged else back
 
 
+@dataclass(frozen=True)
+class Zoom:
+    """The image on a finer or a coarser grid.
+
+    Args:
+        shape_zyx: Shape of the image.
+        grid_zyx: Shape of the grid.
+    """
+
+    shape_zyx: tuple[int, ...]
+    grid_zyx: tuple[int, ...]
+
+    @classmethod
+    def by(cls, factor: float, shape_zyx: Sequence[int], divisor: int) -> Zoom:
+        """By a factor that is met as nearly as multiples of ``divisor`` allow."""
+        return cls(tuple(shape_zyx), tuple(max(1, round(size * factor / divisor)) * divisor for size in shape_zyx))
+
+    def apply(self, image: Tensor) -> Tensor:
+        """The image that the network looks at."""
+        return functional.interpolate(image, self.grid_zyx, mode="trilinear")
+
+    def undo(self, logits: Tensor) -> Tensor:
+        """The logits, as they lie on the image."""
+        return functional.interpolate(logits, self.shape_zyx, mode="trilinear")
+
+
 # ``mirrors`` counts how many of them are used, from the first: mirror images, then what has y and x exchanged, of which
 # quarter turns come first.
 TRANSFORMS: list[Transform] = [
@@ -221,6 +247,8 @@ class Predictor:
         self.asked_device = device
         self.device = join_processes(select_device(device, warn=False))
         self.model = to_device(model, self.device) if isinstance(model, SegmentationNetwork) else model
+        self.divisor = model.divisor if isinstance(model, SegmentationNetwork) else 1
+        self.more_looks = settings.mirrors + len(settings.scales)
         self.autocast_dtype = autocast_dtype(self.device, mixed_precision)
 
     def logits(self, image: Tensor, box: Box | None = None) -> Tensor:
@@ -228,25 +256,25 @@ class Predictor:
 
         A network trained on patches slides over the image, or over ``box`` alone; the logits
         outside of it are OUTSIDE_LOGIT. The windows go to the device one batch at a time; the logits come to lie where
-        the image does. With ``mirrors`` it looks again at what may be a nodule. The network's training mode is left as
-        it was.
+        the image does. With ``mirrors`` and ``scales`` it looks again at what may be a nodule, or ``everywhere``. The
+        network's training mode is left as it was.
         """
         with evaluation_mode(self.model), torch.inference_mode():
             if self.settings.window is None:
-                return self._forward(image, self.settings.mirrors)
+                return self._forward(image, again=True)
             inside: Any = (..., *(box.slices if box else ()))
             logits = torch.full_like(image, OUTSIDE_LOGIT, dtype=torch.float32)
             logits[inside] = sliding_window_inference(  # type: ignore[assignment]
                 image[inside].float(),
                 self.settings.window,
                 WINDOW_BATCH,
-                self._forward,
+                partial(self._forward, again=self.settings.everywhere),
                 overlap=WINDOW_OVERLAP,
                 mode="gaussian",
                 sw_device=self.device,
                 device=image.device,
             )
-            if self.settings.mirrors:
+            if self.more_looks and not self.settings.everywhere:
                 for one, its_logits in zip(image[inside], logits[inside], strict=True):
                     self._refine_spots(one[None], its_logits[0])
             return logits
@@ -260,34 +288,33 @@ class Predictor:
                 their window.
         """
         assert self.settings.window is not None
-        mirrors = self.settings.mirrors
         size = np.minimum(self.settings.window, logits.shape)
-        weight = (1 + mirrors) * compute_importance_map(tuple(size), "gaussian", LOOK_SIGMA, logits.device)
+        weight = (1 + self.more_looks) * compute_importance_map(tuple(size), "gaussian", LOOK_SIGMA, logits.device)
         total, weights = logits.sigmoid(), torch.ones_like(logits)
         voxel_mm3 = math.prod(self.settings.grid_spacing or (0.0,))
         for middle in _middles_of_spots(total.cpu().numpy(), size // 2, voxel_mm3):
             crop = Box.of_size(np.clip(middle - size // 2, 0, logits.shape - size), size).slices
-            again = self._forward(image[:, :, *crop], mirrors)[0, 0].to(logits.device)
+            again = self._forward(image[:, :, *crop], again=True)[0, 0].to(logits.device)
             total[crop] += weight * again.sigmoid()
             weights[crop] += weight
         looked = weights > 1
         logits[looked] = torch.logit(total[looked] / weights[looked], eps=PROBABILITY_EPS)
 
-    def _forward(self, image: Tensor, mirrors: int = 0) -> Tensor:
+    def _forward(self, image: Tensor, again: bool) -> Tensor:
         """Logits of one batch, padded with air to a size that the network takes and cropped again.
 
-        With ``mirrors``, returns the logit of the probability averaged over the image and TRANSFORMS[:mirrors].
+        It returns the logit of the probability, ``again``: averaged over the image and all further looks at it.
         """
-        divisor = self.model.divisor if isinstance(self.model, SegmentationNetwork) else 1
         shape = image.shape[2:]
-        padding = [n for size in reversed(shape) for n in (0, -size % divisor)]
+        padding = [n for size in reversed(shape) for n in (0, -size % self.divisor)]
         image = functional.pad(image.to(self.device).float(), padding)
         logits = self._run(image)
-        if mirrors:
+        if again and self.more_looks:
             total = logits.sigmoid()
-            for transform in TRANSFORMS[:mirrors]:
-                total += transform.undo(self._run(transform.apply(image))).sigmoid()
-            logits = torch.logit(total / (1 + mirrors), eps=PROBABILITY_EPS)
+            zooms = [Zoom.by(scale, image.shape[2:], self.divisor) for scale in self.settings.scales]
+            for look in (*TRANSFORMS[: self.settings.mirrors], *zooms):
+                total += look.undo(self._run(look.apply(image))).sigmoid()
+            logits = torch.logit(total / (1 + self.more_looks), eps=PROBABILITY_EPS)
         return logits[..., : shape[0], : shape[1], : shape[2]]
 
     def _run(self, image: Tensor) -> Tensor:
@@ -813,6 +840,11 @@ SCAN_FILES = (
 SUMMARY_SHARE = 0.05  # a summary is written anew when so many of its scans are new
 MAX_LISTED = 40  # scans on the console
 SHORT_NAME = 34  # letters of a name on the console
+EXTRAS = {  # settings that are noted only where they are not what they are by default
+    "cleaning": "cleaning of the mask is",
+    "scales": "factors of further looks are",
+    "everywhere": "place of further looks is",
+}
 REMEDY = "; name another output_dir, or replace them with overwrite=True (--overwrite true)"
 
 
@@ -1039,7 +1071,7 @@ def claim(path: Path, ours: dict[str, Any], overwrite: bool) -> str:
 
 def describe_mismatch(output_dir: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """Why results cannot go into a folder that holds others, by what is noted there; empty where they can."""
-    noted = {"cleaning": None} | ours  # it is noted only where there is any
+    noted = dict.fromkeys(EXTRAS) | ours  # they are noted only where there are any
     differing = [name for name in noted if name != "checkpoint" and theirs.get(name) != noted[name]]
     if not differing:
         return ""
@@ -1341,6 +1373,10 @@ class NoduleInferencer:
         settings: How a live network looks at a scan, where the arguments above say nothing; a checkpoint knows its own.
         cleaning: What is done to the mask besides the threshold; null takes the checkpoint's, nothing unless it is
             tuned.
+        scales: Factors by which the scan is magnified for further looks, such as '[0.8, 1.25]', each as one more mirror
+            image; null takes the checkpoint's, none unless they were set.
+        everywhere: Whether a network trained on patches looks again everywhere; null takes the checkpoint's, false
+            unless it was set.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
@@ -1361,6 +1397,8 @@ class NoduleInferencer:
         model: nn.Module | None = None,
         settings: InferenceSettings | None = None,
         cleaning: Cleaning | None = None,
+        scales: tuple[float, ...] | None = None,
+        everywhere: bool | None = None,
     ) -> None:
         self.checkpoint_path = checkpoint_file(checkpoint_path)
         self.report = report
@@ -1378,7 +1416,9 @@ class NoduleInferencer:
                 tell(f"{self.checkpoint_path.name}: {self.about}")
             self.lung_method = checkpoint.preprocessing.get("lung_method", 1)
             settings = checkpoint.inference
-        self.settings = _override(settings or InferenceSettings(), threshold, min_score, mirrors, cleaning)
+        given: dict[str, Any] = {"threshold": threshold, "min_score": min_score, "mirrors": mirrors}
+        given |= {"cleaning": cleaning, "scales": scales, "everywhere": everywhere}
+        self.settings = _override(settings or InferenceSettings(), given)
         self.by_hand = _describe_by_hand(settings or self.settings, self.settings)
         self.predictor = Predictor(model or checkpoint.build_network(), self.settings, device, mixed_precision)
         self.folder = ResultFolder(self.output_dir, self.provenance, overwrite)
@@ -1758,8 +1798,7 @@ class NoduleInferencer:
     @property
     def provenance(self) -> dict[str, Any]:
         """Whose results these are: the checkpoint and all settings that decide what is found."""
-        cleaning = self.settings.cleaning
-        told = {"about": self.about, "cleaning": "" if cleaning == Cleaning() else str(cleaning)}
+        told = {"about": self.about} | _describe_extras(self.settings)
         return {
             "checkpoint": str(self.checkpoint_path),
             "checkpoint_sha256": self.checkpoint_sha256,
@@ -1778,9 +1817,21 @@ def _describe_by_hand(trained: InferenceSettings, used: InferenceSettings) -> tu
         for name, text in names.items()
         if getattr(used, name) != getattr(trained, name)
     )
-    if used.cleaning != trained.cleaning:
-        told += (f"The mask was cleaned by {used.cleaning}, set by hand; the training chose {trained.cleaning}.",)
-    return told
+    ours, theirs = _describe_extras(used), _describe_extras(trained)
+    return told + tuple(
+        f"The {EXTRAS[name]} {text or 'none'}, set by hand; the checkpoint says {theirs[name] or 'none'}."
+        for name, text in ours.items()
+        if text != theirs[name]
+    )
+
+
+def _describe_extras(settings: InferenceSettings) -> dict[str, str]:
+    """What of EXTRAS is done, in words; empty where it is not."""
+    return {
+        "cleaning": "" if settings.cleaning == Cleaning() else str(settings.cleaning),
+        "scales": ", ".join(f"{scale:g}" for scale in settings.scales),
+        "everywhere": "everywhere" if settings.everywhere else "",
+    }
 
 
 def _as_sentence(text: str) -> str:
@@ -1800,15 +1851,10 @@ def warnings_told() -> Iterator[list[str]]:
         logging.getLogger().removeHandler(handler)
 
 
-def _override(
-    settings: InferenceSettings,
-    threshold: float | None,
-    min_score: float | None,
-    mirrors: int | None,
-    cleaning: Cleaning | None,
-) -> InferenceSettings:
-    """The settings with those that a user gave; a learnt min_score holds at its own threshold only."""
-    if min_score is None and settings.min_score and threshold not in (None, settings.threshold):
+def _override(settings: InferenceSettings, given: dict[str, Any]) -> InferenceSettings:
+    """The settings with those that a user gave, not None; a learnt min_score holds at its own threshold only."""
+    threshold = given["threshold"]
+    if given["min_score"] is None and settings.min_score and threshold not in (None, settings.threshold):
         logger.warning(
             "the min_score of %.2f was learnt at a threshold of %g, not %g: all nodules stay in the mask; "
             "set min_score to leave out doubtful ones",
@@ -1816,9 +1862,8 @@ def _override(
             settings.threshold,
             threshold,
         )
-        min_score = 0.0
-    given = {"threshold": threshold, "min_score": min_score, "mirrors": mirrors, "cleaning": cleaning}
-    return replace(settings, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        given = given | {"min_score": 0.0}
+    return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
 
 def map_scans(

@@ -749,6 +749,8 @@ class InferenceSettings:
         grid_spacing: Voxel size (x, y, z) in mm by which size and shape of nodules are judged, the median of the
             training scans; None takes that of each scan, and lets nodules be as small as a voxel.
         cleaning: What is done to the mask besides the threshold.
+        scales: Factors by which the scan is magnified for further looks, whose probabilities are averaged, too.
+        everywhere: Whether a network trained on patches looks again everywhere, and not only at what may be a nodule.
 
     Raises:
         InputError: A value is out of its range.
@@ -760,11 +762,15 @@ class InferenceSettings:
     window: Shape | None = None
     grid_spacing: Vector | None = None
     cleaning: Cleaning = Cleaning()
+    scales: tuple[float, ...] = ()
+    everywhere: bool = False
 
     def __post_init__(self) -> None:
         check(0 < self.threshold < 1, f"threshold must be between 0 and 1, not {self.threshold}")
         check(0 <= self.min_score <= 1, f"min_score must be 0 to 1 or null, not {self.min_score}")
-        for name in ("window", "grid_spacing"):
+        for scale in self.scales:
+            check(0.5 <= scale <= 2, f"scales must each be 0.5 to 2, not {scale}")
+        for name in ("window", "grid_spacing", "scales"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))  # of a list, as checkpoints hold it
         if isinstance(self.cleaning, dict):

@@ -266,6 +266,10 @@ class Validator:
         loss: Function of logits and target (B, 1, Z, Y, X) to average over the scans.
         cleaning: What is done to the mask besides the threshold; null takes the checkpoint's, nothing unless it is
             tuned.
+        scales: Factors by which the scan is magnified for further looks, such as '[0.8, 1.25]', each as one more mirror
+            image; null takes the checkpoint's, none unless they were set.
+        everywhere: Whether a network trained on patches looks again everywhere; null takes the checkpoint's, false
+            unless it was set.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
@@ -288,6 +292,8 @@ class Validator:
         seriesuids: Sequence[str] | None = None,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         cleaning: Cleaning | None = None,
+        scales: tuple[float, ...] | None = None,
+        everywhere: bool | None = None,
     ) -> None:
         check(model is None or seriesuids is not None, "a live model needs the seriesuids to score")
         self.data_dir = as_folders(data_dir)
@@ -308,6 +314,8 @@ class Validator:
             model=model,
             settings=settings,
             cleaning=cleaning,
+            scales=scales,
+            everywhere=everywhere,
         )
         self.overwrite = overwrite
         self.min_score = self.inferencer.settings.min_score

@@ -152,7 +152,7 @@ def _identity(kind: str, images: Sequence[Any], frames: np.ndarray, provenance: 
 
 def _parameters(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that decide what is found."""
-    names = ("threshold", "min_score", "mirrors", "cleaning")
+    names = ("threshold", "min_score", "mirrors", "cleaning", "scales", "everywhere")
     return {name: provenance[name] for name in names if name in provenance}
 
 

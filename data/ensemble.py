@@ -101,10 +101,9 @@ def join_checkpoints(members: Sequence[Checkpoint], names: Sequence[str]) -> Che
             theirs.threshold == ours.threshold,
             f"{name} has a threshold of {theirs.threshold:g}, {names[0]} one of {ours.threshold:g}; they must be equal",
         )
-        check(
-            theirs.cleaning == ours.cleaning,
-            f"{name} has its masks cleaned by {theirs.cleaning}, {names[0]} by {ours.cleaning}; they must be equal",
-        )
+        for option in ("cleaning", "scales", "everywhere"):
+            values = getattr(theirs, option), getattr(ours, option)
+            check(values[0] == values[1], f"{option} of {name} is {values[0]}, that of {names[0]} {values[1]}")
         check(
             (theirs.window is None) == (ours.window is None),
             f"one of {name} and {names[0]} was trained on patches, the other one on whole scans",

@@ -173,11 +173,18 @@ def test_cleaning_by_hand_is_an_option_and_stands_in_the_results(processed_dir, 
     caplog.set_level(logging.INFO)
     words = ["--checkpoint_path", str(run_dir / "checkpoints" / "best_model.pth"), "--output_dir", str(tmp_path)]
     words += ["--data_dir", str(processed_dir), "--subset", "all", "--device", "cpu", "--report", "true"]
-    assert infer_main([*words, "--cleaning.crf", "true", "--cleaning.opening_mm", "1"]) == 0
-    assert json.loads((tmp_path / "inference.json").read_text())["cleaning"] == "crf, opening_mm 1"
+    more = ["--cleaning.crf", "true", "--cleaning.opening_mm", "1", "--scales", "[0.5,1.5]", "--everywhere", "true"]
+    assert infer_main([*words, *more]) == 0
+    noted = json.loads((tmp_path / "inference.json").read_text())
+    assert [noted[name] for name in ("cleaning", "scales", "everywhere")] == [
+        "crf, opening_mm 1",
+        "0.5, 1.5",
+        "everywhere",
+    ]
     page = next(path for path in tmp_path.rglob("*.html") if path.name != "report.html").read_text()
-    assert "crf, opening_mm 1" in page
-    assert infer_main(words) != 0 and "what differs: cleaning" in caplog.text
+    assert "crf, opening_mm 1" in page and "0.5, 1.5" in page
+    assert "The factors of further looks are 0.5, 1.5, set by hand; the checkpoint says none." in page
+    assert infer_main(words) != 0 and "what differs: cleaning, scales, everywhere" in caplog.text
 
 
 def test_settings_of_older_checkpoints_clean_nothing():

@@ -167,6 +167,44 @@ def test_transform_of_ones_own_is_averaged_too(live, monkeypatch):
         live(Leaning(), mirrors=2)
 
 
+class Coarse(nn.Module):
+    """Logits of the brightness, 0 where there are fewer than seven columns; notes the shapes that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def forward(self, image):
+        self.shapes.append(tuple(image.shape[2:]))
+        return image if image.shape[-1] >= 7 else torch.zeros_like(image)
+
+
+def test_probabilities_of_magnified_scans_are_averaged_on_the_grid_of_the_scan(live):
+    network, image = Coarse(), np.full((4, 6, 8), 0.7, np.float32)
+    found = live(network, scales=(0.5, 1.5)).predict_probability(image)
+    assert network.shapes == [(4, 6, 8), (2, 3, 4), (6, 9, 12)]
+    assert found.shape == image.shape
+    bright = 1 / (1 + np.exp(-0.7))
+    np.testing.assert_allclose(found, (2 * bright + 0.5) / 3, atol=1e-6)
+
+
+def test_magnified_look_keeps_its_place():
+    image = torch.zeros(1, 1, 16, 16, 16)
+    image[..., 4:8, 8:12, 2:6] = 1
+    for factor in (0.5, 0.75, 1.25, 2.0):
+        zoom = infer.Zoom.by(factor, image.shape[2:], 4)
+        back = zoom.undo(zoom.apply(image))[0, 0]
+        assert [size % 4 for size in zoom.apply(image).shape[2:]] == [0, 0, 0]
+        middle = (torch.nonzero(back > 0.3).float().mean(dim=0)).tolist()
+        assert middle == pytest.approx([5.5, 9.5, 3.5], abs=0.3)
+
+
+@pytest.mark.parametrize("scale", [0.4, 2.1, -1.0])
+def test_scale_must_be_half_to_double(scale):
+    with pytest.raises(InputError, match=f"scales must each be 0.5 to 2, not {scale}"):
+        InferenceSettings(scales=(1.25, scale))
+
+
 class Counting(nn.Module):
     """Logits of the brightness alone, up to a lean; counts the images it is given."""
 
@@ -212,6 +250,18 @@ def test_all_looks_at_a_spot_count_alike_and_what_is_no_spot_stays(live):
     changed = np.argwhere(once != again)
     assert (changed.min(axis=0) >= (8, 8, 10)).all() and (changed.max(axis=0) <= (16, 16, 18)).all()
     np.testing.assert_array_equal(probability(spotted(), 2), probability(spotted(), 0))
+
+
+def test_window_looks_again_everywhere_if_told_to(live):
+    network = Counting(1.0)
+    once = live(network, window=(8, 8, 8)).predict_probability(spotted())
+    windows = len(network.seen)
+    again = live(network, window=(8, 8, 8), mirrors=1, scales=(0.5,), everywhere=True).predict_probability(spotted())
+    assert len(network.seen) == windows + 3 * windows
+    assert (once != again).any()
+    network.seen.clear()
+    live(network, window=(8, 8, 8), scales=(0.5, 1.5)).predict_probability(spotted((12, 12, 12)))
+    assert [tuple(window.shape) for window in network.seen[windows:]] == [(8, 8, 8), (4, 4, 4), (12, 12, 12)]
 
 
 def test_no_look_goes_beyond_the_box(live):

@@ -4,6 +4,7 @@ python tests/bench/settings.py --data_dir data/phantom/test/processed --about "s
 
 Each setting has its row in settings.csv, with what it gains over the checkpoint's own settings. Its min_score is chosen
 anew, that of each half of the scans on the other half. Rows that are there are not made again.
+Settings that differ in the mask alone share a look.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "7 mirror images": {"mirrors": 7},
     "8 quarter turns and mirror images": {"mirrors": 9},
     "16 quarter turns and mirror images": {"mirrors": 15},
+    "magnified by 0.8, too": {"scales": (0.8,)},
+    "magnified by 1.25, too": {"scales": (1.25,)},
+    "magnified by 0.8 and 1.25, too": {"scales": (0.8, 1.25)},
+    "further looks everywhere": {"everywhere": True},
     "threshold 0.3": {"threshold": 0.3},
     "threshold 0.4": {"threshold": 0.4},
     "threshold 0.6": {"threshold": 0.6},
@@ -50,11 +55,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def looks_of(name: str) -> tuple[tuple[str, Any], ...]:
+    """Those of a setting that the probabilities depend on."""
+    return tuple((key, value) for key, value in SETTINGS[name].items() if key in ("mirrors", "scales", "everywhere"))
+
+
 def examine(
     checkpoint_path: Path, data_dir: Path, names: Sequence[str], device: str
 ) -> dict[str, tuple[list[ExaminedScan], float]]:
-    """{name: (scans and what is found in them, seconds a scan)} of settings that look equally often."""
-    inferencer = NoduleInferencer(checkpoint_path, device=device, mirrors=SETTINGS[names[0]].get("mirrors"))
+    """{name: (scans and what is found in them, seconds a scan)} of settings that look in the same way."""
+    inferencer = NoduleInferencer(checkpoint_path, device=device, **dict(looks_of(names[0])))
     choices = {name: replace(inferencer.settings, **SETTINGS[name]) for name in names}
     uids = read_processed_list(data_dir)
     learnt = [uid for uid in uids if inferencer.seen.get(uid, (None, ""))[1] in LEARNT_FROM]
@@ -115,10 +125,9 @@ def main(
     findings = [(uid, *finding) for uid, scan in metadata.items() for finding in scan.excluded]
     excluded = pd.DataFrame(findings, columns=ANNOTATION_COLUMNS)
     present: dict[str, np.ndarray] = {}
-    for mirrors in sorted({SETTINGS[name].get("mirrors", -1) for name in missing} | {-1}):  # -1: the checkpoint's
-        names = [name for name in missing if SETTINGS[name].get("mirrors", -1) == mirrors]
-        if mirrors == -1:
-            names = [PRESENT, *(name for name in names if name != PRESENT)]
+    wanted = [PRESENT, *(name for name in missing if name != PRESENT)]
+    for looks in dict.fromkeys(map(looks_of, wanted)):
+        names = [name for name in wanted if looks_of(name) == looks]
         for name, (scans, seconds) in examine(checkpoint_path, data_dir, names, device).items():
             draws = score(scans, excluded).draws()
             present = present or draws
