@@ -42,7 +42,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data.cleaning import follow_edges, reshape_nodules
+from data.cleaning import CRF_WEIGHT, follow_edges, reshape_nodules
 from data.dicom import DicomReader
 from data.dicom_results import has_highdicom, write_dicom_results
 from data.lungs import LUNG_METHOD, measure_noise
@@ -181,25 +181,38 @@ class Zoom:
     """The image on a finer or a coarser grid.
 
     Args:
-        shape_zyx: Shape of the image.
-        grid_zyx: Shape of the grid.
+        factor: Voxels of the grid along each axis, over those of the image.
+        shape_zyx: Shape of the image without the air that it was padded with at its end.
+        divisor: The network takes sizes that are multiples of it; two at least, since some norms need more than one.
     """
 
+    factor: float
     shape_zyx: tuple[int, ...]
-    grid_zyx: tuple[int, ...]
+    divisor: int
 
-    @classmethod
-    def by(cls, factor: float, shape_zyx: Sequence[int], divisor: int) -> Zoom:
-        """By a factor that is met as nearly as multiples of ``divisor`` allow."""
-        return cls(tuple(shape_zyx), tuple(max(1, round(size * factor / divisor)) * divisor for size in shape_zyx))
+    @property
+    def grid_zyx(self) -> list[int]:
+        """Shape of the grid."""
+        return [max(1, round(size * self.factor)) for size in self.shape_zyx]
 
     def apply(self, image: Tensor) -> Tensor:
-        """The image that the network looks at."""
-        return functional.interpolate(image, self.grid_zyx, mode="trilinear")
+        """The image that the network looks at, padded with air."""
+        z, y, x = self.shape_zyx
+        zoomed = functional.interpolate(image[..., :z, :y, :x], self.grid_zyx, mode="trilinear")
+        least = 2 * self.divisor if self.divisor > 1 else 1
+        sizes = [max(least, size + -size % self.divisor) for size in self.grid_zyx]
+        return _padded(zoomed, sizes)
 
     def undo(self, logits: Tensor) -> Tensor:
         """The logits, as they lie on the image."""
-        return functional.interpolate(logits, self.shape_zyx, mode="trilinear")
+        z, y, x = self.grid_zyx
+        return functional.interpolate(logits[..., :z, :y, :x], self.shape_zyx, mode="trilinear")
+
+
+def _padded(image: Tensor, shape_zyx: Sequence[int]) -> Tensor:
+    """An image (B, C, Z, Y, X) with air at its end, up to a shape."""
+    missing = [size - there for size, there in zip(shape_zyx, image.shape[2:], strict=True)]
+    return functional.pad(image, [n for size in reversed(missing) for n in (0, size)])
 
 
 # ``mirrors`` counts how many of them are used, from the first: mirror images, then what has y and x exchanged, of which
@@ -247,9 +260,13 @@ class Predictor:
         self.asked_device = device
         self.device = join_processes(select_device(device, warn=False))
         self.model = to_device(model, self.device) if isinstance(model, SegmentationNetwork) else model
-        self.divisor = model.divisor if isinstance(model, SegmentationNetwork) else 1
         self.more_looks = settings.mirrors + len(settings.scales)
         self.autocast_dtype = autocast_dtype(self.device, mixed_precision)
+
+    @property
+    def divisor(self) -> int:
+        """Sizes that the network takes are multiples of it."""
+        return self.model.divisor if isinstance(self.model, SegmentationNetwork) else 1
 
     def logits(self, image: Tensor, box: Box | None = None) -> Tensor:
         """Float32 logits (B, 1, Z, Y, X) of images (B, 1, Z, Y, X) in [0, 1], of any size.
@@ -305,28 +322,28 @@ class Predictor:
 
         It returns the logit of the probability, ``again``: averaged over the image and all further looks at it.
         """
-        shape = image.shape[2:]
-        padding = [n for size in reversed(shape) for n in (0, -size % self.divisor)]
-        image = functional.pad(image.to(self.device).float(), padding)
-        logits = self._run(image)
-        if again and self.more_looks:
-            total = logits.sigmoid()
-            zooms = [Zoom.by(scale, image.shape[2:], self.divisor) for scale in self.settings.scales]
-            for look in (*TRANSFORMS[: self.settings.mirrors], *zooms):
-                total += look.undo(self._run(look.apply(image))).sigmoid()
-            logits = torch.logit(total / (1 + self.more_looks), eps=PROBABILITY_EPS)
-        return logits[..., : shape[0], : shape[1], : shape[2]]
+        shape = tuple(image.shape[2:])
+        inside: Any = (..., *map(slice, shape))
+        try:
+            image = _padded(image.to(self.device).float(), [size + -size % self.divisor for size in shape])
+            logits = self._run(image)[inside]
+            if again and self.more_looks:
+                total = logits.sigmoid()
+                zooms = [Zoom(scale, shape, self.divisor) for scale in self.settings.scales]
+                for look in (*TRANSFORMS[: self.settings.mirrors], *zooms):
+                    total += look.undo(self._run(look.apply(image)))[inside].sigmoid()
+                logits = torch.logit(total / (1 + self.more_looks), eps=PROBABILITY_EPS)
+            return logits
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError(
+                f"CUDA is out of memory for {' x '.join(map(str, shape))} voxels at a time; free the GPU of other "
+                "programs, leave out scales, or set device='cpu' (--device cpu)"
+            ) from error
 
     def _run(self, image: Tensor) -> Tensor:
         """float32 logits of images of a size that the network takes."""
-        try:
-            with self._autocast():
-                return self.model(image).float()
-        except torch.cuda.OutOfMemoryError as error:
-            raise UserError(
-                f"CUDA is out of memory for {' x '.join(map(str, image.shape[2:]))} voxels at a time; free the GPU of "
-                "other programs, or set device='cpu' (--device cpu)"
-            ) from error
+        with self._autocast():
+            return self.model(image).float()
 
     def _autocast(self) -> torch.autocast:
         dtype = self.autocast_dtype
@@ -602,12 +619,14 @@ def find_candidates(
     spots, spots_are_noise = _main_components(probability, min(CANDIDATE_THRESHOLD, threshold), voxel_mm3)
     marked = probability
     if cleaning and cleaning.crf and not spots_are_noise:
-        marked = follow_edges(probability, array, grid.spacing_zyx, spots, device)
+        least = 1 / (1 + math.exp(CRF_WEIGHT) * (1 / threshold - 1))  # what neighbours can raise to the threshold
+        may_be_marked = [voxels for voxels in spots if probability[tuple(voxels.T)].max() >= least]
+        marked = follow_edges(probability, array, grid.spacing_zyx, may_be_marked, device)
     parts, is_noise = _main_components(marked, threshold, voxel_mm3)
     if not is_noise:
         parts = _nodule_voxels(_fill_holes(parts, probability.shape, grid), grid)
     if cleaning and not is_noise:
-        parts = reshape_nodules(parts, array, grid.spacing_zyx, cleaning)
+        parts = reshape_nodules(parts, array, grid.spacing_zyx, cleaning, smallest_mm3)
     parts = [voxels for voxels in parts if len(voxels) * voxel_mm3 >= smallest_mm3]
     labels = np.zeros(probability.shape, np.int32)
     for number, voxels in enumerate(parts, start=1):
@@ -840,10 +859,10 @@ SCAN_FILES = (
 SUMMARY_SHARE = 0.05  # a summary is written anew when so many of its scans are new
 MAX_LISTED = 40  # scans on the console
 SHORT_NAME = 34  # letters of a name on the console
-EXTRAS = {  # settings that are noted only where they are not what they are by default
-    "cleaning": "cleaning of the mask is",
-    "scales": "factors of further looks are",
-    "everywhere": "place of further looks is",
+EXTRAS = {  # settings that are noted only where they do something
+    "cleaning": "cleaning of the mask",
+    "scales": "magnification of further looks",
+    "everywhere": "place of further looks",
 }
 REMEDY = "; name another output_dir, or replace them with overwrite=True (--overwrite true)"
 
@@ -1371,12 +1390,12 @@ class NoduleInferencer:
         report: Write pages to look at the results with: report.html, and one for each scan; null does it for raw scans.
         model: A live network instead of a checkpoint.
         settings: How a live network looks at a scan, where the arguments above say nothing; a checkpoint knows its own.
-        cleaning: What is done to the mask besides the threshold; null takes the checkpoint's, nothing unless it is
-            tuned.
-        scales: Factors by which the scan is magnified for further looks, such as '[0.8, 1.25]', each as one more mirror
-            image; null takes the checkpoint's, none unless they were set.
-        everywhere: Whether a network trained on patches looks again everywhere; null takes the checkpoint's, false
-            unless it was set.
+        cleaning: What is done to the mask besides the threshold, in place of all that the checkpoint says; null takes
+            the checkpoint's, nothing unless it is tuned. --cleaning.crf false alone turns all of it off.
+        scales: Factors by which the scan is magnified or shrunk for further looks, such as '[0.8, 1.25]'; they count as
+            much as mirror images. null takes the checkpoint's, none unless they were set.
+        everywhere: Whether a network trained on patches looks again in each of its windows, instead of in one around
+            each spot that may be a nodule; null takes the checkpoint's, false unless it was set.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
@@ -1420,6 +1439,10 @@ class NoduleInferencer:
         given |= {"cleaning": cleaning, "scales": scales, "everywhere": everywhere}
         self.settings = _override(settings or InferenceSettings(), given)
         self.by_hand = _describe_by_hand(settings or self.settings, self.settings)
+        check(
+            not self.settings.cleaning.in_lungs or self.preprocessing is None or self.preprocessing.mask_lungs,
+            "cleaning.in_lungs needs scans prepared with mask_lungs, where all around the lungs is air; leave it out",
+        )
         self.predictor = Predictor(model or checkpoint.build_network(), self.settings, device, mixed_precision)
         self.folder = ResultFolder(self.output_dir, self.provenance, overwrite)
 
@@ -1819,7 +1842,7 @@ def _describe_by_hand(trained: InferenceSettings, used: InferenceSettings) -> tu
     )
     ours, theirs = _describe_extras(used), _describe_extras(trained)
     return told + tuple(
-        f"The {EXTRAS[name]} {text or 'none'}, set by hand; the checkpoint says {theirs[name] or 'none'}."
+        f"Set by hand: {EXTRAS[name]}: {text or 'as by default'} (the checkpoint: {theirs[name] or 'as by default'})."
         for name, text in ours.items()
         if text != theirs[name]
     )
@@ -1827,10 +1850,11 @@ def _describe_by_hand(trained: InferenceSettings, used: InferenceSettings) -> tu
 
 def _describe_extras(settings: InferenceSettings) -> dict[str, str]:
     """What of EXTRAS is done, in words; empty where it is not."""
+    looks_again = settings.mirrors or settings.scales
     return {
         "cleaning": "" if settings.cleaning == Cleaning() else str(settings.cleaning),
         "scales": ", ".join(f"{scale:g}" for scale in settings.scales),
-        "everywhere": "everywhere" if settings.everywhere else "",
+        "everywhere": "all windows" if settings.everywhere and settings.window and looks_again else "",
     }
 
 

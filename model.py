@@ -709,17 +709,19 @@ LOSSES: dict[str, Callable[..., nn.Module]] = {
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What is done to the mask besides the threshold. None of it was found to help, so nothing is done by default.
+    """What is done to the mask besides the threshold; by default nothing. A map that is mostly noise is left as it is.
 
     Args:
         crf: Let probabilities follow the edges of the image before the threshold, by a conditional random field.
-        opening_mm: Radius of a ball; the parts of a nodule that it cannot enter are taken off.
-        closing_mm: Radius of a ball; the gaps and dents of a nodule that it cannot enter are filled. Holes always are.
-        smallest_mm: Diameter of the sphere of equal volume; what is smaller is no nodule. Below 2 mm nothing is.
-        in_lungs: Leave out nodules that lie mostly in air or outside the lungs.
+        opening_mm: Radius of a ball, 0 to 20; the parts of a nodule that it cannot enter are taken off. Less than a
+            voxel does nothing.
+        closing_mm: Radius of a ball, 0 to 20; the gaps and dents of a nodule that it cannot enter are filled. Less than
+            a voxel does nothing.
+        smallest_mm: Diameter of the sphere of equal volume; a smaller nodule is left out. One below 2 mm always is.
+        in_lungs: Leave out nodules that lie mostly in air or outside the lungs; preprocessing must have masked these.
 
     Raises:
-        InputError: A length is negative.
+        InputError: A length is negative or too large.
     """
 
     crf: bool = False
@@ -729,12 +731,19 @@ class Cleaning:
     in_lungs: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("opening_mm", "closing_mm", "smallest_mm"):
-            check(0 <= getattr(self, name) < math.inf, f"cleaning.{name} must be 0 or more, not {getattr(self, name)}")
+        for name, most in (("opening_mm", 20), ("closing_mm", 20), ("smallest_mm", 100)):
+            value = getattr(self, name)
+            check(0 <= value <= most, f"cleaning.{name} must be 0 to {most}, not {value}")
 
     def __str__(self) -> str:
-        given = {name: value for name, value in asdict(self).items() if value}
-        return ", ".join(name if value is True else f"{name} {value:g}" for name, value in given.items()) or "none"
+        texts = {
+            "crf": "conditional random field",
+            "opening_mm": f"opening by {self.opening_mm:g} mm",
+            "closing_mm": f"closing by {self.closing_mm:g} mm",
+            "smallest_mm": f"nodules of {self.smallest_mm:g} mm and more",
+            "in_lungs": "nodules in the lungs",
+        }
+        return ", ".join(text for name, text in texts.items() if getattr(self, name)) or "none"
 
 
 @dataclass(frozen=True)
@@ -750,7 +759,8 @@ class InferenceSettings:
             training scans; None takes that of each scan, and lets nodules be as small as a voxel.
         cleaning: What is done to the mask besides the threshold.
         scales: Factors by which the scan is magnified for further looks, whose probabilities are averaged, too.
-        everywhere: Whether a network trained on patches looks again everywhere, and not only at what may be a nodule.
+        everywhere: Whether a network trained on patches looks again in each of its windows, instead of in one around
+            each spot that may be a nodule.
 
     Raises:
         InputError: A value is out of its range.
@@ -769,7 +779,8 @@ class InferenceSettings:
         check(0 < self.threshold < 1, f"threshold must be between 0 and 1, not {self.threshold}")
         check(0 <= self.min_score <= 1, f"min_score must be 0 to 1 or null, not {self.min_score}")
         for scale in self.scales:
-            check(0.5 <= scale <= 2, f"scales must each be 0.5 to 2, not {scale}")
+            check(0.5 <= scale <= 2 and scale != 1, f"scales must each be 0.5 to 2 and not 1, not {scale}")
+        check(len(set(self.scales)) == len(self.scales), f"scales must differ, not {self.scales}")
         for name in ("window", "grid_spacing", "scales"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))  # of a list, as checkpoints hold it

@@ -19,7 +19,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -117,12 +117,13 @@ VALIDATION_FILES = (
 EXCLUDED_PATH = "data/LUNA16/annotations_excluded.csv"
 PREDICTIONS_DIR = "experiments/predictions"  # for the score of anyone's marks
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # that tuning chooses from, and what it tries beside
-CLEANINGS: tuple[dict[str, Any], ...] = (
-    {"crf": True},
-    {"opening_mm": 1.0},
-    {"closing_mm": 2.0},
-    {"smallest_mm": 4.0},
-    {"in_lungs": True},
+CLEANINGS = (
+    Cleaning(),
+    Cleaning(crf=True),
+    Cleaning(opening_mm=1.0),
+    Cleaning(closing_mm=2.0),
+    Cleaning(smallest_mm=4.0),
+    Cleaning(in_lungs=True),
 )
 METRICS = ("dice", "sensitivity", "precision", "recall")
 COUNTS = (
@@ -264,12 +265,12 @@ class Validator:
         settings: How a live network looks at a scan, where the arguments above say nothing; a checkpoint knows its own.
         seriesuids: Scans to score with a live network.
         loss: Function of logits and target (B, 1, Z, Y, X) to average over the scans.
-        cleaning: What is done to the mask besides the threshold; null takes the checkpoint's, nothing unless it is
-            tuned.
-        scales: Factors by which the scan is magnified for further looks, such as '[0.8, 1.25]', each as one more mirror
-            image; null takes the checkpoint's, none unless they were set.
-        everywhere: Whether a network trained on patches looks again everywhere; null takes the checkpoint's, false
-            unless it was set.
+        cleaning: What is done to the mask besides the threshold, in place of all that the checkpoint says; null takes
+            the checkpoint's, nothing unless it is tuned. --cleaning.crf false alone turns all of it off.
+        scales: Factors by which the scan is magnified or shrunk for further looks, such as '[0.8, 1.25]'; they count as
+            much as mirror images. null takes the checkpoint's, none unless they were set.
+        everywhere: Whether a network trained on patches looks again in each of its windows, instead of in one around
+            each spot that may be a nodule; null takes the checkpoint's, false unless it was set.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
@@ -372,15 +373,15 @@ class Validator:
 
         Args:
             tune: Name of that checkpoint, tuned.pth or the like, in the folder of the one that is tuned. It carries
-                the number of mirror images, too. Nothing is scored then, since scores of these scans would flatter;
-                null scores.
+                the further looks (mirrors, scales, everywhere), too. Nothing is scored then, since scores of these
+                scans would flatter; null scores.
             excluded_path: LUNA16's annotations_excluded.csv; what is found on such findings does not count.
 
         Returns:
             Of each choice its ``threshold``, ``cleaning``, ``min_score`` and the mean Dice of these scans that it was
             chosen by; ``chosen`` is true of the one that the checkpoint carries. The choices are THRESHOLDS, and at the
-            present threshold each of CLEANINGS. Of those within NEARLY_AS_GOOD of the best the present settings are
-            chosen, or else the nearest threshold, or the first cleaning.
+            present threshold each of CLEANINGS that can do something on this grid. Of those within NEARLY_AS_GOOD of
+            the best the present settings are chosen, or else the nearest threshold, or the first cleaning.
 
         Raises:
             FileExistsError: There is such a file, and ``overwrite`` is false.
@@ -403,7 +404,8 @@ class Validator:
         self.inferencer.check_prepared_alike(self.data_dir, uids)
         present = self.inferencer.settings
         choices = [replace(present, threshold=threshold) for threshold in sorted({*THRESHOLDS, present.threshold})]
-        choices += [replace(present, cleaning=replace(present.cleaning, **change)) for change in CLEANINGS]
+        choices += [replace(present, cleaning=cleaning) for cleaning in self._cleanings()]
+        choices = list(dict.fromkeys(choices))
         examine = partial(self._examine_choices, choices, self._excluded(uids, excluded_path))
         self.failed = {}
         scans: list[list[ExaminedScan]] = map_scans(
@@ -415,6 +417,15 @@ class Validator:
         settings, table = choose_settings(choices, scans, present)
         do_once(lambda: self.inferencer.save_checkpoint(path, settings))
         return table
+
+    def _cleanings(self) -> Iterator[Cleaning]:
+        """Those that tuning tries: none, and each of CLEANINGS that can do something on this network's grid."""
+        grid, preprocessing = self.inferencer.settings.grid_spacing or (0.0,), self.inferencer.preprocessing
+        for cleaning in CLEANINGS:
+            radius = max(cleaning.opening_mm, cleaning.closing_mm)
+            masked = preprocessing is not None and preprocessing.mask_lungs
+            if not 0 < radius < min(grid) and (masked or not cleaning.in_lungs):
+                yield cleaning
 
     def _examine_choices(
         self,
@@ -1453,8 +1464,8 @@ def format_tuning(table: pd.DataFrame, path: str | Path) -> str:
     chosen = table[table["chosen"]].iloc[0]
     return (
         f"{table.drop(columns='chosen').round(3).to_string(index=False)}\n"
-        f"{path} carries a threshold of {chosen['threshold']:g}, a min_score of {chosen['min_score']:.2f} and cleaning "
-        f"by {chosen['cleaning']}. The Dice is that of the scans that they were chosen on, and says nothing of others."
+        f"{path} carries a threshold of {chosen['threshold']:g} and a min_score of {chosen['min_score']:.2f}; cleaning: "
+        f"{chosen['cleaning']}. The Dice is that of the scans that they were chosen on, and says nothing of others."
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -14,11 +16,14 @@ from torch.nn import functional
 
 from model import Cleaning
 
+logger = logging.getLogger(__name__)
+
 CRF_WEIGHT = 1.0  # of all neighbours together, in logits
 CRF_STEPS = 5
 CRF_SIGMA_MM = 1.5  # how far a neighbour counts; at twice that it ends
 CRF_EDGE = 0.1  # of the HU window; neighbours that differ by more hardly count
 MOST_PAIRS = 50_000_000  # of neighbours in a crop, of 4 bytes each; what has more stays as it is
+AIR = 0.05  # of the HU window: what is darker is air, or was masked as none of the lungs
 
 
 def follow_edges(
@@ -34,22 +39,27 @@ def follow_edges(
         probability: Float (z, y, x).
         image: Array in [0, 1], of the same shape.
         spacing_zyx: Voxel size in mm.
-        components: Voxels (m, 3) of what may be a nodule; all other voxels stay as they are.
+        components: Voxels (m, 3) of what may be a nodule; all other voxels stay as they are, and so does what needs
+            more than MOST_PAIRS, which the log tells.
         device: Where it is computed, one crop at a time.
 
     Returns:
         float32 (z, y, x).
     """
-    refined = np.array(probability, np.float32)
-    reach, kernel = _neighbours(spacing_zyx)
+    refined, left = np.array(probability, np.float32), 0
+    reach, kernel = _neighbours(tuple(spacing_zyx))
     for voxels in components:
         lower = np.maximum(voxels.min(axis=0) - reach, 0)
         upper = np.minimum(voxels.max(axis=0) + reach + 1, probability.shape)
-        if np.prod(upper - lower) * len(kernel) <= MOST_PAIRS:
-            box = tuple(map(slice, lower, upper))
-            alone, around = (torch.from_numpy(np.array(array[box], np.float32)) for array in (probability, image))
-            crop = mean_field(alone.to(device), around.to(device), spacing_zyx).cpu().numpy()
-            refined[tuple(voxels.T)] = crop[tuple((voxels - lower).T)]
+        if np.prod(upper - lower) * len(kernel) > MOST_PAIRS:
+            left += 1
+            continue
+        box = tuple(map(slice, lower, upper))
+        alone, around = (torch.from_numpy(np.array(array[box], np.float32)) for array in (probability, image))
+        crop = mean_field(alone.to(device), around.to(device), spacing_zyx).cpu().numpy()
+        refined[tuple(voxels.T)] = crop[tuple((voxels - lower).T)]
+    if left:
+        logger.warning("%d spots are too large for the random field on this grid, and stay as they are", left)
     return refined
 
 
@@ -64,7 +74,7 @@ def mean_field(probability: Tensor, image: Tensor, spacing_zyx: Sequence[float])
         image: Float in [0, 1], of the same shape.
         spacing_zyx: Voxel size in mm.
     """
-    reach, kernel = _neighbours(spacing_zyx)
+    reach, kernel = _neighbours(tuple(spacing_zyx))
 
     def beside(padded: Tensor, offset: Sequence[int]) -> Tensor:
         """What lies at an offset from each voxel."""
@@ -89,7 +99,8 @@ def mean_field(probability: Tensor, image: Tensor, spacing_zyx: Sequence[float])
     return marginal
 
 
-def _neighbours(spacing_zyx: Sequence[float]) -> tuple[list[int], dict[tuple[int, ...], float]]:
+@cache
+def _neighbours(spacing_zyx: tuple[float, ...]) -> tuple[list[int], dict[tuple[int, ...], float]]:
     """How many voxels a neighbour is off at most along each axis, and {offset (z, y, x): weight} of all of them."""
     reach, kernel = [int(2 * CRF_SIGMA_MM / step) for step in spacing_zyx], {}
     for offset in itertools.product(*(range(-size, size + 1) for size in reach)):
@@ -100,57 +111,76 @@ def _neighbours(spacing_zyx: Sequence[float]) -> tuple[list[int], dict[tuple[int
 
 
 def reshape_nodules(
-    parts: Sequence[np.ndarray], image: np.ndarray, spacing_zyx: Sequence[float], cleaning: Cleaning
+    parts: Sequence[np.ndarray],
+    image: np.ndarray,
+    spacing_zyx: Sequence[float],
+    cleaning: Cleaning,
+    smallest_mm3: float = 0.0,
 ) -> list[np.ndarray]:
     """Voxels (m, 3) (z, y, x) of each nodule after opening, closing, and leaving out what is too small or air.
 
-    No voxel comes to lie in two nodules. A nodule that the opening would leave nothing of stays as it is.
+    Each nodule stays in one piece, and no voxel comes to lie in two. A nodule that the opening would leave too little
+    of stays as it is.
 
     Args:
         parts: Voxels (m, 3) of each nodule.
         image: Array (z, y, x) in [0, 1].
         spacing_zyx: Voxel size in mm.
         cleaning: What is done.
+        smallest_mm3: Volume below which there is no nodule, whatever ``cleaning`` says.
     """
+    voxel_mm3 = math.prod(spacing_zyx)
+    smallest = max(1.0, max(smallest_mm3, math.pi / 6 * cleaning.smallest_mm**3) / voxel_mm3)
     if cleaning.opening_mm:
-        parts = [_opened(voxels, spacing_zyx, cleaning.opening_mm) for voxels in parts]
+        opened = [_opened(voxels, image.shape, spacing_zyx, cleaning.opening_mm) for voxels in parts]
+        parts = [new if len(new) >= smallest else old for new, old in zip(opened, parts, strict=True)]
     if cleaning.closing_mm:
         taken = np.zeros(image.shape, bool)
         for voxels in parts:
             taken[tuple(voxels.T)] = True
         closed = []
         for voxels in parts:
-            gaps = _gaps(voxels, spacing_zyx, cleaning.closing_mm)
-            gaps = gaps[((gaps >= 0) & (gaps < image.shape)).all(axis=1)]
+            gaps = _gaps(voxels, image.shape, spacing_zyx, cleaning.closing_mm)
             gaps = gaps[~taken[tuple(gaps.T)]]
             taken[tuple(gaps.T)] = True
             closed.append(np.concatenate([voxels, gaps]))
         parts = closed
-    smallest = math.pi / 6 * cleaning.smallest_mm**3 / math.prod(spacing_zyx)
     parts = [voxels for voxels in parts if len(voxels) >= smallest]
     if cleaning.in_lungs:
-        parts = [voxels for voxels in parts if np.mean(image[tuple(voxels.T)] > 0) >= 0.5]
+        parts = [voxels for voxels in parts if np.mean(image[tuple(voxels.T)] > AIR) >= 0.5]
     return list(parts)
 
 
-def _opened(voxels: np.ndarray, spacing_zyx: Sequence[float], radius_mm: float) -> np.ndarray:
-    """The voxels that a ball can reach without leaving them; all of them, where it fits in nowhere."""
-    lower = voxels.min(axis=0) - 1
-    part = np.zeros(np.ptp(voxels, axis=0) + 3, bool)
-    part[tuple((voxels - lower).T)] = True
+def _opened(voxels: np.ndarray, shape: Sequence[int], spacing_zyx: Sequence[float], radius_mm: float) -> np.ndarray:
+    """The voxels that a ball reaches without leaving them, of the largest piece; none, where it fits in nowhere."""
+    part, lower, _ = _surroundings(voxels, shape, spacing_zyx, radius_mm)
     middles = ndimage.distance_transform_edt(part, spacing_zyx) > radius_mm
     if not middles.any():
-        return voxels
-    reached = ndimage.distance_transform_edt(~middles, spacing_zyx) <= radius_mm
-    return voxels[reached[tuple((voxels - lower).T)]]
+        return voxels[:0]
+    reached = part & (ndimage.distance_transform_edt(~middles, spacing_zyx) <= radius_mm)
+    pieces = ndimage.label(reached, np.ones((3, 3, 3)))[0][tuple((voxels - lower).T)]
+    return voxels[pieces == np.bincount(pieces[pieces > 0]).argmax()]
 
 
-def _gaps(voxels: np.ndarray, spacing_zyx: Sequence[float], radius_mm: float) -> np.ndarray:
-    """The voxels around a nodule that no ball can reach without touching it."""
-    margin = np.asarray([math.ceil(radius_mm / step) + 1 for step in spacing_zyx])
-    lower = voxels.min(axis=0) - margin
-    part = np.zeros(np.ptp(voxels, axis=0) + 1 + 2 * margin, bool)
-    part[tuple((voxels - lower).T)] = True
+def _gaps(voxels: np.ndarray, shape: Sequence[int], spacing_zyx: Sequence[float], radius_mm: float) -> np.ndarray:
+    """The voxels around a nodule that no ball can reach without touching it, and what these enclose with it."""
+    part, lower, inside = _surroundings(voxels, shape, spacing_zyx, radius_mm)
     grown = ndimage.distance_transform_edt(~part, spacing_zyx) <= radius_mm
     closed = ndimage.distance_transform_edt(grown, spacing_zyx) > radius_mm
-    return np.argwhere(closed & ~part) + lower
+    return np.argwhere(ndimage.binary_fill_holes(closed | part) & ~part & inside) + lower
+
+
+def _surroundings(
+    voxels: np.ndarray, shape: Sequence[int], spacing_zyx: Sequence[float], radius_mm: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A bool box (z, y, x) of a nodule with the radius around it, its corner's index, and which of it is in the array.
+
+    Beyond the array a nodule goes on as it is at the array's edge.
+    """
+    margin = np.asarray([math.ceil(radius_mm / step) + 1 for step in spacing_zyx])
+    lower, upper = voxels.min(axis=0) - margin, voxels.max(axis=0) + margin + 1
+    start, stop = np.maximum(lower, 0), np.minimum(upper, shape)
+    part = np.zeros(stop - start, bool)
+    part[tuple((voxels - start).T)] = True
+    beyond = np.stack([start - lower, upper - stop], axis=1)
+    return np.pad(part, beyond, mode="edge"), lower, np.pad(np.ones_like(part), beyond)

@@ -371,7 +371,7 @@ def _bundle_metadata(checkpoint: Checkpoint, window: list[int]) -> dict[str, Any
         "task": "Lung nodule segmentation in chest CT",
         "description": "Masks of lung nodules, of images that were prepared: resampled, cropped and masked as "
         "preprocess.py does it, in HU, which the first transforms map to [0, 1]. Nodules below the score of the "
-        "checkpoint stay in, and no mirror images are looked at.",
+        "checkpoint stay in, nothing is cleaned, and there is one look.",
         "intended_use": "Research. Not a medical device.",
         "network": about,
         "network_data_format": {"inputs": {"image": image}, "outputs": {"pred": pred}},

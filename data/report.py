@@ -122,7 +122,8 @@ def facts_of(provenance: Mapping[str, Any]) -> dict[str, str]:
         "Computed in": provenance["computed_in"],
         "Date": now(),
     }
-    told = {ABOUT: "about", "Masks cleaned by": "cleaning", "Also magnified by": "scales", "Looks again": "everywhere"}
+    told = {ABOUT: "about", "Cleaning of the mask": "cleaning", "Magnification of further looks": "scales"}
+    told |= {"Place of further looks": "everywhere"}
     return facts | {title: provenance[name] for title, name in told.items() if name in provenance}
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from test_validate import Oracle
 from data.cleaning import CRF_EDGE, CRF_SIGMA_MM, CRF_STEPS, CRF_WEIGHT, follow_edges, mean_field, reshape_nodules
 from infer import NoduleInferencer, find_candidates
 from infer import main as infer_main
-from model import Cleaning, InferenceSettings, load_checkpoint
+from model import Cleaning, InferenceSettings, load_checkpoint, save_checkpoint
 from utils import Geometry, InputError, read_processed, read_processed_list
 
 UNIT = (1.0, 1.0, 1.0)
@@ -47,6 +48,18 @@ def test_opening_takes_off_what_is_thinner_than_its_ball():
     np.testing.assert_array_equal(opened, ball)
 
 
+def test_opened_nodule_stays_in_one_piece():
+    ball = np.sum((np.indices((20, 20, 20)) - 7) ** 2, axis=0) <= 25
+    bridge, lump = block((7, 8), (7, 8), (12, 15)), block((6, 9), (6, 9), (15, 18))
+    np.testing.assert_array_equal(reshaped([ball | bridge | lump], opening_mm=1.2)[0], ball)
+
+
+def test_opening_takes_nothing_off_at_the_edge_of_the_array():
+    corner = block((0, 8), (0, 8), (0, 8))
+    (opened,) = reshaped([corner], opening_mm=2.0)
+    assert opened[:6, 0, 0].all() and opened[0, :6, 0].all() and opened[0, 0, :6].all() and not opened[7, 7, 7]
+
+
 def test_opening_leaves_a_nodule_that_it_would_delete():
     thin = block((5, 6), (5, 9), (5, 9))
     np.testing.assert_array_equal(reshaped([thin], opening_mm=1.0)[0], thin)
@@ -67,6 +80,21 @@ def test_closing_fills_a_dent_and_leaves_another_nodule_alone():
     np.testing.assert_array_equal(second, other)
 
 
+def test_cavity_whose_mouth_is_closed_is_filled():
+    distance = np.sum((np.indices((20, 20, 20)) - 10) ** 2, axis=0)
+    shell, channel = (distance <= 64) & (distance > 16), block((10, 11), (10, 11), (10, 20))
+    (closed,) = reshaped([shell & ~channel], closing_mm=1.5)
+    assert closed[distance <= 25].all()
+
+
+def test_opening_that_leaves_less_than_a_nodule_is_not_done():
+    ball, plate = np.sum((np.indices((20, 20, 20)) - 10) ** 2, axis=0) <= 5, block((10, 11), (2, 19), (2, 19))
+    voxels = [np.argwhere(ball | plate)]
+    image, cleaning, half = np.ones((20, 20, 20)), Cleaning(opening_mm=1.0), (0.5, 0.5, 0.5)
+    assert len(reshape_nodules(voxels, image, half, cleaning)[0]) < 40
+    assert len(reshape_nodules(voxels, image, half, cleaning, smallest_mm3=10.0)[0]) == len(voxels[0])
+
+
 def test_closing_stays_inside_the_array():
     corner = block((0, 5), (0, 5), (0, 5))
     np.testing.assert_array_equal(reshaped([corner], closing_mm=3.0)[0], corner)
@@ -81,6 +109,7 @@ def test_smallest_diameter_is_that_of_the_sphere_of_equal_volume():
 
 def test_nodule_that_is_mostly_air_or_outside_the_lungs_is_left_out():
     image, tissue, outside = np.zeros((20, 20, 20)), block((2, 6), (2, 6), (2, 6)), block((10, 14), (10, 14), (10, 14))
+    image += np.random.default_rng(0).uniform(0, 0.03, image.shape)  # noise of air
     image[2:6, 2:6, 2:5] = 0.6  # three quarters of the first
     (kept,) = reshaped([tissue, outside], image, in_lungs=True)
     np.testing.assert_array_equal(kept, tissue)
@@ -89,7 +118,7 @@ def test_nodule_that_is_mostly_air_or_outside_the_lungs_is_left_out():
 @pytest.mark.parametrize("name", ["opening_mm", "closing_mm", "smallest_mm"])
 @pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
 def test_length_must_be_one(name, value):
-    with pytest.raises(InputError, match=f"cleaning.{name} must be 0 or more"):
+    with pytest.raises(InputError, match=f"cleaning.{name} must be 0 to "):
         Cleaning(**{name: value})
 
 
@@ -127,11 +156,12 @@ def test_field_fills_the_tissue_and_leaves_the_air():
     np.testing.assert_array_equal(refined[rest], probability[rest].astype(np.float32))
 
 
-def test_component_that_is_too_large_for_a_nodule_stays_as_it_is(monkeypatch):
+def test_component_that_is_too_large_for_a_nodule_stays_as_it_is(monkeypatch, caplog):
     monkeypatch.setattr("data.cleaning.MOST_PAIRS", 1000)
     probability = np.where(block((5, 15), (5, 15), (5, 15)), 0.6, 0.0)
     refined = follow_edges(probability, probability, UNIT, [np.argwhere(probability > 0)])
     np.testing.assert_array_equal(refined, probability.astype(np.float32))
+    assert "1 spots are too large for the random field" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------- in the pipeline
@@ -162,7 +192,7 @@ def test_mask_of_an_array_is_cleaned_and_the_checkpoint_carries_how(processed_di
         inferencer.predictor.model = Oracle(scan.mask)
         masks[name] = inferencer.predict(np.asarray(scan.image, np.float32))
     assert masks["plain"].any() and not masks["cleaned"].any()
-    assert inferencer.provenance["cleaning"] == "smallest_mm 40"
+    assert inferencer.provenance["cleaning"] == "nodules of 40 mm and more"
     inferencer.save_checkpoint(tmp_path / "tuned.pth", inferencer.settings)
     assert load_checkpoint(tmp_path / "tuned.pth").inference.cleaning == Cleaning(smallest_mm=40.0)
     again = NoduleInferencer(tmp_path / "tuned.pth", tmp_path / "again", "cpu")
@@ -177,14 +207,27 @@ def test_cleaning_by_hand_is_an_option_and_stands_in_the_results(processed_dir, 
     assert infer_main([*words, *more]) == 0
     noted = json.loads((tmp_path / "inference.json").read_text())
     assert [noted[name] for name in ("cleaning", "scales", "everywhere")] == [
-        "crf, opening_mm 1",
+        "conditional random field, opening by 1 mm",
         "0.5, 1.5",
-        "everywhere",
+        "all windows",
     ]
     page = next(path for path in tmp_path.rglob("*.html") if path.name != "report.html").read_text()
-    assert "crf, opening_mm 1" in page and "0.5, 1.5" in page
-    assert "The factors of further looks are 0.5, 1.5, set by hand; the checkpoint says none." in page
-    assert infer_main(words) != 0 and "what differs: cleaning, scales, everywhere" in caplog.text
+    assert "conditional random field, opening by 1 mm" in page
+    assert "Set by hand: magnification of further looks: 0.5, 1.5 (the checkpoint: as by default)." in page
+    assert infer_main(words) != 0 and "what differs: cleaning, scales" in caplog.text
+
+
+def test_lungs_that_were_not_masked_cannot_be_told_from_the_rest(run_dir, tmp_path):
+    checkpoint = load_checkpoint(run_dir / "checkpoints" / "best_model.pth")
+    path = tmp_path / "unmasked.pth"
+    save_checkpoint(path, replace(checkpoint, preprocessing=checkpoint.preprocessing | {"mask_lungs": False}))
+    with pytest.raises(InputError, match="in_lungs needs scans prepared with mask_lungs"):
+        NoduleInferencer(path, tmp_path / "out", "cpu", cleaning=Cleaning(in_lungs=True))
+
+
+def test_look_that_nothing_comes_of_is_not_noted(run_dir, tmp_path):
+    path = run_dir / "checkpoints" / "best_model.pth"  # of whole scans, without mirror images
+    assert "everywhere" not in NoduleInferencer(path, tmp_path / "out", "cpu", everywhere=True).provenance
 
 
 def test_settings_of_older_checkpoints_clean_nothing():

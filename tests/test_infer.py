@@ -188,21 +188,27 @@ def test_probabilities_of_magnified_scans_are_averaged_on_the_grid_of_the_scan(l
     np.testing.assert_allclose(found, (2 * bright + 0.5) / 3, atol=1e-6)
 
 
-def test_magnified_look_keeps_its_place():
-    image = torch.zeros(1, 1, 16, 16, 16)
+@pytest.mark.parametrize("factor", [0.5, 0.8, 1.25, 2.0])
+def test_magnified_look_keeps_its_place_and_its_factor_on_every_axis(factor):
+    image = torch.zeros(1, 1, 20, 24, 30)
     image[..., 4:8, 8:12, 2:6] = 1
-    for factor in (0.5, 0.75, 1.25, 2.0):
-        zoom = infer.Zoom.by(factor, image.shape[2:], 4)
-        back = zoom.undo(zoom.apply(image))[0, 0]
-        assert [size % 4 for size in zoom.apply(image).shape[2:]] == [0, 0, 0]
-        middle = (torch.nonzero(back > 0.3).float().mean(dim=0)).tolist()
-        assert middle == pytest.approx([5.5, 9.5, 3.5], abs=0.3)
+    zoom = infer.Zoom(factor, (20, 22, 30), 8)
+    look = zoom.apply(image)
+    assert [size % 8 for size in look.shape[2:]] == [0, 0, 0] and min(look.shape[2:]) >= 16
+    middle = torch.nonzero(look[0, 0] > 0.3).float().mean(dim=0) + 0.5
+    assert (middle / factor).tolist() == pytest.approx([6, 10, 4], abs=0.5)
+    back = zoom.undo(look)
+    assert back.shape[2:] == (20, 22, 30)
+    middle = torch.nonzero(back[0, 0] > 0.3).float().mean(dim=0)
+    assert middle.tolist() == pytest.approx([5.5, 9.5, 3.5], abs=0.3)
 
 
-@pytest.mark.parametrize("scale", [0.4, 2.1, -1.0])
-def test_scale_must_be_half_to_double(scale):
-    with pytest.raises(InputError, match=f"scales must each be 0.5 to 2, not {scale}"):
+@pytest.mark.parametrize("scale", [0.4, 1.0, 2.1, -1.0, float("nan")])
+def test_scale_must_be_half_to_double_and_not_1(scale):
+    with pytest.raises(InputError, match=f"scales must each be 0.5 to 2 and not 1, not {scale}"):
         InferenceSettings(scales=(1.25, scale))
+    with pytest.raises(InputError, match="scales must differ"):
+        InferenceSettings(scales=(1.25, 1.25))
 
 
 class Counting(nn.Module):

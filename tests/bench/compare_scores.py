@@ -51,7 +51,8 @@ def compare(
         nodules += [(uid, *n.center_xyz, n.diameter_mm) for n in scan.metadata.nodules]
         probability = inferencer.predict_probability(scan.image)
         for name, score in SCORES.items():
-            found = find_candidates(probability, scan.geometry, inferencer.settings.threshold, score=score)
+            threshold, grid = inferencer.settings.threshold, inferencer.settings.grid_spacing
+            found = find_candidates(probability, scan.geometry, threshold, grid, score=score)
             marks[name].append(nodule_table(uid, found.candidates))
     annotations = pd.DataFrame(nodules, columns=list(ANNOTATION_COLUMNS))
     excluded = read_excluded(excluded_path)

@@ -1,4 +1,4 @@
-"""What further looks and cleaner masks gain: one trained network by other settings, on scans that it has not seen.
+"""What further looks and cleaner masks gain: a network by other settings, on scans that it did not learn from.
 
 python tests/bench/settings.py --data_dir data/phantom/test/processed --about "small recipe, seed 8"
 
@@ -24,8 +24,17 @@ from jsonargparse import auto_cli
 from tqdm import tqdm
 
 from infer import NoduleInferencer
-from model import Cleaning
-from utils import ANNOTATION_COLUMNS, LEARNT_FROM, check, read_processed, read_processed_list, write_csv
+from model import Cleaning, load_checkpoint
+from utils import (
+    ANNOTATION_COLUMNS,
+    LEARNT_FROM,
+    check,
+    choose_scans,
+    read_metadata,
+    read_processed,
+    read_processed_list,
+    write_csv,
+)
 from validate import NODULE_RESULT_COLUMNS, ExaminedScan, ScoredScans, choose_min_score
 
 RESULTS = Path(__file__).with_name("settings.csv")
@@ -36,12 +45,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "1 mirror image": {"mirrors": 1},
     "3 mirror images": {"mirrors": 3},
     "7 mirror images": {"mirrors": 7},
-    "8 quarter turns and mirror images": {"mirrors": 9},
-    "16 quarter turns and mirror images": {"mirrors": 15},
-    "magnified by 0.8, too": {"scales": (0.8,)},
-    "magnified by 1.25, too": {"scales": (1.25,)},
-    "magnified by 0.8 and 1.25, too": {"scales": (0.8, 1.25)},
-    "further looks everywhere": {"everywhere": True},
+    "7 mirror images, 2 quarter turns": {"mirrors": 9},
+    "7 mirror images, 2 quarter turns, their 6 mirror images": {"mirrors": 15},
+    "as the checkpoint says, and shrunk by 0.8": {"scales": (0.8,)},
+    "as the checkpoint says, and magnified by 1.25": {"scales": (1.25,)},
+    "as the checkpoint says, and by 0.8 and 1.25": {"scales": (0.8, 1.25)},
+    "3 mirror images everywhere": {"mirrors": 3, "everywhere": True},
     "threshold 0.3": {"threshold": 0.3},
     "threshold 0.4": {"threshold": 0.4},
     "threshold 0.6": {"threshold": 0.6},
@@ -66,9 +75,11 @@ def examine(
     """{name: (scans and what is found in them, seconds a scan)} of settings that look in the same way."""
     inferencer = NoduleInferencer(checkpoint_path, device=device, **dict(looks_of(names[0])))
     choices = {name: replace(inferencer.settings, **SETTINGS[name]) for name in names}
-    uids = read_processed_list(data_dir)
-    learnt = [uid for uid in uids if inferencer.seen.get(uid, (None, ""))[1] in LEARNT_FROM]
-    check(not learnt, f"{checkpoint_path} has learnt from {len(learnt)} of these scans; name a data_dir of others")
+    parts = choose_scans(data_dir, checkpoint_path, "all", inferencer.seen)
+    uids = list(parts)
+    learnt = [uid for uid, part in parts.items() if part in (*LEARNT_FROM, "unknown")]
+    check(not learnt, f"{checkpoint_path} may have learnt from {len(learnt)} of these scans; name a data_dir of others")
+    inferencer.check_prepared_alike(data_dir, uids)
     found: dict[str, list[ExaminedScan]] = {name: [] for name in names}
     seconds = dict.fromkeys(names, 0.0)
     for uid in tqdm(uids, unit="scan", desc=names[0], disable=None):
@@ -117,11 +128,13 @@ def main(
     """
     unknown = [name for name in settings if name not in SETTINGS]
     check(not unknown, f"settings must be among {', '.join(SETTINGS)}, not {', '.join(unknown)}")
-    done = pd.read_csv(RESULTS) if RESULTS.is_file() else pd.DataFrame(columns=["about", "setting"])
-    missing = [name for name in settings if name not in set(done.loc[done["about"] == about, "setting"])]
+    done = pd.read_csv(RESULTS) if RESULTS.is_file() else pd.DataFrame(columns=["about", "checkpoint", "setting"])
+    checkpoint = load_checkpoint(checkpoint_path).sha256[:16]
+    ours = done[(done["about"] == about) & (done["checkpoint"] == checkpoint)]
+    missing = [name for name in settings if name not in set(ours["setting"])]
     if not missing:
         return
-    metadata = {uid: read_processed(data_dir, uid).metadata for uid in read_processed_list(data_dir)}
+    metadata = {uid: read_metadata(data_dir, uid) for uid in read_processed_list(data_dir)}
     findings = [(uid, *finding) for uid, scan in metadata.items() for finding in scan.excluded]
     excluded = pd.DataFrame(findings, columns=ANNOTATION_COLUMNS)
     present: dict[str, np.ndarray] = {}
@@ -131,7 +144,8 @@ def main(
         for name, (scans, seconds) in examine(checkpoint_path, data_dir, names, device).items():
             draws = score(scans, excluded).draws()
             present = present or draws
-            row: dict[str, Any] = {"about": about, "setting": name, "scans": len(scans), "seconds": round(seconds, 2)}
+            row: dict[str, Any] = {"about": about, "checkpoint": checkpoint, "setting": name, "scans": len(scans)}
+            row["seconds"] = round(seconds, 2)
             for kind, values in (("dice", draws["Dice per scan"]), ("cpm", draws["CPM"])):
                 gains = values - present["Dice per scan" if kind == "dice" else "CPM"]
                 low, high = np.nanquantile(gains[1:], [0.025, 0.975])
