@@ -1465,7 +1465,8 @@ def format_tuning(table: pd.DataFrame, path: str | Path) -> str:
     return (
         f"{table.drop(columns='chosen').round(3).to_string(index=False)}\n"
         f"{path} carries a threshold of {chosen['threshold']:g} and a min_score of {chosen['min_score']:.2f}; "
-        f"cleaning: {chosen['cleaning']}. The Dice is that of the scans that they were chosen on, and says nothing of others."
+        f"cleaning: {chosen['cleaning']}. The Dice is that of the scans that they were chosen on, and says nothing of "
+        "others."
     )
 
 
