@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -99,7 +99,7 @@ def mean_field(probability: Tensor, image: Tensor, spacing_zyx: Sequence[float])
     return marginal
 
 
-@cache
+@lru_cache(maxsize=8)
 def _neighbours(spacing_zyx: tuple[float, ...]) -> tuple[list[int], dict[tuple[int, ...], float]]:
     """How many voxels a neighbour is off at most along each axis, and {offset (z, y, x): weight} of all of them."""
     reach, kernel = [int(2 * CRF_SIGMA_MM / step) for step in spacing_zyx], {}
