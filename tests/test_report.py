@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -424,13 +425,15 @@ def test_scan_that_failed_later_says_that_its_results_are_of_before(trained, tmp
     assert "these are results of before" in Page(tmp_path / "out" / "report.html").text
 
 
-def test_name_that_is_no_utf8_stops_nothing(trained, tmp_path):
+def test_name_that_is_no_utf8_stops_nothing(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # pytest-xdist cannot carry such a name
     (tmp_path / "raw").mkdir()
     write_chest(tmp_path / "raw" / "a.mhd")
     Path(os.fsdecode(bytes(tmp_path / "raw") + b"/\xff.mha")).write_bytes(b"")
     trained(Nothing()).infer_scans([tmp_path / "raw"], names=True)
     assert (tmp_path / "out" / "report.html").is_file()
     assert len(pd.read_csv(tmp_path / "out" / "failed_scans.csv")) == 1
+    capsys.readouterr()
 
 
 def test_index_is_up_to_date_when_all_scans_are_done(trained, tmp_path):
