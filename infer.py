@@ -50,6 +50,7 @@ from data.measures import MeasuredScan, Measures, lungs_by_threshold, write_meas
 from data.report import ct_of, report_scan, write_index
 from data.slicer import write_points, write_segmentation
 from model import (
+    EXTRAS,
     Cleaning,
     InferenceSettings,
     SegmentationNetwork,
@@ -859,11 +860,6 @@ SCAN_FILES = (
 SUMMARY_SHARE = 0.05  # a summary is written anew when so many of its scans are new
 MAX_LISTED = 40  # scans on the console
 SHORT_NAME = 34  # letters of a name on the console
-EXTRAS = {  # settings that are noted only where they do something
-    "cleaning": "cleaning of the mask",
-    "scales": "magnification of further looks",
-    "everywhere": "place of further looks",
-}
 REMEDY = "; name another output_dir, or replace them with overwrite=True (--overwrite true)"
 
 

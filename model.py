@@ -746,6 +746,13 @@ class Cleaning:
         return ", ".join(text for name, text in texts.items() if getattr(self, name)) or "none"
 
 
+EXTRAS = {  # of InferenceSettings; results note them only where they do something
+    "cleaning": "cleaning of the mask",
+    "scales": "magnification of further looks",
+    "everywhere": "place of further looks",
+}
+
+
 @dataclass(frozen=True)
 class InferenceSettings:
     """How a network looks at a scan, and what stays in the mask. Training chooses them, and checkpoints carry them.

@@ -265,12 +265,9 @@ class Validator:
         settings: How a live network looks at a scan, where the arguments above say nothing; a checkpoint knows its own.
         seriesuids: Scans to score with a live network.
         loss: Function of logits and target (B, 1, Z, Y, X) to average over the scans.
-        cleaning: What is done to the mask besides the threshold, in place of all that the checkpoint says; null takes
-            the checkpoint's, nothing unless it is tuned. --cleaning.crf false alone turns all of it off.
-        scales: Factors by which the scan is magnified or shrunk for further looks, such as '[0.8, 1.25]'; they count as
-            much as mirror images. null takes the checkpoint's, none unless they were set.
-        everywhere: Whether a network trained on patches looks again in each of its windows, instead of in one around
-            each spot that may be a nodule; null takes the checkpoint's, false unless it was set.
+        cleaning: What is done to the mask besides the threshold, as infer.py takes it; null takes the checkpoint's.
+        scales: Magnifications of further looks, as infer.py takes them; null takes the checkpoint's.
+        everywhere: Whether further looks are at all windows, as infer.py takes it; null takes the checkpoint's.
 
     Raises:
         FileNotFoundError: There is no checkpoint.

@@ -21,6 +21,7 @@ import numpy as np
 
 from data.dicom import Stack
 from data.measures import Measures
+from model import EXTRAS
 from utils import InputError, atomic_path, check
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ def _identity(kind: str, images: Sequence[Any], frames: np.ndarray, provenance: 
 
 def _parameters(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that decide what is found."""
-    names = ("threshold", "min_score", "mirrors", "cleaning", "scales", "everywhere")
+    names = ("threshold", "min_score", "mirrors", *EXTRAS)
     return {name: provenance[name] for name in names if name in provenance}
 
 

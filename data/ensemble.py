@@ -14,7 +14,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from model import ENSEMBLE, Checkpoint, InferenceSettings, checkpoint_file, load_checkpoint, save_checkpoint
+from model import (
+    ENSEMBLE,
+    EXTRAS,
+    Checkpoint,
+    InferenceSettings,
+    checkpoint_file,
+    load_checkpoint,
+    save_checkpoint,
+)
 from utils import (
     SeenScans,
     atomic_path,
@@ -101,7 +109,7 @@ def join_checkpoints(members: Sequence[Checkpoint], names: Sequence[str]) -> Che
             theirs.threshold == ours.threshold,
             f"{name} has a threshold of {theirs.threshold:g}, {names[0]} one of {ours.threshold:g}; they must be equal",
         )
-        for option in ("cleaning", "scales", "everywhere"):
+        for option in EXTRAS:
             values = getattr(theirs, option), getattr(ours, option)
             check(values[0] == values[1], f"{option} of {name} is {values[0]}, that of {names[0]} {values[1]}")
         check(

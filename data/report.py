@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from data.measures import MeasuredScan, Measures, hu_on
+from model import EXTRAS
 from preprocess import Preprocessing
 from utils import (
     LEARNT_FROM,
@@ -122,9 +123,8 @@ def facts_of(provenance: Mapping[str, Any]) -> dict[str, str]:
         "Computed in": provenance["computed_in"],
         "Date": now(),
     }
-    told = {ABOUT: "about", "Cleaning of the mask": "cleaning", "Magnification of further looks": "scales"}
-    told |= {"Place of further looks": "everywhere"}
-    return facts | {title: provenance[name] for title, name in told.items() if name in provenance}
+    titles = {"about": ABOUT} | {name: text.capitalize() for name, text in EXTRAS.items()}
+    return facts | {title: provenance[name] for name, title in titles.items() if name in provenance}
 
 
 def notes_of(part: str, lungs: str, unlike_training: str) -> list[str]:
