@@ -55,6 +55,14 @@ def image_of(array: np.ndarray, spacing=(1.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0),
     return image
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Escapes what was logged or printed of names that are no UTF-8, which pytest-xdist cannot carry."""
+    report = yield
+    report.sections = [(title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections]
+    return report
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
     """Lets Ctrl-C interrupt, which a shell turns off for what it starts in the background."""
