@@ -48,6 +48,7 @@ from data.dicom_results import has_highdicom, write_dicom_results
 from data.lungs import LUNG_METHOD, measure_noise
 from data.measures import MeasuredScan, Measures, lungs_by_threshold, write_measures
 from data.report import ct_of, report_scan, write_index
+from data.rescoring import Features
 from data.slicer import write_points, write_segmentation
 from model import (
     EXTRAS,
@@ -440,9 +441,8 @@ ROUND = 0.92  # what is as round as this is one nodule
 LARGEST_NODULE_MM3 = 113_000  # a sphere of 60 mm; nothing larger is a nodule, and splitting it would take long
 MOST_COMPONENTS = 1000  # that are looked at in a map; one that has more is noise
 NOISE_MM3 = 1_000_000  # a map that marks more than a litre is noise, too
+PEAK_MM3 = 33.0  # where a candidate is likeliest; a ball of 4 mm
 MOST_MEASURED = 1_000_000  # voxels of a component that its centre and shape are computed from
-
-Score = Callable[[np.ndarray, Geometry, np.ndarray], float]  # of voxels (m, 3), where they lie, and the map
 
 
 @dataclass(frozen=True)
@@ -453,13 +453,15 @@ class FoundNodule(Nodule):
         volume_voxels: Number of its voxels.
         volume_mm3: Their volume.
         box: The box around them.
-        score: How likely it is a nodule, in [0, 1] (see ``score_candidate``); NaN without a probability map.
+        score: How likely it is a nodule, in [0, 1] (see ``Features.score``); NaN without a probability map.
+        features: What the score is computed from; None without a probability map.
     """
 
     volume_voxels: int
     volume_mm3: float
     box: Box
     score: float
+    features: Features | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The brief's fields as built-in types; ``bbox`` is half-open, ``probability`` is the score."""
@@ -507,6 +509,16 @@ class Segmentation:
         kept = self.scores >= min_score
         numbers = [number if kept[number] else 0 for number in self.numbers]
         return replace(self, labels=np.where(kept[self.labels], self.labels, 0), numbers=numbers)
+
+    def rescored(self, score: Callable[[Features], float]) -> Segmentation:
+        """The same with other scores, which change the order of the candidates."""
+        pairs = [
+            (replace(found, score=score(found.features)), number)
+            for found, number in zip(self.candidates, self.numbers, strict=True)
+            if found.features is not None
+        ]
+        pairs.sort(key=lambda pair: (pair[1] == 0, -pair[0].score, -pair[0].volume_mm3))  # faint ones come last
+        return replace(self, candidates=[found for found, _ in pairs], numbers=[number for _, number in pairs])
 
     @property
     def ranks(self) -> np.ndarray:
@@ -557,7 +569,7 @@ def extract_nodules(
         check(np.shape(probability) == mask.shape, f"probability {np.shape(probability)} and mask {mask.shape} differ")
     grid = replace(geometry, spacing=grid_spacing or geometry.spacing)
     parts = _nodule_voxels(_components(mask != 0), grid)
-    return [nodule for _, nodule in _describe(parts, geometry, probability, grid, score_candidate)]
+    return [nodule for _, nodule in _describe(parts, geometry, probability, grid)]
 
 
 def is_hit(marks_xyz: npt.ArrayLike, centers_xyz: npt.ArrayLike, diameters_mm: npt.ArrayLike) -> np.ndarray:
@@ -585,7 +597,6 @@ def find_candidates(
     threshold: float,
     grid_spacing: Vector | None = None,
     smallest_mm3: float = SMALLEST_NODULE_MM3,
-    score: Score | None = None,
     cleaning: Cleaning | None = None,
     image: np.ndarray | None = None,
     device: torch.device | str = "cpu",
@@ -603,7 +614,6 @@ def find_candidates(
             network that sees all scans stretched to one grid judges them by one voxel size, too, so that the mask
             follows from the array alone.
         smallest_mm3: Volume that a nodule of the mask must have; what is smaller is a faint spot.
-        score: How likely a candidate is a nodule; None takes ``score_candidate``.
         cleaning: What is done to the mask besides; the candidates' scores are those of ``probability`` as it is.
         image: The array in [0, 1] that the map is of; needed with ``cleaning``.
         device: Where ``cleaning.crf`` computes.
@@ -615,7 +625,6 @@ def find_candidates(
     array = np.zeros(0) if image is None else np.asarray(image)
     check(cleaning is None or array.shape == probability.shape, "cleaning needs the image that the map is of")
     grid = replace(geometry, spacing=grid_spacing or geometry.spacing)
-    score = score or score_candidate
     voxel_mm3 = grid.voxel_volume_mm3
     spots, spots_are_noise = _main_components(probability, min(CANDIDATE_THRESHOLD, threshold), voxel_mm3)
     marked = probability
@@ -632,9 +641,9 @@ def find_candidates(
     labels = np.zeros(probability.shape, np.int32)
     for number, voxels in enumerate(parts, start=1):
         labels[tuple(voxels.T)] = number
-    found = _describe(parts, geometry, probability, grid, score)
+    found = _describe(parts, geometry, probability, grid)
     spots = [voxels for voxels in spots if not labels[tuple(voxels.T)].any()]
-    faint = _describe(spots, geometry, probability, grid, score)[: max(0, MAX_CANDIDATES - len(found))]
+    faint = _describe(spots, geometry, probability, grid)[: max(0, MAX_CANDIDATES - len(found))]
     numbers = [number for number, _ in found] + [0] * len(faint)
     return Segmentation(labels, [nodule for _, nodule in found + faint], numbers, is_noise or spots_are_noise)
 
@@ -760,7 +769,6 @@ def _describe(
     geometry: Geometry,
     probability: np.ndarray | None,
     grid: Geometry,
-    score: Score,
 ) -> list[tuple[int, FoundNodule]]:
     """(number from 1, nodule) of nodules, given by their voxels (m, 3); the likeliest and then the largest first.
 
@@ -770,6 +778,7 @@ def _describe(
     for number, voxels in enumerate(parts, start=1):
         sample = voxels[:: 1 + len(voxels) // MOST_MEASURED]
         index = sample.mean(axis=0)
+        features = None if probability is None else features_of(sample, grid, probability, len(voxels))
         nodule = FoundNodule(
             tuple(geometry.world(index).tolist()),
             tuple(index.tolist()),
@@ -777,30 +786,34 @@ def _describe(
             len(voxels),
             len(voxels) * geometry.voxel_volume_mm3,
             Box.of_size(voxels.min(axis=0), np.ptp(voxels, axis=0) + 1),
-            math.nan if probability is None else score(sample, grid, probability),
+            math.nan if features is None else features.score,
+            features,
         )
         nodules.append((number, nodule))
     return sorted(nodules, key=lambda n: (0 if probability is None else -n[1].score, -n[1].volume_mm3))
 
 
-def score_candidate(voxels: np.ndarray, geometry: Geometry, probability: np.ndarray) -> float:
-    """How likely a candidate is a nodule, in [0, 1]: the mean probability in and next to it, times its roundness.
+def features_of(voxels: np.ndarray, geometry: Geometry, probability: np.ndarray, count: int) -> Features:
+    """What is known of a candidate.
 
-    Next to it lie the voxels that share a face with it; those up to SURELY_BACKGROUND do not count. Where the network
-    hesitates, it is often at a vessel: the probability fades out slowly, and the candidate is longer than thick. The
-    highest probability tells neither. What lies farther off says less, and there is much of it around a large nodule.
+    Next to it lie the voxels that share a face with it. What lies farther off says less, and there is much of it around
+    a large nodule. Voxels up to SURELY_BACKGROUND do not count for its certainty.
 
     Args:
-        voxels: (m, 3) indices (z, y, x) of the candidate.
+        voxels: (m, 3) indices (z, y, x) of the candidate, or of a sample of its voxels.
         geometry: Where the voxels lie.
         probability: Float (z, y, x).
+        count: Number of all its voxels.
     """
     part, lower = _in_a_box(voxels)
     near = lower + np.argwhere(ndimage.binary_dilation(part))
     values = probability[tuple(near[((near >= 0) & (near < probability.shape)).all(axis=1)].T)].astype(np.float32)
+    most = max(1, round(PEAK_MM3 / geometry.voxel_volume_mm3))
+    peak = float(np.sort(values)[-most:].sum()) / most
     values = values[values > SURELY_BACKGROUND]
     certainty = float(values.mean()) if len(values) else 0.0
-    return min(1.0, certainty * _roundness(voxels, geometry, GRID_SLACK))
+    roundness = _roundness(voxels, geometry, GRID_SLACK)
+    return Features(certainty, peak, roundness, sphere_diameter(count * geometry.voxel_volume_mm3))
 
 
 def sphere_diameter(volume: float) -> float:
@@ -1473,7 +1486,7 @@ class NoduleInferencer:
         of, which is only needed where the mask is cleaned. ``settings`` None takes this network's.
         """
         settings = settings or self.settings
-        return find_candidates(
+        found = find_candidates(
             probability,
             geometry,
             settings.threshold,
@@ -1483,6 +1496,7 @@ class NoduleInferencer:
             image=image,
             device=self.predictor.device,
         )
+        return found.rescored(settings.learnt_score) if settings.learnt_score else found
 
     def save_checkpoint(self, path: Path, settings: InferenceSettings) -> None:
         """Writes a copy of this network's checkpoint that looks at scans by other settings.
@@ -1520,7 +1534,7 @@ class NoduleInferencer:
         Returns:
             One dict a nodule: ``center_world`` [x, y, z] in LPS mm, ``center_voxel`` [x, y, z] as floats,
             ``diameter_mm`` of the sphere of equal volume, ``volume_voxels``, ``volume_mm3``, half-open ``bbox`` (z_min,
-            z_max, y_min, y_max, x_min, x_max), and ``probability``, its score (see ``score_candidate``), NaN without
+            z_max, y_min, y_max, x_min, x_max), and ``probability``, its score (see ``Features.score``), NaN without
             a map.
 
         Raises:
@@ -1851,6 +1865,7 @@ def _describe_extras(settings: InferenceSettings) -> dict[str, str]:
         "cleaning": "" if settings.cleaning == Cleaning() else str(settings.cleaning),
         "scales": ", ".join(f"{scale:g}" for scale in settings.scales),
         "everywhere": "all windows" if settings.everywhere and settings.window and looks_again else "",
+        "learnt_score": str(settings.learnt_score or ""),
     }
 
 

@@ -24,6 +24,7 @@ from monai.networks.utils import pixelshuffle
 from torch import Tensor, nn
 from torch.nn import functional
 
+from data.rescoring import LearntScore
 from utils import IGNORED, InputError, SeenScans, Shape, UserError, Vector, check
 
 CHECKPOINT_FORMAT = 9  # raised whenever older checkpoints can no longer be read or give other results
@@ -750,6 +751,7 @@ EXTRAS = {  # of InferenceSettings; results note them only where they do somethi
     "cleaning": "cleaning of the mask",
     "scales": "magnification of further looks",
     "everywhere": "place of further looks",
+    "learnt_score": "score of nodules",
 }
 
 
@@ -768,6 +770,7 @@ class InferenceSettings:
         scales: Factors by which the scan is magnified for further looks, whose probabilities are averaged, too.
         everywhere: Whether a network trained on patches looks again in each of its windows, instead of in one around
             each spot that may be a nodule.
+        learnt_score: What the score of a nodule is computed by; None takes ``Features.score``.
 
     Raises:
         InputError: A value is out of its range.
@@ -781,6 +784,7 @@ class InferenceSettings:
     cleaning: Cleaning = Cleaning()
     scales: tuple[float, ...] = ()
     everywhere: bool = False
+    learnt_score: LearntScore | None = None
 
     def __post_init__(self) -> None:
         check(0 < self.threshold < 1, f"threshold must be between 0 and 1, not {self.threshold}")
@@ -793,6 +797,8 @@ class InferenceSettings:
                 object.__setattr__(self, name, tuple(value))  # of a list, as checkpoints hold it
         if isinstance(self.cleaning, dict):
             object.__setattr__(self, "cleaning", Cleaning(**self.cleaning))
+        if isinstance(self.learnt_score, dict):
+            object.__setattr__(self, "learnt_score", LearntScore(**self.learnt_score))
 
     def to_dict(self) -> dict[str, Any]:
         """Built-in types, for checkpoints."""

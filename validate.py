@@ -2,8 +2,8 @@
 
 ``python validate.py`` scores the validation scans of a training; ``--fold k`` the held-out fold of one that was trained
 with it; ``--predictions FILE.csv`` anyone's marks, without a network; ``--compare A B`` holds two results against each
-other; ``--tune FILE.pth`` chooses threshold and min_score on the validation scans. The FROC's rules are those of the
-challenge (Setio et al. 2017, arXiv:1612.08012) and, where the paper is silent, those of
+other; ``--tune FILE.pth`` chooses threshold, cleaning and score on the validation scans. The FROC's rules are those of
+the challenge (Setio et al. 2017, arXiv:1612.08012) and, where the paper is silent, those of
 ``noduleCADEvaluationLUNA16.py``.
 """
 
@@ -31,6 +31,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from data.rescoring import Features, LearntScore, fit_score
 from data.validation_page import Finding, picture_findings, write_page
 from dataset import ignore_excluded
 from infer import (
@@ -117,6 +118,7 @@ VALIDATION_FILES = (
 EXCLUDED_PATH = "data/LUNA16/annotations_excluded.csv"
 PREDICTIONS_DIR = "experiments/predictions"  # for the score of anyone's marks
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # that tuning chooses from, and what it tries beside
+FEWEST_LEARNT = 5  # candidates of a kind that a score is learnt from
 CLEANINGS = (
     Cleaning(),
     Cleaning(crf=True),
@@ -366,7 +368,7 @@ class Validator:
         return result
 
     def tune(self, tune: str | Path | None = None, excluded_path: str | Path = EXCLUDED_PATH) -> pd.DataFrame:
-        """Chooses threshold, cleaning and min_score on the validation scans; writes a checkpoint that carries them.
+        """Chooses threshold, cleaning, score and min_score on the validation scans; writes a checkpoint with them.
 
         Args:
             tune: Name of that checkpoint, tuned.pth or the like, in the folder of the one that is tuned. It carries
@@ -375,10 +377,13 @@ class Validator:
             excluded_path: LUNA16's annotations_excluded.csv; what is found on such findings does not count.
 
         Returns:
-            Of each choice its ``threshold``, ``cleaning``, ``min_score`` and the mean Dice of these scans that it was
-            chosen by; ``chosen`` is true of the one that the checkpoint carries. The choices are THRESHOLDS, and at the
-            present threshold each of CLEANINGS that can do something on this grid. Of those within NEARLY_AS_GOOD of
-            the best the present settings are chosen, or else the nearest threshold, or the first cleaning.
+            Of each choice its ``threshold``, ``cleaning``, ``score``, ``min_score``, and mean Dice and CPM of these
+            scans; ``chosen`` is true of the one that the checkpoint carries. The choices are THRESHOLDS, and at the
+            present threshold each of CLEANINGS that can do something on this grid. Of those with a Dice within
+            NEARLY_AS_GOOD of the best the present settings are chosen, or else the nearest threshold, or the first
+            cleaning. A further row has the score that is learnt from the candidates of this choice (``fit_score``),
+            each half of the scans scored by what was learnt from the other one. It is chosen where its CPM is no lower,
+            and its Dice by no more than NEARLY_AS_GOOD.
 
         Raises:
             FileExistsError: There is such a file, and ``overwrite`` is false.
@@ -402,7 +407,7 @@ class Validator:
         present = self.inferencer.settings
         choices = [replace(present, threshold=threshold) for threshold in sorted({*THRESHOLDS, present.threshold})]
         choices += [replace(present, cleaning=cleaning) for cleaning in self._cleanings()]
-        choices = list(dict.fromkeys(choices))
+        choices = list(dict.fromkeys(replace(choice, learnt_score=None) for choice in choices))
         examine = partial(self._examine_choices, choices, self._excluded(uids, excluded_path))
         self.failed = {}
         scans: list[list[ExaminedScan]] = map_scans(
@@ -624,7 +629,7 @@ class ExaminedScan:
         whole: Overlap over the whole scan.
         crops: Overlap in a crop around each annotated nodule.
         grid_diameters_mm: Of the sphere of as many voxels as each annotated nodule has in the mask, NaN without any.
-        on_excluded: (n + 1,) whether that number's nodule lies on an excluded finding and on no annotated nodule.
+        excluded: (m, 4) centre (x, y, z) and diameter in mm of the excluded findings.
         loss: Loss of the scan, NaN without a loss function.
         findings: What was found and missed, with pictures, where a page is made of them.
     """
@@ -635,7 +640,7 @@ class ExaminedScan:
     whole: Overlap
     crops: list[Overlap]
     grid_diameters_mm: Sequence[float]
-    on_excluded: np.ndarray
+    excluded: np.ndarray
     loss: float
     findings: Sequence[Finding] = ()
 
@@ -648,18 +653,37 @@ class ExaminedScan:
         boxes = [nodule_crop(scan.geometry, nodule).slices for nodule in annotated]
         crops = [Overlap.of(found.labels[box], truth[box], count) for box in boxes]
         unlabelled = replace(found, labels=found.labels[:0].copy())  # counted; a scan's array is too large to be kept
-        on_excluded = np.zeros(count + 1, bool)
+        findings = np.zeros((0, 4))
         if excluded is not None:
-            findings = excluded.loc[excluded["seriesuid"] == scan.seriesuid, [*_XYZ, "diameter_mm"]].to_numpy()
-            centers = np.reshape([mark.center_xyz for mark in found.candidates], (-1, 1, 3))
-            on_finding = is_hit(centers, findings[None, :, :3], findings[:, 3]).any(axis=1)
-            on_nodule = hits_of(found.candidates, annotated).any(axis=1)
-            on_excluded[found.numbers] = on_finding & ~on_nodule
-            on_excluded[0] = False
+            findings = excluded.loc[excluded["seriesuid"] == scan.seriesuid, [*_XYZ, "diameter_mm"]].to_numpy(float)
         whole = Overlap.of(found.labels, truth, count)
         volumes = [nodule.voxels * scan.geometry.voxel_volume_mm3 for nodule in annotated]
         diameters = [sphere_diameter(volume) if volume else math.nan for volume in volumes]
-        return cls(scan.seriesuid, annotated, unlabelled, whole, crops, diameters, on_excluded, loss)
+        return cls(scan.seriesuid, annotated, unlabelled, whole, crops, diameters, findings, loss)
+
+    @cached_property
+    def is_nodule(self) -> np.ndarray:
+        """(candidates,) whether it hits an annotated nodule."""
+        return np.asarray(hits_of(self.found.candidates, self.annotated).any(axis=1))
+
+    @cached_property
+    def is_excluded(self) -> np.ndarray:
+        """(candidates,) whether it lies on an excluded finding and on no annotated nodule."""
+        centers = np.reshape([mark.center_xyz for mark in self.found.candidates], (-1, 1, 3))
+        on_finding = is_hit(centers, self.excluded[None, :, :3], self.excluded[:, 3]).any(axis=1)
+        return np.asarray(on_finding & ~self.is_nodule)
+
+    @cached_property
+    def on_excluded(self) -> np.ndarray:
+        """(n + 1,) whether that number's nodule lies on an excluded finding and on no annotated nodule."""
+        on_excluded = np.zeros(len(self.found.scores), bool)
+        on_excluded[self.found.numbers] = self.is_excluded
+        on_excluded[0] = False
+        return on_excluded
+
+    def rescored(self, score: Callable[[Features], float]) -> ExaminedScan:
+        """The same with other scores."""
+        return replace(self, found=self.found.rescored(score))
 
     def row(self, min_score: float) -> dict[str, Any]:
         """Metrics of the scan, and its nodules found and not."""
@@ -717,18 +741,72 @@ def choose_settings(
     Raises:
         InputError: No nodule is found by any choice.
     """
-    rows = []
-    for choice, examined in zip(choices, zip(*scans, strict=True), strict=True):
-        score = choose_min_score(examined)
-        dice = pd.Series([scan.dice_without_excluded(score) for scan in examined]).mean()
-        rows.append((choice.threshold, str(choice.cleaning), score, dice))
-    table = pd.DataFrame(rows, columns=["threshold", "cleaning", "min_score", "dice"])
+    by_choice = list(zip(*scans, strict=True))
+    rows = [_tuning_row(choice, examined) for choice, examined in zip(choices, by_choice, strict=True)]
+    table = pd.DataFrame(rows)
     check(bool((table["dice"] > 0).any()), "no nodule of the validation scans is found by any choice")
     good = table[table["dice"] >= table["dice"].max() - NEARLY_AS_GOOD]
     changes = (good["threshold"] - present.threshold).abs() + (good["cleaning"] != str(present.cleaning))
     chosen = int(changes.idxmin())
-    settings = replace(choices[chosen], min_score=float(table["min_score"].iloc[chosen]))
+    settings = choices[chosen]
+    if learnt := learn_score(by_choice[chosen]):
+        with_score, before = replace(settings, learnt_score=learnt[0]), table.iloc[chosen]
+        table.loc[len(table)] = after = pd.Series(_tuning_row(with_score, learnt[1]))
+        if after["cpm"] >= before["cpm"] and after["dice"] >= before["dice"] - NEARLY_AS_GOOD:
+            chosen, settings = len(table) - 1, with_score
+    settings = replace(settings, min_score=float(table["min_score"].iloc[chosen]))
     return settings, table.assign(chosen=table.index == chosen)
+
+
+def _tuning_row(choice: InferenceSettings, scans: Sequence[ExaminedScan]) -> dict[str, Any]:
+    """What ``Validator.tune`` tells of a choice."""
+    min_score = choose_min_score(scans)
+    return {
+        "threshold": choice.threshold,
+        "cleaning": str(choice.cleaning),
+        "score": "learnt" if choice.learnt_score else "as it is",
+        "min_score": min_score,
+        "dice": float(pd.Series([scan.dice_without_excluded(min_score) for scan in scans]).mean()),
+        "cpm": cpm_of(scans),
+    }
+
+
+def cpm_of(scans: Sequence[ExaminedScan]) -> float:
+    """LUNA16's score of all candidates; NaN without a nodule."""
+    findings = [(scan.seriesuid, *n.center_xyz, n.diameter_mm) for scan in scans for n in scan.annotated]
+    if not findings:
+        return math.nan
+    excluded = [(scan.seriesuid, *finding) for scan in scans for finding in scan.excluded]
+    nodules, others = (pd.DataFrame(rows, columns=list(ANNOTATION_COLUMNS)) for rows in (findings, excluded))
+    marks = pd.concat([scan.found.marks(scan.seriesuid) for scan in scans], ignore_index=True)
+    return froc(marks, nodules, others, [scan.seriesuid for scan in scans], num_bootstraps=0).cpm
+
+
+def learn_score(scans: Sequence[ExaminedScan]) -> tuple[LearntScore, list[ExaminedScan]] | None:
+    """The score that is learnt from the candidates of all scans, and how good such a score is.
+
+    Returns:
+        It, and the scans rescored, every other one by what was learnt from the rest; None where either half has fewer
+        than FEWEST_LEARNT candidates that are nodules, or that are none.
+    """
+    even, odd, learnt = (_fit_score(part) for part in (scans[::2], scans[1::2], scans))
+    if even is None or odd is None or learnt is None:
+        return None
+    return learnt, [scan.rescored(even if number % 2 else odd) for number, scan in enumerate(scans)]
+
+
+def _fit_score(scans: Sequence[ExaminedScan]) -> LearntScore | None:
+    """The score of the candidates of some scans, but for those on excluded findings; None where there are too few."""
+    known: list[Features] = []
+    truth: list[bool] = []
+    for scan in scans:
+        for found, is_nodule, is_excluded in zip(scan.found.candidates, scan.is_nodule, scan.is_excluded, strict=True):
+            if found.features is not None and not is_excluded:
+                known.append(found.features)
+                truth.append(bool(is_nodule))
+    if min(sum(truth), len(truth) - sum(truth)) < FEWEST_LEARNT:
+        return None
+    return fit_score(known, truth)
 
 
 def middle_of_best(values: np.ndarray) -> int:
@@ -1462,8 +1540,8 @@ def format_tuning(table: pd.DataFrame, path: str | Path) -> str:
     return (
         f"{table.drop(columns='chosen').round(3).to_string(index=False)}\n"
         f"{path} carries a threshold of {chosen['threshold']:g} and a min_score of {chosen['min_score']:.2f}; "
-        f"cleaning: {chosen['cleaning']}. The Dice is that of the scans that they were chosen on, and says nothing of "
-        "others."
+        f"cleaning: {chosen['cleaning']}; score: {chosen['score']}. Dice and CPM are those of the scans that they were "
+        "chosen on, and say nothing of others."
     )
 
 

@@ -1265,8 +1265,8 @@ def test_map_of_many_specks_is_noise_and_takes_no_longer(monkeypatch):
     probability = np.where(rng.random((60, 80, 80)) < 0.02, 0.9, 0.0).astype(np.float32)
     probability[20:24, 20:24, 20:24] = 0.95
     described = []
-    score = infer.score_candidate
-    monkeypatch.setattr(infer, "score_candidate", lambda *given: described.append(1) or score(*given))
+    features_of = infer.features_of
+    monkeypatch.setattr(infer, "features_of", lambda *given: described.append(1) or features_of(*given))
     found = find_candidates(probability, Geometry(probability.shape, (0.0, 0.0, 0.0), UNIT), 0.5, smallest_mm3=0)
     assert len(infer._components(probability >= 0.5)) > 3000
     assert found.is_noise

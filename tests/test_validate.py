@@ -256,7 +256,7 @@ def examined(truth_voxels, *spots):
     candidates = [FoundNodule((0.0,) * 3, (0.0,) * 3, 5.0, 1, 1.0, box, score) for score, _, _ in spots]
     found = Segmentation(np.zeros((0, 1, 1), int), candidates, list(range(1, len(spots) + 1)))
     overlap = Overlap(np.array(voxels), np.array(hits))
-    return ExaminedScan("1.2.3", [], found, overlap, [], [], np.zeros(len(voxels), bool), math.nan)
+    return ExaminedScan("1.2.3", [], found, overlap, [], [], np.zeros((0, 4)), math.nan)
 
 
 def test_chosen_score_lies_in_the_middle_between_false_and_true_spots():
@@ -399,9 +399,7 @@ def test_size_of_a_nodule_is_that_of_the_surest_that_hits_it_alone():
     ]
     found = Segmentation(np.zeros((0, 1, 1), int), balls, [1, 2, 3, 4])
     overlap = Overlap(np.ones(5, int), np.zeros(5, int))
-    scan = ExaminedScan(
-        "a", annotated, found, overlap, [overlap] * 4, [9.9, 8.2, 9.8, math.nan], np.zeros(5, bool), 0.0
-    )
+    scan = ExaminedScan("a", annotated, found, overlap, [overlap] * 4, [9.9, 8.2, 9.8, math.nan], np.zeros((0, 4)), 0.0)
     sizes = [row["found_diameter_mm"] for row in scan.nodule_rows(0.5)]
     np.testing.assert_equal(sizes, [9.0, math.nan, math.nan, math.nan])
     assert scan.nodule_rows(0.2)[1]["found_diameter_mm"] == 8.5

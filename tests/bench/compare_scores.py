@@ -1,4 +1,4 @@
-"""CPM of the nodule score beside those of plainer ones, on the same candidates of scans that training never saw.
+"""CPM of the nodule score beside those of plainer and learnt ones, on the same candidates of scans never seen.
 
 python tests/bench/compare_scores.py --checkpoint_path experiments/phantom/checkpoints/best_model.pth
 """
@@ -6,6 +6,8 @@ python tests/bench/compare_scores.py --checkpoint_path experiments/phantom/check
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -15,14 +17,15 @@ import pandas as pd
 from jsonargparse import auto_cli
 from tqdm import tqdm
 
-from infer import NoduleInferencer, find_candidates, nodule_table, score_candidate
+from data.rescoring import Features
+from infer import NoduleInferencer
 from utils import ANNOTATION_COLUMNS, read_processed, read_processed_list
-from validate import froc, read_excluded
+from validate import ExaminedScan, froc, learn_score, read_excluded
 
-SCORES = {
-    "highest probability": lambda voxels, geometry, probability: float(probability[tuple(voxels.T)].max()),
-    "mean probability": lambda voxels, geometry, probability: float(probability[tuple(voxels.T)].mean()),
-    "the score used": score_candidate,
+SCORES: dict[str, Callable[[Features], float]] = {
+    "peak": lambda features: features.peak,
+    "certainty": lambda features: features.certainty,
+    "the score used": lambda features: features.score,
 }
 
 
@@ -34,7 +37,7 @@ def compare(
 ) -> None:
     """Prints CPM and sensitivities of each score, and how the score used differs on the same draws of scans.
 
-    Of more than 100 candidates in a scan, each score chooses its own.
+    The learnt score of each half of the scans is that of the candidates of the other half.
 
     Args:
         data_dir: Folder of processed scans that training never saw.
@@ -43,20 +46,24 @@ def compare(
         device: 'cuda', 'cuda:<n>' or 'cpu'.
     """
     inferencer = NoduleInferencer(checkpoint_path, device=device)
-    uids = read_processed_list(data_dir)
-    marks: dict[str, list[pd.DataFrame]] = {name: [] for name in SCORES}
-    nodules = []
-    for uid in tqdm(uids, unit="scan", disable=None):
-        scan = read_processed(data_dir, uid)
-        nodules += [(uid, *n.center_xyz, n.diameter_mm) for n in scan.metadata.nodules]
-        probability = inferencer.predict_probability(scan.image)
-        for name, score in SCORES.items():
-            threshold, grid = inferencer.settings.threshold, inferencer.settings.grid_spacing
-            found = find_candidates(probability, scan.geometry, threshold, grid, score=score)
-            marks[name].append(nodule_table(uid, found.candidates))
-    annotations = pd.DataFrame(nodules, columns=list(ANNOTATION_COLUMNS))
+    plain = replace(inferencer.settings, learnt_score=None)
     excluded = read_excluded(excluded_path)
-    curves = {name: froc(pd.concat(tables), annotations, excluded, uids) for name, tables in marks.items()}
+    scans = []
+    for uid in tqdm(read_processed_list(data_dir), unit="scan", disable=None):
+        scan = read_processed(data_dir, uid)
+        found = inferencer.find_candidates(inferencer.predict_probability(scan.image), scan.geometry, scan.image, plain)
+        scans.append(ExaminedScan.of(scan, found, excluded=excluded))
+    nodules = [(scan.seriesuid, *n.center_xyz, n.diameter_mm) for scan in scans for n in scan.annotated]
+    annotations = pd.DataFrame(nodules, columns=list(ANNOTATION_COLUMNS))
+    rescored = {name: [scan.rescored(score) for scan in scans] for name, score in SCORES.items()}
+    if learnt := learn_score(scans):
+        print(f"learnt from all: {learnt[0]}")
+        rescored = {"learnt": learnt[1]} | rescored
+    uids = [scan.seriesuid for scan in scans]
+    curves = {
+        name: froc(pd.concat([scan.found.marks(scan.seriesuid) for scan in some]), annotations, excluded, uids)
+        for name, some in rescored.items()
+    }
     used = curves["the score used"]
     for name, curve in curves.items():
         low, high = curve.intervals[-1]

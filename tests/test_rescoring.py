@@ -1,0 +1,164 @@
+"""Scores that are learnt from candidates: fitting, applying, choosing, carrying and telling them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import nodule_at
+
+from data.rescoring import Features, LearntScore, fit_score
+from infer import FoundNodule, NoduleInferencer, Segmentation, features_of, find_candidates
+from model import InferenceSettings, load_checkpoint, save_checkpoint
+from utils import Box, Geometry, InputError
+from validate import ExaminedScan, Overlap, choose_settings, cpm_of, learn_score
+
+NODULE, VESSEL = Features(0.5, 0.95, 0.6, 8.0), Features(0.6, 0.6, 0.9, 3.0)  # of which the vessel looks rounder
+BY_PEAK = LearntScore((0.0, 1.0, 0.0, 0.0), 0.0, 10)
+
+
+def found_at(z, features, diameter_mm=5.0):
+    centre = (10.0, 10.0, float(z))
+    return FoundNodule(centre, centre[::-1], diameter_mm, 65, 65.0, Box((0, 0, 0), (1, 1, 1)), features.score, features)
+
+
+def examined(number, excluded=()):
+    """A scan with a nodule, which is found, and three vessels that are taken for one."""
+    rng = np.random.default_rng(number)
+    found = [found_at(10, NODULE), *(found_at(z, VESSEL) for z in (20, 30, 40))]
+    found = [
+        replace(f, features=f.features._replace(roundness=f.features.roundness - rng.uniform(0, 0.1))) for f in found
+    ]
+    labels = np.zeros((0, 1, 1), int)
+    overlap = Overlap(np.array([100, *[100] * 4]), np.array([0, 100, 0, 0, 0]))
+    findings = np.reshape(excluded, (-1, 4)).astype(float)
+    segmentation = Segmentation(labels, found, [1, 2, 3, 4])
+    return ExaminedScan(f"1.{number}", [nodule_at(10, 10, 10)], segmentation, overlap, [overlap], [5.0], findings, 0.0)
+
+
+def test_features_of_a_ball_are_as_counted_by_hand():
+    probability = np.zeros((9, 9, 9), np.float32)
+    probability[3:6, 3:6, 3:6] = 0.5  # 27 voxels of 1 mm, of 54 with a neighbour each outside
+    probability[4, 4, 4] = 1.0
+    voxels = np.argwhere(probability > 0.4)
+    features = features_of(voxels, Geometry((9, 9, 9), (0.0,) * 3, (1.0,) * 3), probability, len(voxels))
+    assert features.certainty == pytest.approx(14 / 27)  # voxels of 0 do not count
+    assert features.peak == pytest.approx(14 / 33)  # of the likeliest 33 mm3; six of them are 0
+    assert features.roundness == pytest.approx(1.0)
+    assert features.diameter_mm == pytest.approx((6 * 27 / np.pi) ** (1 / 3))
+    assert features.score == pytest.approx(14 / 27)
+
+
+def test_features_are_judged_by_the_grid_of_the_network():
+    probability = np.zeros((9, 9, 9), np.float32)
+    probability[3:6, 3:6, 3:6] = 0.9
+    geometry = Geometry((9, 9, 9), (0.0,) * 3, (1.0,) * 3)
+    (found,) = find_candidates(probability, geometry, 0.5, grid_spacing=(2.0, 2.0, 2.0)).candidates
+    assert found.features.diameter_mm == pytest.approx(2 * found.diameter_mm)
+    assert found.features.peak == pytest.approx(0.9)  # four voxels of 8 mm3
+
+
+def test_fitted_score_is_the_share_of_nodules_among_alike_candidates():
+    rng = np.random.default_rng(0)
+    candidates = [Features(*values) for values in rng.uniform([0.1, 0.1, 0.3, 2], [0.9, 0.9, 1, 20], (20_000, 4))]
+    truth = LearntScore((0.0, 1.5, -2.0, 0.5), 0.3, 0)
+    chances = np.array([truth(features) for features in candidates])
+    is_nodule = rng.random(len(candidates)) < chances
+    learnt = fit_score(candidates, is_nodule)
+    scores = np.array([learnt(features) for features in candidates])
+    assert learnt.candidates == len(candidates)
+    np.testing.assert_allclose(learnt.weights, truth.weights, atol=0.25)
+    for lower in np.arange(0, 1, 0.2):
+        alike = (scores >= lower) & (scores < lower + 0.2)
+        assert scores[alike].mean() == pytest.approx(is_nodule[alike].mean(), abs=0.03)
+
+
+def test_fit_of_candidates_that_are_told_apart_without_doubt_is_finite():
+    learnt = fit_score([NODULE] * 20 + [VESSEL] * 20, [True] * 20 + [False] * 20)
+    assert 0.8 < learnt(NODULE) < 1 and 0 < learnt(VESSEL) < 0.2
+
+
+@pytest.mark.parametrize("truth", [[True, True], [False, False], [True]])
+def test_candidates_of_one_kind_teach_nothing(truth):
+    with pytest.raises(InputError, match="candidates must be of both kinds"):
+        fit_score([NODULE, VESSEL], truth)
+
+
+def test_score_with_another_number_of_weights_is_refused():
+    with pytest.raises(InputError, match="a learnt score has 4 weights, not 3"):
+        LearntScore((1.0, 2.0, 3.0), 0.0, 5)
+
+
+def test_certain_candidates_have_finite_scores():
+    assert 0 < LearntScore((5.0, 5.0, 0.0, 0.0), 0.0, 1)(Features(1.0, 1.0, 1.0, 0.0)) <= 1
+    assert 0 <= LearntScore((500.0, 500.0, 0.0, 0.0), 0.0, 1)(Features(0.0, 0.0, 0.0, 0.0)) < 1e-6
+
+
+def test_rescored_candidates_come_likeliest_first_and_keep_their_labels():
+    labels = np.array([[[1, 2, 0]]])
+    faint = found_at(30, Features(0.2, 0.99, 1.0, 4.0))
+    found = Segmentation(labels, [found_at(20, VESSEL), found_at(10, NODULE), faint], [1, 2, 0])
+    again = found.rescored(BY_PEAK)
+    assert [nodule.center_xyz[2] for nodule in again.candidates] == [10.0, 20.0, 30.0]  # faint ones stay last
+    assert again.numbers == [2, 1, 0]
+    assert again.scores.tolist() == pytest.approx([-1.0, 0.6, 0.95])
+    assert again.ranks.tolist() == [[[2, 1, 0]]]
+    assert again.marks("a")["coordZ"].tolist() == [30.0, 10.0, 20.0]
+    assert again.keep(0.7).nodules[0].center_xyz[2] == 10.0 and len(again.keep(0.7).nodules) == 1
+
+
+def test_score_that_is_learnt_tells_what_the_plain_one_does_not():
+    scans = [examined(number) for number in range(12)]
+    assert cpm_of(scans) == pytest.approx(2 / 7)  # three false marks come before each nodule
+    learnt, rescored = learn_score(scans)
+    assert cpm_of(rescored) == 1
+    assert learnt.candidates == 48
+    assert learnt(NODULE) > 0.8 > 0.2 > learnt(VESSEL)
+
+
+def test_each_scan_is_rescored_by_what_others_taught():
+    scans = [examined(number) for number in range(12)]
+    plain = [candidate.score for candidate in learn_score(scans)[1][0].found.candidates]
+    other = replace(scans[0], annotated=[nodule_at(20, 10, 10)])
+    changed = [candidate.score for candidate in learn_score([other, *scans[1:]])[1][0].found.candidates]
+    assert plain == changed
+
+
+def test_candidates_on_excluded_findings_teach_nothing():
+    scans = [examined(number, excluded=(10, 10, 20, 4)) for number in range(12)]
+    assert learn_score(scans)[0].candidates == 36
+
+
+def test_nothing_is_learnt_of_too_few_nodules():
+    assert learn_score([examined(number) for number in range(9)]) is None  # four in one half
+
+
+def test_tuning_takes_a_learnt_score_that_is_better():
+    present = InferenceSettings()
+    settings, table = choose_settings([present], [[examined(number)] for number in range(12)], present)
+    assert table["score"].tolist() == ["as it is", "learnt"]
+    assert table["chosen"].tolist() == [False, True]
+    assert table["cpm"].tolist() == pytest.approx([2 / 7, 1.0])
+    assert settings.learnt_score is not None and settings.min_score == table["min_score"][1]
+    assert table["dice"][1] == 1 > table["dice"][0]
+
+
+def test_tuning_leaves_a_score_that_cannot_be_learnt():
+    present = InferenceSettings()
+    settings, table = choose_settings([present], [[examined(number)] for number in range(4)], present)
+    assert (settings.learnt_score, table["score"].tolist()) == (None, ["as it is"])
+
+
+def test_checkpoint_carries_the_learnt_score_and_results_tell_it(run_dir, tmp_path):
+    checkpoint = load_checkpoint(run_dir / "checkpoints" / "best_model.pth")
+    inference = replace(checkpoint.inference, learnt_score=BY_PEAK)
+    save_checkpoint(tmp_path / "tuned.pth", replace(checkpoint, inference=inference))
+    inferencer = NoduleInferencer(tmp_path / "tuned.pth", output_dir=tmp_path / "out", device="cpu")
+    assert inferencer.settings.learnt_score == BY_PEAK
+    assert inferencer.provenance["learnt_score"] == "logistic regression, fitted on 10 candidates"
+    probability = np.zeros((20, 20, 20), np.float32)
+    probability[5:12, 5:12, 5:12] = 0.8
+    geometry = Geometry((20, 20, 20), (0.0,) * 3, (1.0,) * 3)
+    (nodule,) = inferencer.find_candidates(probability, geometry).nodules
+    assert nodule.score == pytest.approx(0.8, abs=1e-5)
+    assert torch.load(tmp_path / "tuned.pth", weights_only=True)["inference"]["learnt_score"]["candidates"] == 10
