@@ -442,6 +442,9 @@ LARGEST_NODULE_MM3 = 113_000  # a sphere of 60 mm; nothing larger is a nodule, a
 MOST_COMPONENTS = 1000  # that are looked at in a map; one that has more is noise
 NOISE_MM3 = 1_000_000  # a map that marks more than a litre is noise, too
 PEAK_MM3 = 33.0  # where a candidate is likeliest; a ball of 4 mm
+HAZE_MM = (3.0, 8.0)  # from a candidate, where the network should be sure that there is nothing
+AIR_MM = (2.0, 6.0)  # from a candidate, where most nodules have lung around them
+AERATED = 0.4  # of the HU window: what is darker, and not masked, is lung
 MOST_MEASURED = 1_000_000  # voxels of a component that its centre and shape are computed from
 
 
@@ -615,35 +618,36 @@ def find_candidates(
             follows from the array alone.
         smallest_mm3: Volume that a nodule of the mask must have; what is smaller is a faint spot.
         cleaning: What is done to the mask besides; the candidates' scores are those of ``probability`` as it is.
-        image: The array in [0, 1] that the map is of; needed with ``cleaning``.
+        image: The array in [0, 1] that the map is of; needed with ``cleaning``, and for a score that is learnt.
         device: Where ``cleaning.crf`` computes.
 
     Raises:
-        ValueError: ``cleaning`` has no image, or one of another shape.
+        ValueError: ``cleaning`` has no image, or the image has another shape.
     """
     cleaning = None if cleaning == Cleaning() else cleaning
-    array = np.zeros(0) if image is None else np.asarray(image)
-    check(cleaning is None or array.shape == probability.shape, "cleaning needs the image that the map is of")
+    array = None if image is None else np.asarray(image)
+    fits = array is not None and array.shape == probability.shape
+    check(fits or (array is None and cleaning is None), "cleaning needs the image that the map is of")
     grid = replace(geometry, spacing=grid_spacing or geometry.spacing)
     voxel_mm3 = grid.voxel_volume_mm3
     spots, spots_are_noise = _main_components(probability, min(CANDIDATE_THRESHOLD, threshold), voxel_mm3)
     marked = probability
-    if cleaning and cleaning.crf and not spots_are_noise:
+    if cleaning and cleaning.crf and not spots_are_noise and array is not None:
         least = 1 / (1 + math.exp(CRF_WEIGHT) * (1 / threshold - 1))  # what neighbours can raise to the threshold
         may_be_marked = [voxels for voxels in spots if probability[tuple(voxels.T)].max() >= least]
         marked = follow_edges(probability, array, grid.spacing_zyx, may_be_marked, device)
     parts, is_noise = _main_components(marked, threshold, voxel_mm3)
     if not is_noise:
         parts = _nodule_voxels(_fill_holes(parts, probability.shape, grid), grid)
-    if cleaning and not is_noise:
+    if cleaning and not is_noise and array is not None:
         parts = reshape_nodules(parts, array, grid.spacing_zyx, cleaning, smallest_mm3)
     parts = [voxels for voxels in parts if len(voxels) * voxel_mm3 >= smallest_mm3]
     labels = np.zeros(probability.shape, np.int32)
     for number, voxels in enumerate(parts, start=1):
         labels[tuple(voxels.T)] = number
-    found = _describe(parts, geometry, probability, grid)
+    found = _describe(parts, geometry, probability, grid, array)
     spots = [voxels for voxels in spots if not labels[tuple(voxels.T)].any()]
-    faint = _describe(spots, geometry, probability, grid)[: max(0, MAX_CANDIDATES - len(found))]
+    faint = _describe(spots, geometry, probability, grid, array)[: max(0, MAX_CANDIDATES - len(found))]
     numbers = [number for number, _ in found] + [0] * len(faint)
     return Segmentation(labels, [nodule for _, nodule in found + faint], numbers, is_noise or spots_are_noise)
 
@@ -769,6 +773,7 @@ def _describe(
     geometry: Geometry,
     probability: np.ndarray | None,
     grid: Geometry,
+    image: np.ndarray | None = None,
 ) -> list[tuple[int, FoundNodule]]:
     """(number from 1, nodule) of nodules, given by their voxels (m, 3); the likeliest and then the largest first.
 
@@ -778,7 +783,7 @@ def _describe(
     for number, voxels in enumerate(parts, start=1):
         sample = voxels[:: 1 + len(voxels) // MOST_MEASURED]
         index = sample.mean(axis=0)
-        features = None if probability is None else features_of(sample, grid, probability, len(voxels))
+        features = None if probability is None else features_of(sample, grid, probability, len(voxels), image)
         nodule = FoundNodule(
             tuple(geometry.world(index).tolist()),
             tuple(index.tolist()),
@@ -793,7 +798,9 @@ def _describe(
     return sorted(nodules, key=lambda n: (0 if probability is None else -n[1].score, -n[1].volume_mm3))
 
 
-def features_of(voxels: np.ndarray, geometry: Geometry, probability: np.ndarray, count: int) -> Features:
+def features_of(
+    voxels: np.ndarray, geometry: Geometry, probability: np.ndarray, count: int, image: np.ndarray | None = None
+) -> Features:
     """What is known of a candidate.
 
     Next to it lie the voxels that share a face with it. What lies farther off says less, and there is much of it around
@@ -804,6 +811,7 @@ def features_of(voxels: np.ndarray, geometry: Geometry, probability: np.ndarray,
         geometry: Where the voxels lie.
         probability: Float (z, y, x).
         count: Number of all its voxels.
+        image: The array in [0, 1] that the map is of, or None.
     """
     part, lower = _in_a_box(voxels)
     near = lower + np.argwhere(ndimage.binary_dilation(part))
@@ -812,8 +820,22 @@ def features_of(voxels: np.ndarray, geometry: Geometry, probability: np.ndarray,
     peak = float(np.sort(values)[-most:].sum()) / most
     values = values[values > SURELY_BACKGROUND]
     certainty = float(values.mean()) if len(values) else 0.0
-    roundness = _roundness(voxels, geometry, GRID_SLACK)
-    return Features(certainty, peak, roundness, sphere_diameter(count * geometry.voxel_volume_mm3))
+    reach = np.ceil(max(HAZE_MM + AIR_MM) / np.asarray(geometry.spacing_zyx)).astype(int)
+    lower = np.maximum(voxels.min(axis=0) - reach, 0)
+    box = Box.of_size(lower, np.minimum(voxels.max(axis=0) + reach + 1, probability.shape) - lower).slices
+    there = np.ones(probability[box].shape, bool)
+    there[tuple((voxels - lower).T)] = False
+    distance = ndimage.distance_transform_edt(there, geometry.spacing_zyx)
+    haze = probability[box][(distance > HAZE_MM[0]) & (distance <= HAZE_MM[1])]
+    shown = np.zeros(0) if image is None else image[box][(distance > AIR_MM[0]) & (distance <= AIR_MM[1])]
+    return Features(
+        certainty,
+        peak,
+        _roundness(voxels, geometry, GRID_SLACK),
+        sphere_diameter(count * geometry.voxel_volume_mm3),
+        float(haze.mean(dtype=np.float64)) if haze.size else 0.0,
+        float(((shown > 0) & (shown < AERATED)).mean()) if shown.size else 0.0 if image is not None else math.nan,
+    )
 
 
 def sphere_diameter(volume: float) -> float:
@@ -1483,7 +1505,8 @@ class NoduleInferencer:
         """All that might be a nodule in a probability map, float (z, y, x), judged by this network's grid.
 
         With a live network of unknown grid a nodule may be as small as a voxel. ``image`` is the array that the map is
-        of, which is only needed where the mask is cleaned. ``settings`` None takes this network's.
+        of, which is only needed where the mask is cleaned or the score is learnt. ``settings`` None takes this
+        network's.
         """
         settings = settings or self.settings
         found = find_candidates(

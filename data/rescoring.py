@@ -25,12 +25,16 @@ class Features(NamedTuple):
         peak: Mean of the likeliest 33 mm³ there; what is missing counts as 0.
         roundness: Shortest over longest axis, 1 for a ball.
         diameter_mm: Of the sphere of equal volume.
+        haze: Mean probability of what lies 3 to 8 mm away.
+        air: Share of what lies 2 to 6 mm away that is aerated lung; NaN where the image is not known.
     """
 
     certainty: float
     peak: float
     roundness: float
     diameter_mm: float
+    haze: float
+    air: float
 
     @property
     def score(self) -> float:
@@ -43,14 +47,14 @@ class Features(NamedTuple):
 
     @property
     def terms(self) -> tuple[float, ...]:
-        """Log-odds of certainty and peak, roundness, and logarithm of the diameter in mm."""
-        certainty, peak = (min(max(value, SUREST), 1 - SUREST) for value in (self.certainty, self.peak))
-        return (
-            math.log(certainty / (1 - certainty)),
-            math.log(peak / (1 - peak)),
-            self.roundness,
-            math.log(max(self.diameter_mm, SUREST)),
-        )
+        """Log-odds of certainty, peak and haze, logarithm of the diameter in mm, roundness, and air."""
+        log_odds = [_log_odds(value) for value in (self.certainty, self.peak, self.haze)]
+        return (*log_odds, math.log(max(self.diameter_mm, SUREST)), self.roundness, self.air)
+
+
+def _log_odds(probability: float) -> float:
+    probability = min(max(probability, SUREST), 1 - SUREST)
+    return math.log(probability / (1 - probability))
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,12 @@ class LearntScore:
         return f"logistic regression, fitted on {self.candidates} candidates"
 
     def __call__(self, features: Features) -> float:
-        """Share of such candidates that are nodules, in (0, 1)."""
+        """Share of such candidates that are nodules, in (0, 1).
+
+        Raises:
+            InputError: It is not known what lies around the candidate.
+        """
+        check(not math.isnan(features.air), "a learnt score needs the image that the map is of")
         log_odds = self.intercept + float(np.dot(self.weights, features.terms))
         return 1 / (1 + math.exp(-min(max(log_odds, -500.0), 500.0)))
 

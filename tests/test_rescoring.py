@@ -13,8 +13,9 @@ from model import InferenceSettings, load_checkpoint, save_checkpoint
 from utils import Box, Geometry, InputError
 from validate import ExaminedScan, Overlap, choose_settings, cpm_of, learn_score
 
-NODULE, VESSEL = Features(0.5, 0.95, 0.6, 8.0), Features(0.6, 0.6, 0.9, 3.0)  # of which the vessel looks rounder
-BY_PEAK = LearntScore((0.0, 1.0, 0.0, 0.0), 0.0, 10)
+NODULE = Features(0.5, 0.95, 0.6, 8.0, 0.01, 0.8)
+VESSEL = Features(0.6, 0.6, 0.9, 3.0, 0.1, 0.4)  # looks rounder
+BY_PEAK = LearntScore((0.0, 1.0, 0.0, 0.0, 0.0, 0.0), 0.0, 10)
 
 
 def found_at(z, features, diameter_mm=5.0):
@@ -49,6 +50,27 @@ def test_features_of_a_ball_are_as_counted_by_hand():
     assert features.score == pytest.approx(14 / 27)
 
 
+def test_features_tell_what_lies_around():
+    shape = (41, 41, 41)
+    z, y, x = np.indices(shape) - 20
+    distance = np.sqrt(z**2 + y**2 + x**2)
+    probability = np.where(distance < 5, 0.9, np.where(z > 0, 0.2, 0.0)).astype(np.float32)
+    image = np.where(distance < 5, 0.8, np.where(y > 0, 0.1, 0.6)).astype(np.float32)  # half of it lung
+    image[:, :, :20] = 0  # and half of that is masked
+    geometry = Geometry(shape, (0.0,) * 3, (1.0,) * 3)
+    (found,) = find_candidates(probability, geometry, 0.5, image=image).nodules
+    assert found.features.haze == pytest.approx(0.1, abs=0.01)
+    assert found.features.air == pytest.approx(0.25, abs=0.02)
+    (found,) = find_candidates(probability, geometry, 0.5).nodules
+    assert np.isnan(found.features.air)
+
+
+def test_candidate_that_fills_the_scan_has_nothing_around():
+    probability, geometry = np.full((5, 5, 5), 0.9, np.float32), Geometry((5, 5, 5), (0.0,) * 3, (1.0,) * 3)
+    (found,) = find_candidates(probability, geometry, 0.5, image=probability).candidates
+    assert (found.features.haze, found.features.air) == (0.0, 0.0)
+
+
 def test_features_are_judged_by_the_grid_of_the_network():
     probability = np.zeros((9, 9, 9), np.float32)
     probability[3:6, 3:6, 3:6] = 0.9
@@ -60,8 +82,10 @@ def test_features_are_judged_by_the_grid_of_the_network():
 
 def test_fitted_score_is_the_share_of_nodules_among_alike_candidates():
     rng = np.random.default_rng(0)
-    candidates = [Features(*values) for values in rng.uniform([0.1, 0.1, 0.3, 2], [0.9, 0.9, 1, 20], (20_000, 4))]
-    truth = LearntScore((0.0, 1.5, -2.0, 0.5), 0.3, 0)
+    candidates = [
+        Features(*values) for values in rng.uniform([0.1, 0.1, 0.3, 2, 0.01, 0], [0.9, 0.9, 1, 20, 0.3, 1], (20_000, 6))
+    ]
+    truth = LearntScore((0.0, 1.5, -0.5, 0.5, -2.0, 1.0), 0.3, 0)
     chances = np.array([truth(features) for features in candidates])
     is_nodule = rng.random(len(candidates)) < chances
     learnt = fit_score(candidates, is_nodule)
@@ -85,18 +109,18 @@ def test_candidates_of_one_kind_teach_nothing(truth):
 
 
 def test_score_with_another_number_of_weights_is_refused():
-    with pytest.raises(InputError, match="a learnt score has 4 weights, not 3"):
+    with pytest.raises(InputError, match="a learnt score has 6 weights, not 3"):
         LearntScore((1.0, 2.0, 3.0), 0.0, 5)
 
 
 def test_certain_candidates_have_finite_scores():
-    assert 0 < LearntScore((5.0, 5.0, 0.0, 0.0), 0.0, 1)(Features(1.0, 1.0, 1.0, 0.0)) <= 1
-    assert 0 <= LearntScore((500.0, 500.0, 0.0, 0.0), 0.0, 1)(Features(0.0, 0.0, 0.0, 0.0)) < 1e-6
+    assert 0 < LearntScore((5.0, 5.0, 0.0, 0.0, 0.0, 0.0), 0.0, 1)(Features(1.0, 1.0, 1.0, 0.0, 0.0, 1.0)) <= 1
+    assert 0 <= LearntScore((500.0, 500.0, 0.0, 0.0, 0.0, 0.0), 0.0, 1)(Features(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)) < 1e-6
 
 
 def test_rescored_candidates_come_likeliest_first_and_keep_their_labels():
     labels = np.array([[[1, 2, 0]]])
-    faint = found_at(30, Features(0.2, 0.99, 1.0, 4.0))
+    faint = found_at(30, Features(0.2, 0.99, 1.0, 4.0, 0.0, 1.0))
     found = Segmentation(labels, [found_at(20, VESSEL), found_at(10, NODULE), faint], [1, 2, 0])
     again = found.rescored(BY_PEAK)
     assert [nodule.center_xyz[2] for nodule in again.candidates] == [10.0, 20.0, 30.0]  # faint ones stay last
@@ -159,6 +183,8 @@ def test_checkpoint_carries_the_learnt_score_and_results_tell_it(run_dir, tmp_pa
     probability = np.zeros((20, 20, 20), np.float32)
     probability[5:12, 5:12, 5:12] = 0.8
     geometry = Geometry((20, 20, 20), (0.0,) * 3, (1.0,) * 3)
-    (nodule,) = inferencer.find_candidates(probability, geometry).nodules
+    with pytest.raises(InputError, match="a learnt score needs the image that the map is of"):
+        inferencer.find_candidates(probability, geometry)
+    (nodule,) = inferencer.find_candidates(probability, geometry, np.zeros_like(probability)).nodules
     assert nodule.score == pytest.approx(0.8, abs=1e-5)
     assert torch.load(tmp_path / "tuned.pth", weights_only=True)["inference"]["learnt_score"]["candidates"] == 10
