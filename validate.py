@@ -789,13 +789,13 @@ def learn_score(scans: Sequence[ExaminedScan]) -> tuple[LearntScore, list[Examin
         It, and the scans rescored, every other one by what was learnt from the rest; None where either half has fewer
         than FEWEST_LEARNT candidates that are nodules, or that are none.
     """
-    even, odd, learnt = (_fit_score(part) for part in (scans[::2], scans[1::2], scans))
+    even, odd, learnt = (fit_candidates(part) for part in (scans[::2], scans[1::2], scans))
     if even is None or odd is None or learnt is None:
         return None
     return learnt, [scan.rescored(even if number % 2 else odd) for number, scan in enumerate(scans)]
 
 
-def _fit_score(scans: Sequence[ExaminedScan]) -> LearntScore | None:
+def fit_candidates(scans: Sequence[ExaminedScan]) -> LearntScore | None:
     """The score of the candidates of some scans, but for those on excluded findings; None where there are too few."""
     known: list[Features] = []
     truth: list[bool] = []
