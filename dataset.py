@@ -638,8 +638,6 @@ class Patches:
         nodule_share: Share of the patches that hold a nodule; each nodule is equally likely.
         hard_share: Share of the other patches that are drawn again where the network erred.
         warmup_epochs: Epochs over which the share of patches with a nodule falls from all to nodule_share.
-        beside_lungs: How far the middle of another patch may lie from its point in the lungs, in patches; with 0.5 the
-            network gets to know the organs beside the lungs, too.
 
     Raises:
         InputError: A value is out of its range.
@@ -650,7 +648,6 @@ class Patches:
     nodule_share: float = 0.5
     hard_share: float = 0.25
     warmup_epochs: int = 10
-    beside_lungs: float = 0.0
 
     def __post_init__(self) -> None:
         check(min(self.size) >= 1, f"patches.size must be three positive sizes (z, y, x), not {self.size}")
@@ -658,7 +655,6 @@ class Patches:
         for name in ("nodule_share", "hard_share"):
             share = getattr(self, name)
             check(0 <= share <= 1, f"patches.{name} must be between 0 and 1, not {share}")
-        check(0 <= self.beside_lungs <= 2, f"patches.beside_lungs must be between 0 and 2, not {self.beside_lungs}")
         check(self.warmup_epochs >= 0, f"patches.warmup_epochs must not be negative, not {self.warmup_epochs}")
 
 
@@ -684,8 +680,6 @@ class PatchSampler(Sampler):
         self.patches, self.seed, self.lung_points = patches, seed, lung_points
         self.nodules = [(scan, point) for scan, m in enumerate(metadata) for point in nodule_points(m)]
         self.reach = JITTER * np.asarray(patches.size)
-        self.beside = patches.beside_lungs * np.asarray(patches.size)
-        self.last = [np.subtract(scan.grid.shape_zyx, 1) for scan in metadata]
         whole = [index for index, scan in enumerate(metadata) if not scan.scan_geometry.is_piece]
         self.backgrounds = whole or list(range(len(metadata)))  # scans, without pieces of scans around nodules
         self.size = patches.per_scan * len(metadata)
@@ -713,8 +707,6 @@ class PatchSampler(Sampler):
             else:
                 scan = self.backgrounds[rng.integers(len(self.backgrounds))]
                 center = self.lung_points[scan][rng.integers(len(self.lung_points[scan]))]
-                if self.beside.any():
-                    center = np.clip(center + rng.uniform(-self.beside, self.beside), 0, self.last[scan])
             keys.append(SampleKey(self.epoch, index, scan, tuple(int(n) for n in center)))  # type: ignore[arg-type]
         return iter(keys)
 

@@ -1207,17 +1207,3 @@ def test_background_is_drawn_from_whole_scans_while_there_are_any():
     patches = Patches((8, 8, 8), per_scan=20, nodule_share=0.0, hard_share=0.0, warmup_epochs=0)
     assert {key.scan for key in PatchSampler(scans, points, patches, seed=0)} == {1}
     assert {key.scan for key in PatchSampler(scans[:1], points[:1], patches, seed=0)} == {0}
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_other_patches_lie_beside_the_lungs_as_far_as_asked(share):
-    sampler = patch_sampler(nodule_share=0, hard_share=0, beside_lungs=share)
-    drawn = np.array([key.center_zyx for key in sampler if key.scan == 1])
-    reach = np.abs(drawn - 30).max(axis=0)
-    assert (reach == 0).all() if share == 0 else ((reach >= 3) & (reach <= 4)).all()
-
-
-def test_patches_beside_the_lungs_lie_in_the_scan():
-    sampler = patch_sampler(nodule_share=0, hard_share=0, beside_lungs=2.0)
-    drawn = np.array([key.center_zyx for key in sampler])
-    assert drawn.min() == 0 and drawn.max() == 39
