@@ -896,7 +896,7 @@ def draw_agreement(nodules: pd.DataFrame) -> Figure:
         if row["found"] > 1:
             axes.fill_between([lower, upper], *row["limits_mm"], color="C0", alpha=0.12, lw=0)
         axes.annotate(
-            f"{row['bias_mm']:+.2f} mm",
+            f"{row['bias_mm']:+z.2f} mm",
             ((lower + upper) / 2, np.fmax(row["bias_mm"], row["limits_mm"][1])),  # of one nodule there are no limits
             (0, 4),
             textcoords="offset points",
@@ -990,7 +990,7 @@ def format_summary(summary: dict[str, Any]) -> str:
         limits = "{:+.1f} to {:+.1f}".format(*row["limits_mm"])
         spread = f", 95 % of the differences within {limits} mm" * (row["found"] > 1)
         lines.append(
-            f"found less annotated diameter, {row['diameter']} ({row['found']}): {row['bias_mm']:+.2f} mm{spread}"
+            f"found less annotated diameter, {row['diameter']} ({row['found']}): {row['bias_mm']:+z.2f} mm{spread}"
         )
     if summary.get("chosen_on_these_scans"):
         lines.append(
