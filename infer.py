@@ -40,7 +40,6 @@ from monai.data.utils import compute_importance_map
 from monai.inferers import sliding_window_inference
 from scipy import ndimage
 from torch import Tensor, nn
-from torch.nn import functional
 
 from data.cleaning import CRF_WEIGHT, follow_edges, reshape_nodules
 from data.dicom import DicomReader
@@ -55,8 +54,10 @@ from model import (
     Cleaning,
     InferenceSettings,
     SegmentationNetwork,
+    Zoom,
     checkpoint_file,
     load_checkpoint,
+    padded,
     save_checkpoint,
     to_device,
 )
@@ -178,45 +179,6 @@ class Flip:
         return back.transpose(3, 4) if self.exchanged else back
 
 
-@dataclass(frozen=True)
-class Zoom:
-    """The image on a finer or a coarser grid.
-
-    Args:
-        factor: Voxels of the grid along each axis, over those of the image.
-        shape_zyx: Shape of the image without the air that it was padded with at its end.
-        divisor: The network takes sizes that are multiples of it; two at least, since some norms need more than one.
-    """
-
-    factor: float
-    shape_zyx: tuple[int, ...]
-    divisor: int
-
-    @property
-    def grid_zyx(self) -> list[int]:
-        """Shape of the grid."""
-        return [max(1, round(size * self.factor)) for size in self.shape_zyx]
-
-    def apply(self, image: Tensor) -> Tensor:
-        """The image that the network looks at, padded with air."""
-        z, y, x = self.shape_zyx
-        zoomed = functional.interpolate(image[..., :z, :y, :x], self.grid_zyx, mode="trilinear")
-        least = 2 * self.divisor if self.divisor > 1 else 1
-        sizes = [max(least, size + -size % self.divisor) for size in self.grid_zyx]
-        return _padded(zoomed, sizes)
-
-    def undo(self, logits: Tensor) -> Tensor:
-        """The logits, as they lie on the image."""
-        z, y, x = self.grid_zyx
-        return functional.interpolate(logits[..., :z, :y, :x], self.shape_zyx, mode="trilinear")
-
-
-def _padded(image: Tensor, shape_zyx: Sequence[int]) -> Tensor:
-    """An image (B, C, Z, Y, X) with air at its end, up to a shape."""
-    missing = [size - there for size, there in zip(shape_zyx, image.shape[2:], strict=True)]
-    return functional.pad(image, [n for size in reversed(missing) for n in (0, size)])
-
-
 # ``mirrors`` counts how many of them are used, from the first: mirror images, then what has y and x exchanged, of which
 # quarter turns come first.
 TRANSFORMS: list[Transform] = [
@@ -327,7 +289,7 @@ class Predictor:
         shape = tuple(image.shape[2:])
         inside: Any = (..., *map(slice, shape))
         try:
-            image = _padded(image.to(self.device).float(), [size + -size % self.divisor for size in shape])
+            image = padded(image.to(self.device).float(), [size + -size % self.divisor for size in shape])
             logits = self._run(image)[inside]
             if again and self.more_looks:
                 total = logits.sigmoid()

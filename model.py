@@ -9,7 +9,7 @@ import math
 import pickle
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -491,6 +491,46 @@ NETWORKS: dict[str, Callable[..., SegmentationNetwork]] = {
 }
 
 
+@dataclass(frozen=True)
+class Zoom:
+    """The image on a finer or a coarser grid.
+
+    Args:
+        factor: Voxels of the grid along the axes (z, y, x), over those of the image; one number for all three.
+        shape_zyx: Shape of the image without the air that it was padded with at its end.
+        divisor: The network takes sizes that are multiples of it; two at least, since some norms need more than one.
+    """
+
+    factor: float | Sequence[float]
+    shape_zyx: tuple[int, ...]
+    divisor: int
+
+    @property
+    def grid_zyx(self) -> list[int]:
+        """Shape of the grid."""
+        factors = self.factor if isinstance(self.factor, Sequence) else [self.factor] * 3
+        return [max(1, round(size * factor)) for size, factor in zip(self.shape_zyx, factors, strict=True)]
+
+    def apply(self, image: Tensor) -> Tensor:
+        """The image that the network looks at, padded with air."""
+        z, y, x = self.shape_zyx
+        zoomed = functional.interpolate(image[..., :z, :y, :x], self.grid_zyx, mode="trilinear")
+        least = 2 * self.divisor if self.divisor > 1 else 1
+        sizes = [max(least, size + -size % self.divisor) for size in self.grid_zyx]
+        return padded(zoomed, sizes)
+
+    def undo(self, logits: Tensor) -> Tensor:
+        """The logits, as they lie on the image."""
+        z, y, x = self.grid_zyx
+        return functional.interpolate(logits[..., :z, :y, :x], self.shape_zyx, mode="trilinear")
+
+
+def padded(image: Tensor, shape_zyx: Sequence[int]) -> Tensor:
+    """An image (B, C, Z, Y, X) with air at its end, up to a shape."""
+    missing = [size - there for size, there in zip(shape_zyx, image.shape[2:], strict=True)]
+    return functional.pad(image, [n for size in reversed(missing) for n in (0, size)])
+
+
 ENSEMBLE = "ensemble"
 
 
@@ -498,7 +538,8 @@ class Ensemble(SegmentationNetwork):
     """Several trained networks, whose probabilities are averaged; they look one after the other.
 
     Args:
-        members: For each ``network``, its name in NETWORKS, and its ``arguments``.
+        members: For each ``network``, its name in NETWORKS, its ``arguments``, and where its voxels are larger than
+            those of the ensemble, ``scale``, by which (z, y, x) the image is shrunk for it.
     """
 
     def __init__(self, members: Sequence[Mapping[str, Any]]) -> None:
@@ -513,13 +554,25 @@ class Ensemble(SegmentationNetwork):
 
     def check_size(self, shape_zyx: Sequence[int]) -> None:
         """Raises ValueError unless all networks take arrays of this shape (z, y, x)."""
-        for member in self.members:
-            member.check_size(shape_zyx)  # type: ignore[operator]
+        for member, given in self._pairs():
+            if "scale" not in given:  # else it is padded
+                member.check_size(shape_zyx)  # type: ignore[operator]
 
     def forward(self, image: Tensor) -> Tensor:
         """Float32 logits (B, out_channels, Z, Y, X) of the mean probability of images (B, in_channels, Z, Y, X)."""
-        total = torch.stack([torch.sigmoid(member(image).float()) for member in self.members]).sum(dim=0)
-        return torch.logit(total / len(self.members), eps=MEAN_EPS)
+        looks = [self._look(member, image, given.get("scale")) for member, given in self._pairs()]
+        return torch.logit(torch.stack([torch.sigmoid(look) for look in looks]).mean(dim=0), eps=MEAN_EPS)
+
+    def _pairs(self) -> Iterator[tuple[nn.Module, Mapping[str, Any]]]:
+        return zip(self.members, self.arguments["members"], strict=True)
+
+    @staticmethod
+    def _look(member: nn.Module, image: Tensor, scale: Sequence[float] | None) -> Tensor:
+        """Float32 logits of a member, on the grid of the image."""
+        if scale is None:
+            return member(image).float()
+        zoom = Zoom(scale, tuple(image.shape[2:]), member.divisor)  # type: ignore[arg-type]
+        return zoom.undo(member(zoom.apply(image)).float())
 
 
 def check_weights(dice_weight: float, bce_weight: float) -> None:

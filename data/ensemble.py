@@ -5,15 +5,18 @@ python data/ensemble.py --checkpoint_paths experiments/fold*/checkpoints/best_mo
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from data.rescoring import mean_score
 from model import (
     ENSEMBLE,
     EXTRAS,
@@ -80,17 +83,19 @@ class Ensembler:
 def join_checkpoints(members: Sequence[Checkpoint], names: Sequence[str]) -> Checkpoint:
     """One checkpoint whose probabilities are the mean of those of the members.
 
-    It has seen what any of them has seen. Its ``min_score`` is the mean of theirs, its window the largest, and it looks
-    at as many mirror images as the one that looks at most.
+    It has seen what any of them has seen. Its grid is the finest, its ``min_score`` and learnt score are the means of
+    theirs, its window is the largest, and it looks at as many mirror images as the one that looks at most.
 
     Args:
         members: Checkpoints.
         names: What they are called in errors.
 
     Raises:
-        InputError: They were prepared differently, have other thresholds, do not say what they have seen, or are
-            ensembles themselves.
+        InputError: They were prepared differently, but for the voxel size, have other thresholds, do not say what they
+            have seen, or are ensembles themselves.
     """
+    finest = min(range(len(members)), key=lambda number: _voxel_mm3(members[number]))
+    members, names = ([given[finest], *given[:finest], *given[finest + 1 :]] for given in (members, names))
     first = members[0]
     for member, name in zip(members, names, strict=True):
         check(member.network != ENSEMBLE, f"{name} is an ensemble itself; name its members")
@@ -100,16 +105,21 @@ def join_checkpoints(members: Sequence[Checkpoint], names: Sequence[str]) -> Che
             "scans would otherwise be scored as new ones",
         )
         check(
-            member.preprocessing == first.preprocessing,
+            member.preprocessing | _spacing_of(first) == first.preprocessing,
             f"{name} takes scans that are prepared otherwise than those of {names[0]}: "
-            f"{describe_difference(member.preprocessing, first.preprocessing)}",
+            f"{describe_difference(member.preprocessing | _spacing_of(first), first.preprocessing)}",
         )
         theirs, ours = member.inference, first.inference
         check(
             theirs.threshold == ours.threshold,
             f"{name} has a threshold of {theirs.threshold:g}, {names[0]} one of {ours.threshold:g}; they must be equal",
         )
-        for option in EXTRAS:
+        check(
+            (theirs.learnt_score is None) == (ours.learnt_score is None),
+            f"one of {name} and {names[0]} has a score that was learnt, the other one has none; name checkpoints that "
+            "are all tuned, or none of them",
+        )
+        for option in EXTRAS.keys() - {"learnt_score"}:
             values = getattr(theirs, option), getattr(ours, option)
             check(values[0] == values[1], f"{option} of {name} is {values[0]}, that of {names[0]} {values[1]}")
         check(
@@ -118,14 +128,19 @@ def join_checkpoints(members: Sequence[Checkpoint], names: Sequence[str]) -> Che
         )
     return Checkpoint(
         network=ENSEMBLE,
-        arguments={"members": [{"network": member.network, "arguments": member.arguments} for member in members]},
+        arguments={
+            "members": [
+                {"network": member.network, "arguments": member.arguments} | _scale_of(member, first)
+                for member in members
+            ]
+        },
         weights={
             f"members.{number}.{name}": value
             for number, member in enumerate(members)
             for name, value in member.weights.items()
         },
         preprocessing=first.preprocessing,
-        inference=_join_settings([member.inference for member in members]),
+        inference=_join_settings(members),
         training={},
         epoch=max(member.epoch for member in members),
         progress={},
@@ -135,14 +150,43 @@ def join_checkpoints(members: Sequence[Checkpoint], names: Sequence[str]) -> Che
     )
 
 
-def _join_settings(settings: Sequence[InferenceSettings]) -> InferenceSettings:
-    windows, grids = ([getattr(s, name) for s in settings] for name in ("window", "grid_spacing"))
+def _spacing_of(member: Checkpoint) -> dict[str, Any]:
+    """Voxel size (x, y, z) in mm, as the preprocessing has it; nothing where scans are stretched to one shape."""
+    given = member.preprocessing
+    return {name: given[name] for name in ("target_spacing",) if name in given and given.get("target_size") is None}
+
+
+def _voxel_mm3(member: Checkpoint) -> float:
+    """Volume of its voxels; infinite where scans are stretched to one shape."""
+    return math.prod(_spacing_of(member).get("target_spacing", [math.inf]))
+
+
+def _factors(member: Checkpoint, first: Checkpoint) -> np.ndarray:
+    """Its voxels along the axes (z, y, x), over those of the first; all 1 where that is not known."""
+    own, ours = (np.array(_spacing_of(one).get("target_spacing", [1.0] * 3)) for one in (member, first))
+    return (ours / own)[::-1]
+
+
+def _scale_of(member: Checkpoint, first: Checkpoint) -> dict[str, list[float]]:
+    """How the image is shrunk for a member of an ensemble."""
+    factors = _factors(member, first).tolist()
+    return {} if factors == [1.0] * 3 else {"scale": factors}
+
+
+def _join_settings(members: Sequence[Checkpoint]) -> InferenceSettings:
+    first, settings = members[0], [member.inference for member in members]
+    pairs = [(member.inference.window, _factors(member, first)) for member in members]
+    windows = [np.ceil(np.divide(window, factors)) for window, factors in pairs if window is not None]
+    grids = [member.inference.grid_spacing for member in members if not _scale_of(member, first)]
+    known = [grid for grid in grids if grid is not None]
+    scores = [one.learnt_score for one in settings if one.learnt_score is not None]
     return replace(
         settings[0],
-        min_score=float(np.mean([s.min_score for s in settings])),
-        mirrors=max(s.mirrors for s in settings),
-        window=None if None in windows else tuple(np.max(windows, axis=0).tolist()),
-        grid_spacing=None if None in grids else tuple(np.mean(grids, axis=0).tolist()),
+        min_score=float(np.mean([one.min_score for one in settings])),
+        mirrors=max(one.mirrors for one in settings),
+        window=tuple(np.max(windows, axis=0).astype(int).tolist()) if windows else None,
+        grid_spacing=tuple(np.mean(known, axis=0).tolist()) if len(known) == len(grids) else None,
+        learnt_score=mean_score(scores) if scores else None,
     )
 
 

@@ -85,6 +85,10 @@ class Exporter:
         if self.to == "nnunet":
             return write_nnunet(self.data_dir, self.output_dir)
         checkpoint = load_checkpoint(self.checkpoint_path)
+        check(
+            not any("scale" in member for member in checkpoint.arguments.get("members", ())),
+            f"{self.checkpoint_path} joins networks of several voxel sizes, which is not exported; export its members",
+        )
         if self.to == "bundle":
             return write_bundle(checkpoint, self.output_dir)
         path = self.output_dir / f"{self.checkpoint_path.stem}.{'onnx' if self.to == 'onnx' else 'pt2'}"

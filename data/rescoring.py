@@ -121,3 +121,10 @@ def fit_score(candidates: Sequence[Features], is_nodule: npt.ArrayLike) -> Learn
     fitted = optimize.minimize(loss, np.zeros(inputs.shape[1]), jac=True, method="L-BFGS-B").x
     weights = fitted[:-1] / spread
     return LearntScore(tuple(weights.tolist()), float(fitted[-1] - weights @ mean), len(terms))
+
+
+def mean_score(scores: Sequence[LearntScore]) -> LearntScore:
+    """The score whose log-odds are the mean of those of several."""
+    weights = np.mean([score.weights for score in scores], axis=0)
+    intercept = float(np.mean([score.intercept for score in scores]))
+    return LearntScore(tuple(weights.tolist()), intercept, sum(score.candidates for score in scores))

@@ -5,8 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from data.ensemble import Ensembler, join_checkpoints, main
+from data.export import Exporter
+from data.rescoring import LearntScore
 from infer import NoduleInferencer
 from model import NETWORKS, Checkpoint, Ensemble, InferenceSettings, load_checkpoint, save_checkpoint
 from utils import InputError, Split, read_processed, read_processed_list, write_split
@@ -144,3 +147,59 @@ def test_impossible_ensemble_is_refused(paths, tmp_path, count, name, message):
 def test_joined_file_does_not_lie_beside_the_split_of_one_training(paths, run_dir):
     with pytest.raises(InputError, match=r"holds the split\.json of one training"):
         Ensembler(paths, run_dir / "checkpoints" / "joined.pth")
+
+
+def spaced(name, spacing, seed=0, **more):
+    """A member whose scans are prepared on a grid of that voxel size."""
+    return member(name, seed, {"target_size": None, "target_spacing": [spacing] * 3, "mask_lungs": True}, **more)
+
+
+def test_members_of_larger_voxels_look_at_a_shrunk_image():
+    coarse, fine = spaced("unet", 2.0), spaced("subpixel", 1.0)
+    joined = join_checkpoints([coarse, fine], "ab")
+    assert joined.preprocessing["target_spacing"] == [1.0] * 3
+    assert [one.get("scale") for one in joined.arguments["members"]] == [None, [0.5] * 3]
+    image = torch.rand(1, 1, 16, 24, 24)
+    with torch.no_grad():
+        found = torch.sigmoid(joined.build_network()(image))
+        small = functional.avg_pool3d(image, 2)
+        again = functional.interpolate(coarse.build_network()(small), (16, 24, 24), mode="trilinear")
+        expected = (torch.sigmoid(fine.build_network()(image)) + torch.sigmoid(again)) / 2
+    torch.testing.assert_close(found, expected)
+
+
+def test_member_of_larger_voxels_takes_sizes_that_are_no_multiple_of_its_own():
+    joined = join_checkpoints([spaced("unet", 1.0), spaced("subpixel", 1.5)], "ab").build_network()
+    assert joined(torch.rand(2, 1, 8, 8, 16)).shape == (2, 1, 8, 8, 16)
+
+
+def test_grid_and_window_of_several_voxel_sizes_are_those_of_the_finest():
+    given = {1.0: (32, 32, 40), 2.0: (24, 16, 16)}
+    settings = {mm: InferenceSettings(window=given[mm], grid_spacing=(mm, mm, mm)) for mm in given}
+    joined = join_checkpoints([spaced("unet", mm, inference=settings[mm]) for mm in (2.0, 1.0)], "ab").inference
+    assert (joined.window, joined.grid_spacing) == ((48, 32, 40), (1.0, 1.0, 1.0))
+
+
+def test_ensemble_of_several_voxel_sizes_is_not_exported(tmp_path):
+    save_checkpoint(tmp_path / "joined.pth", join_checkpoints([spaced("unet", 1.0), spaced("unet", 2.0)], "ab"))
+    with pytest.raises(InputError, match="joins networks of several voxel sizes, which is not exported"):
+        Exporter("torch", checkpoint_path=tmp_path / "joined.pth", output_dir=tmp_path / "out").export()
+
+
+def test_members_that_differ_in_more_than_the_voxel_size_are_refused():
+    other = spaced("unet", 2.0)
+    other.preprocessing["mask_lungs"] = False
+    with pytest.raises(InputError, match="prepared otherwise than those of a: mask_lungs"):
+        join_checkpoints([spaced("unet", 1.0), other], "ab")
+    stretched = member("unet", 0, {"target_size": [8, 8, 8], "target_spacing": [1.0] * 3, "mask_lungs": True})
+    with pytest.raises(InputError, match="target_size"):
+        join_checkpoints([spaced("unet", 1.0), stretched], "ab")
+
+
+def test_learnt_scores_are_averaged_and_all_or_none_have_one():
+    scores = [LearntScore((1.0, 2.0, 3.0, 4.0, 5.0, 6.0), 1.0, 30), LearntScore((3.0,) * 6, 0.0, 50)]
+    tuned = [member("unet", inference=InferenceSettings(learnt_score=score)) for score in scores]
+    joined = join_checkpoints(tuned, "ab").inference.learnt_score
+    assert joined == LearntScore((2.0, 2.5, 3.0, 3.5, 4.0, 4.5), 0.5, 80)
+    with pytest.raises(InputError, match="name checkpoints that are all tuned, or none of them"):
+        join_checkpoints([tuned[0], member("unet")], "ab")

@@ -35,7 +35,7 @@ from infer import (
     map_scans,
     write_image,
 )
-from model import InferenceSettings, LungNodule3DUNet, load_checkpoint, save_checkpoint
+from model import InferenceSettings, LungNodule3DUNet, Zoom, load_checkpoint, save_checkpoint
 from preprocess import LUNA16Preprocessor, find_scans
 from train import Trainer, ValidationSettings
 from utils import (
@@ -192,7 +192,7 @@ def test_probabilities_of_magnified_scans_are_averaged_on_the_grid_of_the_scan(l
 def test_magnified_look_keeps_its_place_and_its_factor_on_every_axis(factor):
     image = torch.zeros(1, 1, 20, 24, 30)
     image[..., 4:8, 8:12, 2:6] = 1
-    zoom = infer.Zoom(factor, (20, 22, 30), 8)
+    zoom = Zoom(factor, (20, 22, 30), 8)
     look = zoom.apply(image)
     assert [size % 8 for size in look.shape[2:]] == [0, 0, 0] and min(look.shape[2:]) >= 16
     middle = torch.nonzero(look[0, 0] > 0.3).float().mean(dim=0) + 0.5
