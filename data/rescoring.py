@@ -13,6 +13,7 @@ from scipy import optimize
 
 from utils import check
 
+TERMS = 7  # of a learnt score
 SUREST = 0.001  # probabilities nearer to 0 or 1 than this are taken as it
 RIDGE = 1.0  # penalty of the squared weights of terms of unit variance, as if of a candidate or so
 
@@ -47,9 +48,13 @@ class Features(NamedTuple):
 
     @property
     def terms(self) -> tuple[float, ...]:
-        """Log-odds of certainty, peak and haze, logarithm of the diameter in mm, roundness, and air."""
+        """Log-odds of certainty, peak and haze, logarithm of the diameter in mm, roundness, air, diameter times air.
+
+        The last one, since what is large and has no lung around it is often a piece of another organ.
+        """
         log_odds = [_log_odds(value) for value in (self.certainty, self.peak, self.haze)]
-        return (*log_odds, math.log(max(self.diameter_mm, SUREST)), self.roundness, self.air)
+        diameter = math.log(max(self.diameter_mm, SUREST))
+        return (*log_odds, diameter, self.roundness, self.air, diameter * self.air)
 
 
 def _log_odds(probability: float) -> float:
@@ -76,10 +81,7 @@ class LearntScore:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(self.weights))  # of a list, as checkpoints hold it
-        check(
-            len(self.weights) == len(Features._fields),
-            f"a learnt score has {len(Features._fields)} weights, not {len(self.weights)}",
-        )
+        check(len(self.weights) == TERMS, f"a learnt score has {TERMS} weights, not {len(self.weights)}")
 
     def __str__(self) -> str:
         return f"logistic regression, fitted on {self.candidates} candidates"

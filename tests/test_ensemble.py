@@ -197,9 +197,9 @@ def test_members_that_differ_in_more_than_the_voxel_size_are_refused():
 
 
 def test_learnt_scores_are_averaged_and_all_or_none_have_one():
-    scores = [LearntScore((1.0, 2.0, 3.0, 4.0, 5.0, 6.0), 1.0, 30), LearntScore((3.0,) * 6, 0.0, 50)]
+    scores = [LearntScore((1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0), 1.0, 30), LearntScore((3.0,) * 7, 0.0, 50)]
     tuned = [member("unet", inference=InferenceSettings(learnt_score=score)) for score in scores]
     joined = join_checkpoints(tuned, "ab").inference.learnt_score
-    assert joined == LearntScore((2.0, 2.5, 3.0, 3.5, 4.0, 4.5), 0.5, 80)
+    assert joined == LearntScore((2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0), 0.5, 80)
     with pytest.raises(InputError, match="name checkpoints that are all tuned, or none of them"):
         join_checkpoints([tuned[0], member("unet")], "ab")
