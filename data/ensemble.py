@@ -153,7 +153,8 @@ def join_checkpoints(members: Sequence[Checkpoint], names: Sequence[str]) -> Che
 def _spacing_of(member: Checkpoint) -> dict[str, Any]:
     """Voxel size (x, y, z) in mm, as the preprocessing has it; nothing where scans are stretched to one shape."""
     given = member.preprocessing
-    return {name: given[name] for name in ("target_spacing",) if name in given and given.get("target_size") is None}
+    is_known = "target_spacing" in given and given.get("target_size") is None
+    return {"target_spacing": given["target_spacing"]} if is_known else {}
 
 
 def _voxel_mm3(member: Checkpoint) -> float:
