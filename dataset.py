@@ -58,7 +58,7 @@ JITTER = 0.375  # of the patch: how far a nodule may lie from the middle of its 
 TISSUE_LEVEL = 0.4  # -440 HU; what is brighter is no lung
 MOST_TISSUE = 0.5  # of the voxels under a pasted nodule
 LUNG_LEVEL = 0.1  # of aerated lung, -860 HU in the usual window
-HARD_ERROR = 0.5  # a patch whose background reaches this probability is a hard one
+HARD_ERROR = 0.5  # a patch without a nodule in which the probability reaches this is a hard one
 
 
 RANGES = {  # of the random changes, and the probability without which each has no effect
@@ -668,9 +668,9 @@ class PatchSampler(Sampler):
     Args:
         metadata: Of each training scan, in the data set's order.
         lung_points: Of each the voxels (n, 3) (z, y, x) in the lungs to draw patches around.
-        patches: Size, number and kinds of the patches. Hard ones are drawn from those in which the background reached
-            HARD_ERROR, as far as there are any. While ``warmup_epochs`` last, more patches hold a nodule: a network
-            that sees mostly background first learns to see nothing else.
+        patches: Size, number and kinds of the patches. Hard ones are drawn from those without a nodule in which the
+            probability reached HARD_ERROR, as far as there are any. While ``warmup_epochs`` last, more patches hold a
+            nodule: a network that sees mostly background first learns to see nothing else.
         seed: Seed of the draws.
     """
 
@@ -684,7 +684,7 @@ class PatchSampler(Sampler):
         self.backgrounds = whole or list(range(len(metadata)))  # scans, without pieces of scans around nodules
         self.size = patches.per_scan * len(metadata)
         self.epoch = 0
-        self.hard: dict[tuple[int, Shape], float] = {}  # (scan, centre) -> highest probability of its background
+        self.hard: dict[tuple[int, Shape], float] = {}  # (scan, centre) -> highest probability there
 
     def __len__(self) -> int:
         return self.size
@@ -711,12 +711,15 @@ class PatchSampler(Sampler):
         return iter(keys)
 
     def record(self, keys: Sequence[SampleKey], errors: Sequence[float]) -> None:
-        """Notes how badly the network erred on patches: the highest probability of their background.
+        """Notes how badly the network erred on patches: the highest probability in each, NaN in one with a nodule.
 
-        Only the hardest are kept, as many as an epoch has patches.
+        Only the hardest are kept, as many as an epoch has patches. A patch with a nodule changes nothing, and neither
+        does a piece of a scan: what else is found in it may be a nodule that nobody outlined.
         """
         for key, error in zip(keys, errors, strict=True):
             assert key.center_zyx is not None
+            if math.isnan(error) or key.scan not in self.backgrounds:
+                continue
             patch = (key.scan, key.center_zyx)
             self.hard.pop(patch, None)
             if error >= HARD_ERROR:

@@ -62,6 +62,7 @@ from model import (
     to_device,
 )
 from utils import (
+    IGNORED,
     SEEN,
     TUNED_FILE,
     Folders,
@@ -805,7 +806,7 @@ class Trainer:
 
         Returns:
             Float (1 + B,) on the device: the loss, NaN where the step was left out, and the highest probability of each
-            sample's background.
+            sample without a nodule, NaN of the others: beside a nodule's edge it is high, and says nothing.
         """
         statistics = list(self.network.buffers())
         before = [buffer.clone() for buffer in statistics]
@@ -819,9 +820,11 @@ class Trainer:
         for buffer, old in zip(statistics, before, strict=True):
             buffer.copy_(torch.where(finite, buffer, old))
         self._update(finite)
-        background = logits[:, :1].detach().float().masked_fill(mask > 0, -math.inf)
+        background = logits[:, :1].detach().float().masked_fill(mask == IGNORED, -math.inf)
+        highest = torch.sigmoid(background.flatten(1).amax(dim=1))
+        shows_nodule = (mask == 1).flatten(1).any(dim=1)
         reported = torch.where(finite, loss.detach(), math.nan).reshape(1)
-        return torch.cat([reported, torch.sigmoid(background.flatten(1).amax(dim=1))])
+        return torch.cat([reported, highest.masked_fill(shows_nodule, math.nan)])
 
     def _is_finite(self, loss: Tensor) -> Tensor:
         """Whether loss and gradients are finite; a gradient scaler tries out which are, and looks at them itself."""
