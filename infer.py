@@ -418,7 +418,7 @@ class FoundNodule(Nodule):
         volume_voxels: Number of its voxels.
         volume_mm3: Their volume.
         box: The box around them.
-        score: How likely it is a nodule, in [0, 1] (see ``Features.score``); NaN without a probability map.
+        score: How likely it is a nodule, in [0, 1]: ``Features.score`` or a ``LearntScore``; NaN without a map.
         features: What the score is computed from; None without a probability map.
     """
 
@@ -476,12 +476,16 @@ class Segmentation:
         return replace(self, labels=np.where(kept[self.labels], self.labels, 0), numbers=numbers)
 
     def rescored(self, score: Callable[[Features], float]) -> Segmentation:
-        """The same with other scores, which change the order of the candidates."""
-        pairs = [
-            (replace(found, score=score(found.features)), number)
-            for found, number in zip(self.candidates, self.numbers, strict=True)
-            if found.features is not None
-        ]
+        """The same with other scores, which change the order of the candidates.
+
+        Raises:
+            InputError: The candidates are of a mask without a probability map.
+        """
+        pairs = []
+        for found, number in zip(self.candidates, self.numbers, strict=True):
+            if found.features is None:
+                raise InputError("candidates of a mask without a probability map have no score")
+            pairs.append((replace(found, score=score(found.features)), number))
         pairs.sort(key=lambda pair: (pair[1] == 0, -pair[0].score, -pair[0].volume_mm3))  # faint ones come last
         return replace(self, candidates=[found for found, _ in pairs], numbers=[number for _, number in pairs])
 
@@ -1520,7 +1524,7 @@ class NoduleInferencer:
             One dict a nodule: ``center_world`` [x, y, z] in LPS mm, ``center_voxel`` [x, y, z] as floats,
             ``diameter_mm`` of the sphere of equal volume, ``volume_voxels``, ``volume_mm3``, half-open ``bbox`` (z_min,
             z_max, y_min, y_max, x_min, x_max), and ``probability``, its score (see ``Features.score``), NaN without
-            a map.
+            a map. A score that the checkpoint has learnt needs the image, too: ``segment`` and ``infer_scan`` give it.
 
         Raises:
             InputError: Mask and probability differ in shape.
@@ -1596,7 +1600,7 @@ class NoduleInferencer:
                 series.
 
         Returns:
-            The nodules, as ``extract_nodule_candidates`` gives them.
+            The nodules, as ``extract_nodule_candidates`` gives them, with the checkpoint's learnt score if it has one.
 
         Raises:
             FileExistsError: output_dir holds other results, or those of another scan of this name.

@@ -411,20 +411,26 @@ class Trainer:
         self._note_earlier(checkpoint.seen, path)
 
     def _note_earlier(self, seen: SeenScans, path: Path) -> None:
-        """Notes which scans the initial weights have seen, by their checkpoint or the split beside it."""
+        """Notes which scans the initial weights have seen, by their checkpoint or the split beside it.
+
+        Scans that chose their best epoch may choose that of this training, too: they have taught nothing.
+        """
         seen = seen_by(seen, path)
         if not seen:
             logger.warning("%s does not say which scans it has seen; these may be scored as new ones", path)
-        self.earlier = {uid: (patient, "earlier") for uid, (patient, _) in seen.items()}
-        parts = parts_of({uid: self.metadata[uid].patient for uid in self.split.validation}, None, self.earlier)
-        known = [uid for uid, part in parts.items() if part == SEEN]
-        if known:
-            logger.warning(
-                "%d of %d validation scans taught the initial weights, and will flatter this training, such as %s",
-                len(known),
-                len(parts),
-                known[0],
-            )
+        again = {uid for uid in self.split.validation if seen.get(uid, (None, ""))[1] == "validation"}
+        self.earlier = {uid: (patient, "earlier") for uid, (patient, _) in seen.items() if uid not in again}
+        for name, uids in (("validation", self.split.validation), ("held-out", self.split.test)):
+            parts = parts_of({uid: read_metadata(self.data_dir, uid).patient for uid in uids}, None, self.earlier)
+            known = [uid for uid, part in parts.items() if part == SEEN]
+            if known:
+                logger.warning(
+                    "%d of %d %s scans have been seen by the initial weights: no score of them is fair, such as %s",
+                    len(known),
+                    len(parts),
+                    name,
+                    known[0],
+                )
 
     def _seen(self) -> SeenScans:
         """The scans that this training, or that of its initial weights, has seen."""

@@ -37,6 +37,7 @@ from dataset import ignore_excluded
 from infer import (
     REMEDY,
     Cleaning,
+    FoundNodule,
     InferenceSettings,
     NoduleInferencer,
     Segmentation,
@@ -417,6 +418,8 @@ class Validator:
             logger.warning("%s is left out: %s", uid, reason)
         check(bool(scans), "no validation scan can be used; run preprocess.py on them again")
         settings, table = choose_settings(choices, scans, present)
+        if present.learnt_score is not None and settings.learnt_score is None:
+            logger.warning("the learnt score of the checkpoint is left out: one of these scans is no better than none")
         do_once(lambda: self.inferencer.save_checkpoint(path, settings))
         return table
 
@@ -632,6 +635,7 @@ class ExaminedScan:
         excluded: (m, 4) centre (x, y, z) and diameter in mm of the excluded findings.
         loss: Loss of the scan, NaN without a loss function.
         findings: What was found and missed, with pictures, where a page is made of them.
+        patient: Whose scan it is, where that is known.
     """
 
     seriesuid: str
@@ -643,6 +647,7 @@ class ExaminedScan:
     excluded: np.ndarray
     loss: float
     findings: Sequence[Finding] = ()
+    patient: str | None = None
 
     @classmethod
     def of(
@@ -659,7 +664,17 @@ class ExaminedScan:
         whole = Overlap.of(found.labels, truth, count)
         volumes = [nodule.voxels * scan.geometry.voxel_volume_mm3 for nodule in annotated]
         diameters = [sphere_diameter(volume) if volume else math.nan for volume in volumes]
-        return cls(scan.seriesuid, annotated, unlabelled, whole, crops, diameters, findings, loss)
+        return cls(
+            scan.seriesuid,
+            annotated,
+            unlabelled,
+            whole,
+            crops,
+            diameters,
+            findings,
+            loss,
+            patient=scan.metadata.patient,
+        )
 
     @cached_property
     def is_nodule(self) -> np.ndarray:
@@ -672,6 +687,12 @@ class ExaminedScan:
         centers = np.reshape([mark.center_xyz for mark in self.found.candidates], (-1, 1, 3))
         on_finding = is_hit(centers, self.excluded[None, :, :3], self.excluded[:, 3]).any(axis=1)
         return np.asarray(on_finding & ~self.is_nodule)
+
+    @property
+    def judged(self) -> list[tuple[FoundNodule, bool]]:
+        """The candidates, and whether each is a nodule, without those on excluded findings."""
+        flags = zip(self.found.candidates, self.is_nodule, self.is_excluded, strict=True)
+        return [(found, bool(is_nodule)) for found, is_nodule, is_excluded in flags if not is_excluded]
 
     @cached_property
     def on_excluded(self) -> np.ndarray:
@@ -786,27 +807,30 @@ def learn_score(scans: Sequence[ExaminedScan]) -> tuple[LearntScore, list[Examin
     """The score that is learnt from the candidates of all scans, and how good such a score is.
 
     Returns:
-        It, and the scans rescored, every other one by what was learnt from the rest; None where either half has fewer
-        than FEWEST_LEARNT candidates that are nodules, or that are none.
+        It, and the scans rescored, those of every other patient by what was learnt from the rest; None where either
+        half has fewer than FEWEST_LEARNT candidates that are nodules, or that are none.
     """
-    even, odd, learnt = (fit_candidates(part) for part in (scans[::2], scans[1::2], scans))
+    owners = [scan.patient or scan.seriesuid for scan in scans]
+    is_odd = {owner: bool(number % 2) for number, owner in enumerate(dict.fromkeys(owners))}
+    half_of = [is_odd[owner] for owner in owners]
+    even, odd = (
+        fit_candidates([scan for scan, own in zip(scans, half_of, strict=True) if own == half])
+        for half in (False, True)
+    )
+    learnt = fit_candidates(scans)
     if even is None or odd is None or learnt is None:
         return None
-    return learnt, [scan.rescored(even if number % 2 else odd) for number, scan in enumerate(scans)]
+    return learnt, [scan.rescored(even if half else odd) for scan, half in zip(scans, half_of, strict=True)]
 
 
 def fit_candidates(scans: Sequence[ExaminedScan]) -> LearntScore | None:
     """The score of the candidates of some scans, but for those on excluded findings; None where there are too few."""
-    known: list[Features] = []
-    truth: list[bool] = []
-    for scan in scans:
-        for found, is_nodule, is_excluded in zip(scan.found.candidates, scan.is_nodule, scan.is_excluded, strict=True):
-            if found.features is not None and not is_excluded:
-                known.append(found.features)
-                truth.append(bool(is_nodule))
-    if min(sum(truth), len(truth) - sum(truth)) < FEWEST_LEARNT:
+    judged = [pair for scan in scans for pair in scan.judged]
+    known = [found.features for found, _ in judged if found.features is not None]
+    nodules = sum(is_nodule for _, is_nodule in judged)
+    if min(nodules, len(judged) - nodules) < FEWEST_LEARNT:
         return None
-    return fit_score(known, truth)
+    return fit_score(known, [is_nodule for _, is_nodule in judged])
 
 
 def middle_of_best(values: np.ndarray) -> int:
@@ -1468,7 +1492,7 @@ class ScoredScans:
         table = _scored(table)
         twice = table.loc[table["seriesuid"].duplicated(), "seriesuid"]
         check(twice.empty, f"{folders} has two results of the scan {next(iter(twice), None)}; leave one out")
-        nodules = joined("nodule_results.csv", [*ANNOTATION_COLUMNS, "dice"])
+        nodules = joined("nodule_results.csv", ANNOTATION_COLUMNS)
         if excluded is None:
             files = [path / "excluded_findings.csv" for path in paths]
             listed = [read_table(path, ANNOTATION_COLUMNS) for path in files if path.is_file()]
@@ -1529,8 +1553,9 @@ def compare_results(compare: list[Path] | None = None) -> pd.DataFrame:
     check_same_scans(first, second, *names)
     rows = []
     for (figure, ours), theirs in zip(first.draws().items(), second.draws().values(), strict=True):
-        lower, upper = np.nanquantile((ours - theirs)[1:], [0.025, 0.975])
-        rows.append((figure, ours[0], theirs[0], ours[0] - theirs[0], lower, upper))
+        drawn = (ours - theirs)[1:]
+        interval = np.nanquantile(drawn, [0.025, 0.975]) if np.isfinite(drawn).any() else (math.nan, math.nan)
+        rows.append((figure, ours[0], theirs[0], ours[0] - theirs[0], *interval))
     return pd.DataFrame(rows, columns=["figure", "first", "second", "difference", "lower", "upper"])
 
 
@@ -1565,14 +1590,17 @@ def check_same_scans(first: ScoredScans, second: ScoredScans, *names: str) -> No
 def format_comparison(table: pd.DataFrame, names: Sequence[str]) -> str:
     """The table of ``compare_results`` and what it means, in plain words."""
     lines = [f"first:  {names[0]}", f"second: {names[1]}", table.round(4).to_string(index=False)]
-    better: dict[str, list[str]] = {"first": [], "second": [], "": []}
+    better: dict[str, list[str]] = {"first": [], "second": [], "": [], "undefined": []}
     for row in table.to_dict("records"):
         is_first = (row["difference"] > 0) != (row["figure"] in FEWER_IS_BETTER)
         winner = "first" if is_first else "second"
-        better["" if row["lower"] <= 0 <= row["upper"] else winner].append(row["figure"])
+        shown = "" if row["lower"] <= 0 <= row["upper"] else winner
+        better[shown if np.isfinite([row["lower"], row["upper"]]).all() else "undefined"].append(row["figure"])
     lines += [f"The {name} is better in {' and '.join(better[name])}." for name in ("first", "second") if better[name]]
     if better[""]:
         lines.append(f"No difference is shown in {' and '.join(better[''])}: the interval holds 0.")
+    if better["undefined"]:
+        lines.append(f"Nothing can be said of {' and '.join(better['undefined'])}: too few scans have a nodule.")
     lines.append("The intervals draw scans anew. They do not hold how much trainings differ among themselves.")
     return "\n".join(lines)
 
@@ -1594,7 +1622,8 @@ def _command(argv: list[str] | None) -> int:
         print(f"table and picture: {score_options['output_dir']}")
         return 0
     if tune_options["tune"] is not None:
-        refuse_options(given - set(options) - set(tune_options), "they are for scoring; leave them out with tune")
+        needed = set(options) | set(tune_options) - {"min_score", "output_dir"}
+        refuse_options(given - needed, "they are for scoring; leave them out with tune")
         validator = Validator(**options)
         table = validator.tune(**tune_options)
         if not process_rank():

@@ -197,13 +197,16 @@ def _join_ranges(ranges: Sequence[dict[str, tuple[float, float]]]) -> dict[str, 
     return {name: (min(r[name][0] for r in ranges), max(r[name][1] for r in ranges)) for name in sorted(names)}
 
 
+PARTS = ("train", "earlier", "validation")  # of seen scans, the first the strictest
+
+
 def _join_seen(parts: Sequence[SeenScans]) -> SeenScans:
-    """All scans that one of them has seen; what one learnt from counts as learnt from."""
+    """All scans that one of them has seen; what one learnt from, itself or by its initial weights, counts as that."""
     joined: SeenScans = {}
     for seen in parts:
         for uid, (patient, part) in seen.items():
             known, before = joined.get(uid, (None, part))
-            joined[uid] = (patient or known, "train" if "train" in (part, before) else before)
+            joined[uid] = (patient or known, min(part, before, key=PARTS.index))
     return joined
 
 

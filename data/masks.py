@@ -59,6 +59,7 @@ MOST_BALLS = 30  # that a finding in doubt is covered with ...
 ENOUGH_COVERED = 0.8  # ... up to this share of it
 MOST_SHIFT = 0.75  # voxel edges, by which a mask may lie beside its scan
 MOST_RIM_MM = 3.0  # how far readers may differ about where a nodule ends
+ON_EDGE = 0.01  # voxel edges, by which a voxel's centre may lie outside of a region and still count as in it
 MAX_ROUNDING = 1e-3  # of labels that were stored as scaled numbers
 MIN_LEVELS = 3  # labels, from which on they may be levels of a picture
 MOST_NESTED = 0.5  # of the labels that may lie within another one, and of the voxels that may touch one
@@ -479,8 +480,9 @@ def _count_votes(masks: Sequence[Mask]) -> tuple[np.ndarray, Geometry]:
         for mask in masks
         for segment in mask.segments
     ]
-    lower = np.floor(np.min(corners, axis=(0, 1))).astype(int)
-    grid = finest.cropped(Box.of_size(lower, np.ceil(np.max(corners, axis=(0, 1))).astype(int) + 1 - lower))
+    lower = np.ceil(np.min(corners, axis=(0, 1)) - ON_EDGE).astype(int)
+    upper = np.floor(np.max(corners, axis=(0, 1)) + ON_EDGE).astype(int) + 1
+    grid = finest.cropped(Box.of_size(lower, upper - lower))
     votes = np.zeros(grid.shape_zyx, np.uint8)
     for mask in masks:
         own = np.zeros(votes.shape, bool)
@@ -522,16 +524,16 @@ def _settle(votes: np.ndarray, needed: float, grid: Geometry) -> tuple[list[Mark
 
 
 def _corners(shape_zyx: Sequence[int]) -> np.ndarray:
-    """(8, 3) the voxels (z, y, x) at the corners of an array."""
-    return np.array(list(np.ndindex(2, 2, 2))) * (np.asarray(shape_zyx) - 1)
+    """(8, 3) the outer corners (z, y, x) of an array, half a voxel beyond the centres of its outermost voxels."""
+    return np.array(list(np.ndindex(2, 2, 2))) * np.asarray(shape_zyx) - 0.5
 
 
 def _on_grid(segment: Segment, geometry: Geometry, grid: Geometry) -> Segment | None:
     """A segment of a mask on another grid; None where nothing of it lies there."""
     local = geometry.cropped(segment.box)
     corners = grid.index(local.world(_corners(local.shape_zyx)))
-    lower = np.clip(np.floor(corners.min(axis=0)).astype(int) - 1, 0, grid.shape_zyx)
-    upper = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 2, 0, grid.shape_zyx)
+    lower = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, grid.shape_zyx)
+    upper = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 1, 0, grid.shape_zyx)
     if (upper <= lower).any():
         return None
     box = Box.of_size(lower, upper - lower)

@@ -87,14 +87,17 @@ class LearntScore:
         return f"logistic regression, fitted on {self.candidates} candidates"
 
     def __call__(self, features: Features) -> float:
-        """Share of such candidates that are nodules, in (0, 1).
+        """Share of such candidates that are nodules, in [0, 1].
 
         Raises:
             InputError: It is not known what lies around the candidate.
         """
         check(not math.isnan(features.air), "a learnt score needs the image that the map is of")
-        log_odds = self.intercept + float(np.dot(self.weights, features.terms))
-        return 1 / (1 + math.exp(-min(max(log_odds, -500.0), 500.0)))
+        return 1 / (1 + math.exp(-min(max(self.log_odds(features), -500.0), 500.0)))
+
+    def log_odds(self, features: Features) -> float:
+        """Logarithm of the odds of that share."""
+        return self.intercept + float(np.dot(self.weights, features.terms))
 
 
 def fit_score(candidates: Sequence[Features], is_nodule: npt.ArrayLike) -> LearntScore:
@@ -105,11 +108,12 @@ def fit_score(candidates: Sequence[Features], is_nodule: npt.ArrayLike) -> Learn
         is_nodule: Bool, one a candidate; some are true and some are not.
 
     Raises:
-        InputError: All are nodules, or none is.
+        InputError: All are nodules, or none is; or it is not known what lies around one.
     """
     truth = np.asarray(is_nodule, float)
     check(len(truth) == len(candidates) and 0 < truth.sum() < len(truth), "candidates must be of both kinds")
     terms = np.array([features.terms for features in candidates])
+    check(bool(np.isfinite(terms).all()), "a learnt score needs candidates of a map whose image was given")
     mean, spread = terms.mean(axis=0), np.maximum(terms.std(axis=0), 1e-6)
     inputs = np.column_stack([(terms - mean) / spread, np.ones(len(terms))])
     ridge = np.append(np.full(terms.shape[1], RIDGE), 0.0)

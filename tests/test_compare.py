@@ -1,5 +1,7 @@
 """Two results of validate.py held against each other."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -49,6 +51,27 @@ def test_interval_is_paired(tmp_path):
     table = compare_results([write_result(tmp_path / "a", dice + 0.02), write_result(tmp_path / "b", dice)])
     row = row_of(table, "Dice per scan")
     assert (row["lower"], row["upper"]) == pytest.approx((0.02, 0.02))
+
+
+def test_nothing_is_said_of_scans_without_a_nodule(tmp_path):
+    for name in ("a", "b"):
+        folder = write_result(tmp_path / name, [math.nan, math.nan], false=1)
+        table = pd.read_csv(folder / "validation_results.csv").assign(nodules=0, nodules_found=0)
+        table.to_csv(folder / "validation_results.csv", index=False)
+        pd.read_csv(folder / "nodule_results.csv")[:0].to_csv(folder / "nodule_results.csv", index=False)
+    names = [tmp_path / "a", tmp_path / "b"]
+    text = format_comparison(compare_results(names), names)
+    assert "Nothing can be said of Dice per scan and sensitivity of the masks: too few scans" in text
+    assert "is better" not in text
+
+
+def test_nodule_beside_the_prepared_grid_has_no_dice_and_is_compared(tmp_path):
+    for name in ("a", "b"):
+        path = write_result(tmp_path / name, [0.8, 0.6]) / "nodule_results.csv"
+        table = pd.read_csv(path)
+        table.loc[0, "dice"] = np.nan
+        table.to_csv(path, index=False)
+    assert row_of(compare_results([tmp_path / "a", tmp_path / "b"]), "Dice per scan")["difference"] == 0
 
 
 def test_scans_without_a_dice_are_left_out_of_its_mean(tmp_path):

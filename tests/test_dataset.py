@@ -897,6 +897,14 @@ def test_patch_that_is_mastered_is_no_longer_hard():
     assert sampler.hard == {}
 
 
+def test_patch_that_shows_a_nodule_becomes_no_hard_one_and_one_with_a_pasted_nodule_stays():
+    sampler = patch_sampler()
+    hard, nodule = SampleKey(0, 0, 1, (20, 20, 20)), SampleKey(0, 1, 0, (8, 8, 8))
+    sampler.record([hard, nodule], [0.9, math.nan])
+    sampler.record([hard], [math.nan])
+    assert sampler.hard == {(1, (20, 20, 20)): 0.9}
+
+
 def test_only_the_hardest_patches_are_kept():
     sampler = patch_sampler(per_scan=1)
     sampler.record([SampleKey(0, i, 0, (i, i, i)) for i in range(3)], [0.6, 0.9, 0.8])

@@ -52,8 +52,8 @@ def test_settings_are_joined():
 
 def test_what_one_has_seen_all_have_seen():
     seen = [
-        {"a": (None, "train"), "b": ("p", "validation"), "c": (None, "earlier")},
-        {"a": ("q", "validation"), "b": (None, "train"), "d": (None, "validation")},
+        {"a": (None, "train"), "b": ("p", "validation"), "c": (None, "validation")},
+        {"a": ("q", "validation"), "b": (None, "train"), "c": (None, "earlier"), "d": (None, "validation")},
     ]
     learnt = [{"spacing": (1.0, 2.0), "dose": (5.0, 6.0)}, {"spacing": (0.5, 1.5)}]
     members = [

@@ -262,6 +262,13 @@ def test_readers_may_use_other_grids(tmp_path):
     assert marks_in(one, three).note == ""  # another order of the voxels is no other place
 
 
+def test_coarse_masks_lose_nothing_beside_a_fine_one(tmp_path):
+    fine = write(tmp_path / "1.mha", blocks(_1=(12, 14, 20, 2)))
+    half = blocks(_1=(1, 1, 1, 1), shape=(5, 6, 7))  # one voxel of 4 mm around 5.5 mm, from 4 to 7
+    coarse = [write(tmp_path / f"{n}.mha", half, spacing=(4.0, 4.0, 4.0), origin=(1.5, 1.5, 1.5)) for n in (2, 3)]
+    assert found_in([fine, *coarse]) == [([5.5, 5.5, 5.5], 64)]
+
+
 # ----------------------------------------------------------------------------------------------------- 3D Slicer's
 
 

@@ -1,5 +1,6 @@
 """Scores that are learnt from candidates: fitting, applying, choosing, carrying and telling them."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -146,6 +147,19 @@ def test_each_scan_is_rescored_by_what_others_taught():
     other = replace(scans[0], annotated=[nodule_at(20, 10, 10)])
     changed = [candidate.score for candidate in learn_score([other, *scans[1:]])[1][0].found.candidates]
     assert plain == changed
+
+
+def test_scans_of_one_patient_stay_in_one_half():
+    scans = [replace(examined(number), patient=f"P{number // 2}") for number in range(24)]
+    plain = [candidate.score for candidate in learn_score(scans)[1][0].found.candidates]
+    other = replace(scans[1], annotated=[nodule_at(20, 10, 10)])  # of the same patient
+    changed = [candidate.score for candidate in learn_score([scans[0], other, *scans[2:]])[1][0].found.candidates]
+    assert plain == changed
+
+
+def test_what_is_not_known_is_not_learnt_from():
+    with pytest.raises(InputError, match="candidates of a map whose image was given"):
+        fit_score([NODULE, VESSEL._replace(air=math.nan)], [True, False])
 
 
 def test_candidates_on_excluded_findings_teach_nothing():

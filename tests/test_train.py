@@ -38,6 +38,7 @@ from model import DiceBCELoss, SegmentationNetwork, SubpixelUNet, load_checkpoin
 from preprocess import LUNA16Preprocessor
 from train import LossSettings, Speed, Trainer, ValidationSettings, seed_everything
 from utils import (
+    IGNORED,
     InputError,
     UserError,
     folder_lock,
@@ -965,7 +966,29 @@ def test_checkpoint_lists_what_it_has_seen_and_so_do_those_that_begin_with_it(pr
     trainer.train()
     second = load_checkpoint(tmp_path / "checkpoints" / "best_model.pth")
     assert second.seen == dict.fromkeys(first.seen, (None, "earlier"))
-    assert "1 of 1 validation scans taught the initial weights, and will flatter this training" in caplog.text
+    assert "1 of 1 validation scans have been seen by the initial weights: no score of them is fair" in caplog.text
+
+
+def test_scans_that_chose_the_given_weights_may_choose_again(processed_dir, run_dir, tmp_path, caplog):
+    path, split = run_dir / "checkpoints" / "best_model.pth", read_split(run_dir / "checkpoints" / "split.json")
+    trainer = Trainer(processed_dir, tmp_path, initial_weights=path, num_epochs=1, **CPU)
+    trainer.train()
+    assert trainer.split == split and "have been seen by the initial weights" not in caplog.text
+    seen = load_checkpoint(tmp_path / "checkpoints" / "best_model.pth").seen
+    assert {uid: part for uid, (_, part) in seen.items()} == (
+        dict.fromkeys(split.train, "earlier") | dict.fromkeys(split.validation, "validation")
+    )
+
+
+def test_held_out_scans_that_the_given_weights_have_seen_are_warned_of(fold_run, run_dir, tmp_path, caplog):
+    data_dir, path = fold_run / "data", run_dir / "checkpoints" / "best_model.pth"
+    fold = read_split(fold_run / "checkpoints" / "split.json").fold
+    checkpoint = load_checkpoint(path)
+    seen = dict.fromkeys(read_processed_list(data_dir), (None, "train"))
+    save_checkpoint(tmp_path / "given.pth", dataclasses.replace(checkpoint, seen=seen))
+    settings = ValidationSettings(fold=fold)
+    Trainer(data_dir, tmp_path / "run", initial_weights=tmp_path / "given.pth", validation=settings, **CPU)
+    assert re.search(r"(\d+) of \1 held-out scans have been seen by the initial weights: no score", caplog.text)
 
 
 def test_scans_prepared_otherwise_than_for_the_given_weights_are_warned_of(processed_dir, run_dir, tmp_path, caplog):
@@ -1038,3 +1061,12 @@ def test_run_goes_on_without_the_file_that_it_began_with(run_dir, processed_dir,
     trainer = Trainer(processed_dir, tmp_path / "run", initial_weights=path, num_epochs=2, resume=True, **CPU)
     trainer.train()
     assert trainer.earlier and trainer.epoch == 2
+
+
+def test_patch_with_a_nodule_is_reported_as_neither_hard_nor_easy(processed_dir, tmp_path):
+    trainer = Trainer(processed_dir, tmp_path, patches=Patches((16, 16, 16)), **CPU)
+    image, mask = torch.rand(3, 1, 16, 16, 16), torch.zeros(3, 1, 16, 16, 16, dtype=torch.uint8)
+    mask[0, 0, 4:8, 4:8, 4:8] = 1
+    mask[1] = IGNORED
+    _, with_nodule, unknown, background = trainer._learn(image, mask).tolist()
+    assert math.isnan(with_nodule) and unknown == 0 < background < 1

@@ -1,6 +1,6 @@
 """How well scores tell nodules from other candidates in real scans that no training has seen.
 
-python tests/bench/rescoring.py --real_dir FOLDER --luna16_dir FOLDER --trial 'both after phantoms'
+python tests/bench/rescoring.py --real_dir FOLDER --luna16_dir FOLDER --trial 'all voxels'
 
 The candidates are those of the trainings of ``real.py``, each of the fold that it did not see. What is learnt from
 candidates is learnt from those of the other folds. A small network on the candidates, with their image and
@@ -17,15 +17,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import pandas as pd
 import torch
 from jsonargparse import auto_cli
-from real import FOLDS, Bench, is_cube
+from real import FOLDS, TRIALS, Bench, is_cube
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.rescoring import Features, fit_score
 from infer import NoduleInferencer
-from utils import Box, ProcessedScan, check, read_processed, read_processed_list
+from utils import ANNOTATION_COLUMNS, Box, ProcessedScan, check, read_processed, read_processed_list
 from validate import FP_PER_SCAN, ExaminedScan
 
 SIZE = 24  # voxels of 1 mm along each edge of what the small network sees
@@ -59,14 +60,14 @@ def candidates_of(bench: Bench, trial: str, fold: int, seed: int) -> list[Candid
     for uid in tqdm(read_processed_list(data_dir), unit="scan", disable=None):
         scan = read_processed(data_dir, uid)
         probability = inferencer.predict_probability(scan.image)
-        examined = ExaminedScan.of(scan, inferencer.find_candidates(probability, scan.geometry, scan.image))
-        for found, is_nodule, is_excluded in zip(
-            examined.found.candidates, examined.is_nodule, examined.is_excluded, strict=True
-        ):
-            if is_nodule or not (is_excluded or is_cube(examined)):
-                crop = cut(scan, probability, np.rint(found.index_zyx).astype(int))
-                assert found.features is not None
-                candidates.append(Candidate(fold, uid, bool(is_nodule), found.features, crop))
+        excluded = pd.DataFrame([(uid, *finding) for finding in scan.metadata.excluded], columns=ANNOTATION_COLUMNS)
+        found = inferencer.find_candidates(probability, scan.geometry, scan.image)
+        examined = ExaminedScan.of(scan, found, excluded=excluded)
+        for candidate, is_nodule in examined.judged:
+            if is_nodule or not is_cube(examined):
+                crop = cut(scan, probability, np.rint(candidate.index_zyx).astype(int))
+                assert candidate.features is not None
+                candidates.append(Candidate(fold, uid, is_nodule, candidate.features, crop))
     return candidates
 
 
@@ -142,7 +143,7 @@ def sensitivities(candidates: Sequence[Candidate], scores: np.ndarray, scans: in
 def main(
     real_dir: Path,
     luna16_dir: Path,
-    trial: str = "both after phantoms",
+    trial: str = "all voxels",
     seed: int = 0,
     folds: list[int] = list(range(FOLDS)),  # noqa: B006 - never changed
     work_dir: Path = Path("data/real"),
@@ -159,6 +160,7 @@ def main(
         work_dir: Folder for prepared data and trainings.
         device: 'cuda' or 'cpu'.
     """
+    check(trial in TRIALS, f"trial must be among {', '.join(TRIALS)}, not {trial}")
     check(len(set(folds)) > 1, "folds must be two or more: what is learnt for one comes from the others")
     bench = Bench(work_dir.resolve(), real_dir.resolve(), luna16_dir.resolve(), device)
     candidates = [candidate for fold in folds for candidate in candidates_of(bench, trial, fold, seed)]
@@ -172,8 +174,7 @@ def main(
         learnt = fit_score([c.features for c in theirs], [c.is_nodule for c in theirs])
         scores["as it is"][ours] = [c.features.score for c in own]
         scores["peak"][ours] = [c.features.peak for c in own]
-        chances = np.array([learnt(c.features) for c in own])
-        scores["learnt"][ours] = np.log(chances / (1 - chances))
+        scores["learnt"][ours] = [learnt.log_odds(c.features) for c in own]
         scores["small network"][ours] = scores_of(fit_network(theirs, seed), own)
         scores["both"][ours] = (scores["learnt"][ours] + scores["small network"][ours]) / 2
     print(
