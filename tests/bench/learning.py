@@ -64,6 +64,8 @@ PHANTOMS = {
     # Two halves of the makers: scanners and hands that differ in noise, kernel, slices, nodules, vessels, breathing.
     "train A": ["--num_scans", "48", "--seed", "21", "--makers", "[0,1,2,3,4,5,6,7]"],
     "test A": ["--num_scans", "80", "--seed", "31", "--makers", "[0,1,2,3,4,5,6,7]"],
+    "train of twelve": ["--num_scans", "12", "--seed", "41"],
+    "test of 24": ["--num_scans", "24", "--seed", "42"],
     "test B": ["--num_scans", "80", "--seed", "32", "--makers", "[8,9,10,11,12,13,14,15]"],
 }
 NAMED_BEFOREHAND = ("test11", "test12", "test13")  # never looked at while a recipe was chosen
@@ -109,6 +111,8 @@ def recipe(*changes: str, epochs: int = 86, **more: Any) -> Trial:
 
 
 HALVES = {"train": "train A", "tests": ("test A", "test B")}
+TWELVE: dict[str, Any] = {"train": "train of twelve", "tests": ("test of 24",), "scoring": ("--mirrors", "0")}
+FIVE_MINUTES = ("--validation.fraction", "0.2", "--patches.warmup_epochs", "1", "--validation.mirrors", "0")
 SCREENING = 39  # epochs in ten minutes
 # Epochs in ten minutes of networks that work at full resolution, by the operations of a step beside the default's.
 FULL_RESOLUTION = {"nnunet": 6, "attention_unet": 7, "segresnet": 4, "nnunet_residual": 4, "vnet": 1}
@@ -129,6 +133,8 @@ TRIALS = {
         f"screening, {name}": recipe("--loss.name", name, epochs=SCREENING, **HALVES)
         for name in ("dice_focal", "focal", "tversky", "boundary")
     },
+    "twelve scans": recipe(*FIVE_MINUTES, epochs=9, **TWELVE),
+    "twelve scans, from pretrained": recipe(*FIVE_MINUTES, "--initial_weights", "pretrained", epochs=9, **TWELVE),
     "20 epochs": recipe(epochs=20),
     "20 epochs, dropout 0.1": recipe("--dropout", "0.1", epochs=20),
     "20 epochs, subpixel": recipe("--network", "subpixel", epochs=20),
