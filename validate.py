@@ -1622,8 +1622,8 @@ def _command(argv: list[str] | None) -> int:
         print(f"table and picture: {score_options['output_dir']}")
         return 0
     if tune_options["tune"] is not None:
-        needed = set(options) | set(tune_options) - {"min_score", "output_dir"}
-        refuse_options(given - needed, "they are for scoring; leave them out with tune")
+        taken = (set(options) | set(tune_options)) - {"min_score"}  # which tuning chooses
+        refuse_options(given - taken, "they are for scoring; leave them out with tune")
         validator = Validator(**options)
         table = validator.tune(**tune_options)
         if not process_rank():

@@ -1173,6 +1173,7 @@ def test_tuning_from_the_command_line(run_dir, processed_dir, tmp_path, capsys, 
     path = tmp_path / "checkpoints" / "tuned.pth"
     words = ["--data_dir", str(processed_dir), "--checkpoint_path", str(path.with_name("best_model.pth"))]
     words += ["--output_dir", str(tmp_path / "out"), "--device", "cpu", "--tune", str(path)]
+    assert validate.main([*words, "--min_score", "0.3"]) == 1 and not path.exists()
     monkeypatch.setattr(Validator, "_predict", lambda self, scan: (torch.from_numpy(0.6 * (scan.mask > 0)), math.nan))
     assert validate.main(words) == 0
     assert f"{path} carries a threshold of 0.5" in capsys.readouterr().out
