@@ -1,6 +1,7 @@
-"""Joins checkpoints to one whose probabilities are the mean of theirs.
+"""Joins checkpoints to one whose probabilities, or weights, are the mean of theirs.
 
 python data/ensemble.py --checkpoint_paths experiments/fold*/checkpoints/best_model.pth --output_path ensemble.pth
+python data/ensemble.py --checkpoint_paths fine_tuned.pth before.pth --shares '[0.75,0.25]' --output_path mean.pth
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from data.rescoring import mean_score
 from model import (
@@ -44,23 +47,37 @@ class Ensembler:
     Args:
         checkpoint_paths: Two or more checkpoints of scans prepared alike, of any networks, e.g. 'a.pth b.pth'.
         output_path: File to write, not beside a training's split.json, which is of that training alone.
+        shares: Share of each in the mean of their weights, e.g. '[0.75,0.25]' of a fine-tuned network and the one that
+            it began with (Wortsman et al. 2022, arXiv:2109.01903): one network, as fast as each. null keeps all of
+            them, and averages their probabilities.
         overwrite: Replace a file that is there.
 
     Raises:
-        InputError: They are fewer than two, or the file has an impossible place.
+        InputError: They are fewer than two, there is not a share for each or they do not add up to 1, or the file has
+            an impossible place.
     """
 
     def __init__(
-        self, checkpoint_paths: list[Path], output_path: Path = Path("ensemble.pth"), overwrite: bool = False
+        self,
+        checkpoint_paths: list[Path],
+        output_path: Path = Path("ensemble.pth"),
+        shares: list[float] | None = None,
+        overwrite: bool = False,
     ) -> None:
         check(len(checkpoint_paths) >= 2, f"checkpoint_paths must be two or more files, not {len(checkpoint_paths)}")
+        if shares is not None:
+            check(len(shares) == len(checkpoint_paths), f"shares must be {len(checkpoint_paths)}, not {len(shares)}")
+            check(
+                min(shares) >= 0 and math.isclose(sum(shares), 1, abs_tol=1e-6),
+                f"shares must be 0 or more and add up to 1, not {shares}",
+            )
         check(output_path.suffix == ".pth", f"output_path must end in .pth, not {output_path}")
         check(
             not split_path(output_path).is_file(),
             f"{output_path.parent} holds the split.json of one training; name an output_path in another folder",
         )
         self.paths, self.output_path = [checkpoint_file(path) for path in checkpoint_paths], output_path
-        self.overwrite = overwrite
+        self.shares, self.overwrite = shares, overwrite
 
     def join(self) -> Path:
         """Writes the file and returns its path.
@@ -74,14 +91,16 @@ class Ensembler:
             raise FileExistsError(f"{self.output_path} exists; name another output_path, or set overwrite=True")
         checkpoints = [(path, load_checkpoint(path)) for path in self.paths]
         members = [replace(checkpoint, seen=seen_by(checkpoint.seen, path)) for path, checkpoint in checkpoints]
-        joined = join_checkpoints(members, [str(path) for path in self.paths])
+        joined = join_checkpoints(members, [str(path) for path in self.paths], self.shares)
         with atomic_path(self.output_path) as temporary:
             save_checkpoint(temporary, joined)
         return self.output_path
 
 
-def join_checkpoints(members: Sequence[Checkpoint], names: Sequence[str]) -> Checkpoint:
-    """One checkpoint whose probabilities are the mean of those of the members.
+def join_checkpoints(
+    members: Sequence[Checkpoint], names: Sequence[str], shares: Sequence[float] | None = None
+) -> Checkpoint:
+    """One checkpoint whose probabilities, or with shares whose weights, are the mean of those of the members.
 
     It has seen what any of them has seen. Its grid is the finest, its ``min_score`` and learnt score are the means of
     theirs, its window is the largest, and it looks at as many mirror images as the one that looks at most.
@@ -89,10 +108,11 @@ def join_checkpoints(members: Sequence[Checkpoint], names: Sequence[str]) -> Che
     Args:
         members: Checkpoints.
         names: What they are called in errors.
+        shares: Share of each in the mean of their weights, all together 1; None keeps all networks.
 
     Raises:
         InputError: They were prepared differently, but for the voxel size, have other thresholds, do not say what they
-            have seen, or are ensembles themselves.
+            have seen, or are ensembles themselves; or weights of different networks were to be averaged.
     """
     finest = min(range(len(members)), key=lambda number: _voxel_mm3(members[number]))
     members, names = ([given[finest], *given[:finest], *given[finest + 1 :]] for given in (members, names))
@@ -126,19 +146,11 @@ def join_checkpoints(members: Sequence[Checkpoint], names: Sequence[str]) -> Che
             (theirs.window is None) == (ours.window is None),
             f"one of {name} and {names[0]} was trained on patches, the other one on whole scans",
         )
+    network, arguments, weights = _keep_all(members) if shares is None else _average(members, names, shares)
     return Checkpoint(
-        network=ENSEMBLE,
-        arguments={
-            "members": [
-                {"network": member.network, "arguments": member.arguments} | _scale_of(member, first)
-                for member in members
-            ]
-        },
-        weights={
-            f"members.{number}.{name}": value
-            for number, member in enumerate(members)
-            for name, value in member.weights.items()
-        },
+        network=network,
+        arguments=arguments,
+        weights=weights,
         preprocessing=first.preprocessing,
         inference=_join_settings(members),
         training={},
@@ -148,6 +160,39 @@ def join_checkpoints(members: Sequence[Checkpoint], names: Sequence[str]) -> Che
         seen=_join_seen([member.seen for member in members]),
         about=" ".join(dict.fromkeys(member.about for member in members if member.about)),
     )
+
+
+def _keep_all(members: Sequence[Checkpoint]) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """Name, arguments and weights of the network that averages the probabilities of several."""
+    first = members[0]
+    networks = [
+        {"network": member.network, "arguments": member.arguments} | _scale_of(member, first) for member in members
+    ]
+    weights = {
+        f"members.{number}.{name}": value
+        for number, member in enumerate(members)
+        for name, value in member.weights.items()
+    }
+    return ENSEMBLE, {"members": networks}, weights
+
+
+def _average(
+    members: Sequence[Checkpoint], names: Sequence[str], shares: Sequence[float]
+) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """Name, arguments and weights of the network whose weights are the mean of theirs; counters are the first's."""
+    first = members[0]
+    for member, name in zip(members, names, strict=True):
+        check(
+            (member.network, member.arguments) == (first.network, first.arguments) and not _scale_of(member, first),
+            f"{name} has another network or voxel size than {names[0]}, so their weights have no mean; without shares "
+            "their probabilities are averaged",
+        )
+    weights = {name: value.clone() for name, value in first.weights.items()}
+    for name, value in weights.items():
+        if value.is_floating_point():
+            values = torch.stack([member.weights[name] for member in members])
+            weights[name] = torch.tensordot(torch.tensor(shares), values.float(), dims=1)
+    return first.network, first.arguments, weights
 
 
 def _spacing_of(member: Checkpoint) -> dict[str, Any]:

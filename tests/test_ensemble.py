@@ -40,6 +40,39 @@ def test_probability_is_the_mean_of_theirs():
         joined(torch.rand(1, 1, 8, 8, 12))
 
 
+def test_weights_are_averaged_by_shares(tmp_path):
+    paths = [tmp_path / "a.pth", tmp_path / "b.pth"]
+    members = [member("unet", seed=3), member("unet", seed=1)]
+    for path, one in zip(paths, members, strict=True):
+        save_checkpoint(path, one)
+    joined = load_checkpoint(Ensembler(paths, tmp_path / "mean.pth", shares=[0.75, 0.25]).join())
+    assert joined.network == "unet" and joined.epoch == 3
+    for name, value in joined.weights.items():
+        first, second = (one.weights[name] for one in members)
+        expected = 0.75 * first + 0.25 * second if value.is_floating_point() else first
+        torch.testing.assert_close(value, expected)
+    joined.build_network()
+
+
+@pytest.mark.parametrize("other", ["subpixel", "larger voxels"])
+def test_weights_of_different_networks_have_no_mean(other):
+    spacings = [{"target_size": None, "target_spacing": [step] * 3} for step in (1.0, 2.0)]
+    first = member("unet", preprocessing=spacings[0])
+    second = member("unet", preprocessing=spacings[1]) if other == "larger voxels" else member("subpixel")
+    first = first if other == "larger voxels" else member("unet")
+    with pytest.raises(InputError, match="b has another network or voxel size than a"):
+        join_checkpoints([first, second], "ab", [0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [([1.0], "shares must be 2, not 1"), ([0.5, 0.6], "add up to 1"), ([1.5, -0.5], "0 or more")],
+)
+def test_impossible_shares_are_refused(tmp_path, shares, message):
+    with pytest.raises(InputError, match=message):
+        Ensembler([tmp_path / "a.pth", tmp_path / "b.pth"], tmp_path / "mean.pth", shares)
+
+
 def test_settings_are_joined():
     settings = [
         InferenceSettings(min_score=0.2, mirrors=3, window=(48, 32, 32), grid_spacing=(1.0, 1.0, 2.0)),
