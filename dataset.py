@@ -280,7 +280,10 @@ def _augment(image: Tensor, mask: Tensor, drawn: AugmentationParameters) -> tupl
 
 
 def _apply_affine(image: Tensor, mask: Tensor, affine: np.ndarray, points: np.ndarray | None) -> tuple[Tensor, Tensor]:
-    """Image by linear, mask by nearest sampling; each nodule keeps at least the voxel that its point falls on."""
+    """Image by linear, mask by nearest sampling; each nodule keeps at least the voxel that its point falls on.
+
+    A point beside its nodule, as of a given mask that is no ball, makes none.
+    """
     shape = np.asarray(image.shape[1:])
     half = shape / 2
     # affine_grid counts (x, y, z) in [-1, 1] from edge to edge.
@@ -291,8 +294,11 @@ def _apply_affine(image: Tensor, mask: Tensor, affine: np.ndarray, points: np.nd
     image = functional.grid_sample(image[None], grid, mode="bilinear", align_corners=False)[0]
     moved = functional.grid_sample(mask[None].to(image), grid, mode="nearest", align_corners=False)[0].to(mask.dtype)
     if points is not None and len(points):
-        z, y, x = _to_device(torch.from_numpy(_move_points(points, tuple(shape.tolist()), affine)), mask.device).T
-        moved[0].index_put_((z, y, x), moved.new_ones(()))  # a number would be sent, and waited for
+        pairs = np.stack([points.astype(int), _move_points(points, tuple(shape.tolist()), affine)])
+        before, after = _to_device(torch.from_numpy(pairs), mask.device).unbind()
+        there = (mask[0][tuple(before.T)] == 1).to(moved.dtype)
+        strides = _to_device(torch.tensor(moved[0].stride()), mask.device)
+        moved.view(-1).scatter_reduce_(0, (after * strides).sum(dim=1), there, "amax")
     return image, moved
 
 
@@ -355,7 +361,7 @@ class LUNA16Dataset(Dataset):
             (scan, box, nodule.voxels)
             for scan, metadata in enumerate(self.metadata)
             for center, nodule in zip(nodule_points(metadata), visible_nodules(metadata), strict=True)
-            if (box := _box_around(center, nodule.diameter_mm, metadata)) is not None
+            if not nodule.cut_by_lungs and (box := _box_around(center, nodule.diameter_mm, metadata)) is not None
         ]
         least = min(LEAST_DONOR, max((voxels for *_, voxels in nodules), default=0))
         self._nodules = [(scan, box) for scan, box, voxels in nodules if voxels >= least]
@@ -526,12 +532,12 @@ def _fits_in_memory(needed: int, device: torch.device, where: str) -> bool:
 
 
 def visible_nodules(metadata: ScanMetadata) -> list[AnnotatedNodule]:
-    """The nodules that a scan's mask shows."""
-    return [nodule for nodule in metadata.nodules if nodule.voxels]
+    """The nodules that a scan's mask and image show."""
+    return [nodule for nodule in metadata.nodules if nodule.is_shown]
 
 
 def nodule_points(metadata: ScanMetadata) -> np.ndarray:
-    """(n, 3) voxel (z, y, x) at the centre of each nodule that a scan's mask shows."""
+    """(n, 3) voxel (z, y, x) at the centre of each nodule that a scan's mask and image show."""
     points = [nodule.index_zyx for nodule in visible_nodules(metadata)]
     return np.clip(np.rint(points).astype(int).reshape(-1, 3), 0, np.asarray(metadata.grid.shape_zyx) - 1)
 

@@ -269,14 +269,15 @@ class Predictor:
                 their window.
         """
         assert self.settings.window is not None
-        size = np.minimum(self.settings.window, logits.shape)
+        window = self.settings.window
+        size = np.minimum(window, logits.shape)
         weight = (1 + self.more_looks) * compute_importance_map(tuple(size), "gaussian", LOOK_SIGMA, logits.device)
         total, weights = logits.sigmoid(), torch.ones_like(logits)
         voxel_mm3 = math.prod(self.settings.grid_spacing or (0.0,))
         for middle in _middles_of_spots(total.cpu().numpy(), size // 2, voxel_mm3):
             crop = Box.of_size(np.clip(middle - size // 2, 0, logits.shape - size), size).slices
-            again = self._forward(image[:, :, *crop], again=True)[0, 0].to(logits.device)
-            total[crop] += weight * again.sigmoid()
+            again = self._forward(padded(image[:, :, *crop], window), again=True)[0, 0].to(logits.device)
+            total[crop] += weight * again[tuple(map(slice, size))].sigmoid()
             weights[crop] += weight
         looked = weights > 1
         logits[looked] = torch.logit(total[looked] / weights[looked], eps=PROBABILITY_EPS)
@@ -375,21 +376,23 @@ def content_box(image: np.ndarray) -> Box | None:
 def _middles_of_spots(probability: np.ndarray, step: np.ndarray, voxel_mm3: float = 0.0) -> np.ndarray:
     """Middles, int (n, 3), of up to MAX_CANDIDATES spots that may be a nodule in a map (z, y, x), the likeliest first.
 
-    What is wider than ``step`` voxels is divided into boxes that are not, and each that is not empty has a middle. A
-    map that is noise has none.
+    What is wider than ``step`` voxels is divided into boxes that are not, and each that is not empty has a middle; the
+    first ones of all spots come first. A map that is noise has none.
     """
     spots, is_noise = _main_components(probability, CANDIDATE_THRESHOLD, voxel_mm3)
     if is_noise:
         return np.empty((0, 3), int)
     spots.sort(key=lambda voxels: -probability[tuple(voxels.T)].max())
-    middles = np.empty((0, 3))
+    middles, turns = [np.empty((0, 3))], [np.empty(0, int)]
     for voxels in spots[:MAX_CANDIDATES]:
         lower, width = voxels.min(axis=0), np.ptp(voxels, axis=0) + 1
         parts = -(-width // np.maximum(step, 1))
         boxes = ((voxels - lower) / width * parts).astype(int)
         filled = np.unravel_index(np.unique(np.ravel_multi_index(tuple(boxes.T), parts)), parts)
-        middles = np.concatenate([middles, lower + (np.stack(filled, axis=1) + 0.5) / parts * width])
-    return middles[:MAX_CANDIDATES].astype(int)
+        middles.append(lower + (np.stack(filled, axis=1) + 0.5) / parts * width)
+        turns.append(np.arange(len(filled[0])))
+    order = np.argsort(np.concatenate(turns), kind="stable")[:MAX_CANDIDATES]
+    return np.concatenate(middles)[order].astype(int)
 
 
 # ----------------------------------------------------------------------------------------------- probability to nodules
@@ -569,6 +572,7 @@ def find_candidates(
     cleaning: Cleaning | None = None,
     image: np.ndarray | None = None,
     device: torch.device | str = "cpu",
+    score: Callable[[Features], float] | None = None,
 ) -> Segmentation:
     """All that might be a nodule: those of the mask, and fainter spots that do not reach the threshold.
 
@@ -586,6 +590,7 @@ def find_candidates(
         cleaning: What is done to the mask besides; the candidates' scores are those of ``probability`` as it is.
         image: The array in [0, 1] that the map is of; needed with ``cleaning``, and for a score that is learnt.
         device: Where ``cleaning.crf`` computes.
+        score: Of a candidate; None takes ``Features.score``.
 
     Raises:
         ValueError: ``cleaning`` has no image, or the image has another shape.
@@ -605,17 +610,25 @@ def find_candidates(
     parts, is_noise = _main_components(marked, threshold, voxel_mm3)
     if not is_noise:
         parts = _nodule_voxels(_fill_holes(parts, probability.shape, grid), grid)
+    parts = uncleaned = [voxels for voxels in parts if len(voxels) * voxel_mm3 >= smallest_mm3]
     if cleaning and not is_noise and array is not None:
         parts = reshape_nodules(parts, array, grid.spacing_zyx, cleaning, smallest_mm3)
-    parts = [voxels for voxels in parts if len(voxels) * voxel_mm3 >= smallest_mm3]
     labels = np.zeros(probability.shape, np.int32)
     for number, voxels in enumerate(parts, start=1):
         labels[tuple(voxels.T)] = number
     found = _describe(parts, geometry, probability, grid, array)
     spots = [voxels for voxels in spots if not labels[tuple(voxels.T)].any()]
-    faint = _describe(spots, geometry, probability, grid, array)[: max(0, MAX_CANDIDATES - len(found))]
+    if cleaning:  # of a spot of which another part is a nodule it may have left out a part
+        listed = labels > 0
+        for voxels in spots:
+            listed[tuple(voxels.T)] = True
+        spots += [voxels for voxels in uncleaned if not listed[tuple(voxels.T)].any()]
+    faint = _describe(spots, geometry, probability, grid, array)
     numbers = [number for number, _ in found] + [0] * len(faint)
-    return Segmentation(labels, [nodule for _, nodule in found + faint], numbers, is_noise or spots_are_noise)
+    whole = Segmentation(labels, [nodule for _, nodule in found + faint], numbers, is_noise or spots_are_noise)
+    whole = whole if score is None else whole.rescored(score)
+    most = max(MAX_CANDIDATES, len(found))
+    return replace(whole, candidates=whole.candidates[:most], numbers=whole.numbers[:most])
 
 
 def _main_components(probability: np.ndarray, threshold: float, voxel_mm3: float) -> tuple[list[np.ndarray], bool]:
@@ -1475,17 +1488,17 @@ class NoduleInferencer:
         network's.
         """
         settings = settings or self.settings
-        found = find_candidates(
+        return find_candidates(
             probability,
             geometry,
             settings.threshold,
             settings.grid_spacing,
             SMALLEST_NODULE_MM3 if settings.grid_spacing else 0.0,
-            cleaning=settings.cleaning,
-            image=image,
-            device=self.predictor.device,
+            settings.cleaning,
+            image,
+            self.predictor.device,
+            settings.learnt_score,
         )
-        return found.rescored(settings.learnt_score) if settings.learnt_score else found
 
     def save_checkpoint(self, path: Path, settings: InferenceSettings) -> None:
         """Writes a copy of this network's checkpoint that looks at scans by other settings.

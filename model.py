@@ -493,7 +493,7 @@ NETWORKS: dict[str, Callable[..., SegmentationNetwork]] = {
 
 @dataclass(frozen=True)
 class Zoom:
-    """The image on a finer or a coarser grid.
+    """The image on a finer grid, or on a coarser one, each voxel of which is the mean of what it covers.
 
     Args:
         factor: Voxels of the grid along the axes (z, y, x), over those of the image; one number for all three.
@@ -513,11 +513,13 @@ class Zoom:
 
     def apply(self, image: Tensor) -> Tensor:
         """The image that the network looks at, padded with air."""
-        z, y, x = self.shape_zyx
-        zoomed = functional.interpolate(image[..., :z, :y, :x], self.grid_zyx, mode="trilinear")
+        (z, y, x), grid = self.shape_zyx, self.grid_zyx
+        samples = [max(1, math.ceil(size / wanted - 1e-3)) for size, wanted in zip((z, y, x), grid, strict=True)]
+        fine = [size * count for size, count in zip(grid, samples, strict=True)]
+        zoomed = functional.interpolate(image[..., :z, :y, :x], fine, mode="trilinear")
+        zoomed = functional.avg_pool3d(zoomed, samples)
         least = 2 * self.divisor if self.divisor > 1 else 1
-        sizes = [max(least, size + -size % self.divisor) for size in self.grid_zyx]
-        return padded(zoomed, sizes)
+        return padded(zoomed, [max(least, size + -size % self.divisor) for size in grid])
 
     def undo(self, logits: Tensor) -> Tensor:
         """The logits, as they lie on the image."""

@@ -51,6 +51,7 @@ from data.lungs import (
 from data.masks import MarkedNodule, Marks, find_nodule_masks, mask_fingerprint, read_marks
 from utils import (
     ANNOTATION_COLUMNS,
+    EMPTY_HU,
     PIECE_MM,
     SCAN_READERS,
     AnnotatedNodule,
@@ -112,7 +113,7 @@ UNGUARDED = (
     "worker processes do not start; in a script of your own, what starts them must stand under "
     'if __name__ == "__main__":'
 )
-EMPTY_HU = -800  # the mean of a nodule lies above, also of ground glass
+FOREIGN_LUNGS = "the lung mask lies outside of the scan; is it another patient's?"
 LEAST_ANNOTATIONS = 3  # fewer say nothing of the table
 MOST_EMPTY = 0.3  # share of annotations at whose places nothing is
 SLAB_VOXELS = 32_000_000  # the resampler's working memory: float32, 128 MB
@@ -244,12 +245,13 @@ class Preprocessing:
             if self.crop_to_lungs:
                 lower = np.maximum(lower, lung_lower - self.crop_margin_mm)
                 upper = np.minimum(upper, lung_upper + self.crop_margin_mm)
+                check(bool((lower < upper).all()), FOREIGN_LUNGS)
         grid = Geometry.covering(lower, upper, shape_zyx=self.target_size, spacing=self.target_spacing)
         array = self.apply_hu_window(scan, grid)
         kept = None
         if distance is not None:
             kept = sitk.GetArrayFromImage(resample(distance, grid, fill=1e3)) <= 0
-            check(bool(kept.any()), "the lung mask lies outside of the scan; is it another patient's?")
+            check(bool(kept.any()), FOREIGN_LUNGS)
             if doubtful is not None:
                 first, last = (
                     np.clip(np.rint(grid.index(corner)), 0, grid.shape_zyx).astype(int) for corner in doubtful

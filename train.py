@@ -546,7 +546,7 @@ class Trainer:
         parts = []
         for part in ("train", "validation", "test"):
             uids = getattr(self.split, part)
-            masks = [nodule.voxels > 0 for uid in uids if uid in self.metadata for nodule in self.metadata[uid].nodules]
+            masks = [nodule.is_shown for uid in uids if uid in self.metadata for nodule in self.metadata[uid].nodules]
             parts.append(f"{len(uids)} {part}" + (f" ({sum(masks)} nodules)" if part != "test" else ""))
             check(
                 part != "train" or any(masks),

@@ -1060,6 +1060,9 @@ class Nodule:
         }
 
 
+EMPTY_HU = -800  # the mean of a nodule lies above, also of ground glass
+
+
 @dataclass(frozen=True)
 class AnnotatedNodule(Nodule):
     """A nodule that LUNA16, or another data set, lists.
@@ -1077,6 +1080,12 @@ class AnnotatedNodule(Nodule):
     inside_scan: bool = True
     cut_by_lungs: bool = False
     mean_hu: float | None = None
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether mask and image show it: where the lung mask cuts it off, the image is air."""
+        is_empty = self.cut_by_lungs and self.mean_hu is not None and self.mean_hu < EMPTY_HU
+        return self.voxels > 0 and not is_empty
 
     def to_dict(self) -> dict[str, Any]:
         """Built-in types, for the metadata."""

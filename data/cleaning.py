@@ -159,7 +159,9 @@ def _opened(voxels: np.ndarray, shape: Sequence[int], spacing_zyx: Sequence[floa
         return voxels[:0]
     reached = part & (ndimage.distance_transform_edt(~middles, spacing_zyx) <= radius_mm)
     pieces = ndimage.label(reached, np.ones((3, 3, 3)))[0][tuple((voxels - lower).T)]
-    return voxels[pieces == np.bincount(pieces[pieces > 0]).argmax()]
+    sizes = np.bincount(pieces)
+    sizes[0] = 0  # what no ball reaches
+    return voxels[pieces == sizes.argmax()] if sizes.any() else voxels[:0]
 
 
 def _gaps(voxels: np.ndarray, shape: Sequence[int], spacing_zyx: Sequence[float], radius_mm: float) -> np.ndarray:

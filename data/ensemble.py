@@ -118,36 +118,9 @@ def join_checkpoints(
     members, names = ([given[finest], *given[:finest], *given[finest + 1 :]] for given in (members, names))
     first = members[0]
     for member, name in zip(members, names, strict=True):
-        check(member.network != ENSEMBLE, f"{name} is an ensemble itself; name its members")
-        check(
-            bool(member.seen),
-            f"{name} does not say which scans it has seen; put the split.json of its training beside it, since these "
-            "scans would otherwise be scored as new ones",
-        )
-        check(
-            member.preprocessing | _spacing_of(first) == first.preprocessing,
-            f"{name} takes scans that are prepared otherwise than those of {names[0]}: "
-            f"{describe_difference(member.preprocessing | _spacing_of(first), first.preprocessing)}",
-        )
-        theirs, ours = member.inference, first.inference
-        check(
-            theirs.threshold == ours.threshold,
-            f"{name} has a threshold of {theirs.threshold:g}, {names[0]} one of {ours.threshold:g}; they must be equal",
-        )
-        check(
-            (theirs.learnt_score is None) == (ours.learnt_score is None),
-            f"one of {name} and {names[0]} has a score that was learnt, the other one has none; name checkpoints that "
-            "are all tuned, or none of them",
-        )
-        for option in EXTRAS.keys() - {"learnt_score"}:
-            values = getattr(theirs, option), getattr(ours, option)
-            check(values[0] == values[1], f"{option} of {name} is {values[0]}, that of {names[0]} {values[1]}")
-        check(
-            (theirs.window is None) == (ours.window is None),
-            f"one of {name} and {names[0]} was trained on patches, the other one on whole scans",
-        )
+        _check_that_fits(member, first, name, names[0])
     network, arguments, weights = _keep_all(members) if shares is None else _average(members, names, shares)
-    return Checkpoint(
+    joined = Checkpoint(
         network=network,
         arguments=arguments,
         weights=weights,
@@ -159,6 +132,43 @@ def join_checkpoints(
         learnt=_join_ranges([member.learnt for member in members]),
         seen=_join_seen([member.seen for member in members]),
         about=" ".join(dict.fromkeys(member.about for member in members if member.about)),
+    )
+    if joined.inference.window is None:
+        return joined
+    divisor = joined.build_network().divisor  # what is missing to a multiple of it would be air in each window
+    z, y, x = (size + -size % divisor for size in joined.inference.window)
+    return replace(joined, inference=replace(joined.inference, window=(z, y, x)))
+
+
+def _check_that_fits(member: Checkpoint, first: Checkpoint, name: str, first_name: str) -> None:
+    """Raises InputError where a member cannot be joined with the first one."""
+    check(member.network != ENSEMBLE, f"{name} is an ensemble itself; name its members")
+    check(
+        bool(member.seen),
+        f"{name} does not say which scans it has seen; put the split.json of its training beside it, since these "
+        "scans would otherwise be scored as new ones",
+    )
+    check(
+        member.preprocessing | _spacing_of(first) == first.preprocessing,
+        f"{name} takes scans that are prepared otherwise than those of {first_name}: "
+        f"{describe_difference(member.preprocessing | _spacing_of(first), first.preprocessing)}",
+    )
+    theirs, ours = member.inference, first.inference
+    check(
+        theirs.threshold == ours.threshold,
+        f"{name} has a threshold of {theirs.threshold:g}, {first_name} one of {ours.threshold:g}; they must be equal",
+    )
+    check(
+        (theirs.learnt_score is None) == (ours.learnt_score is None),
+        f"one of {name} and {first_name} has a score that was learnt, the other one has none; name checkpoints that "
+        "are all tuned, or none of them",
+    )
+    for option in EXTRAS.keys() - {"learnt_score"}:
+        values = getattr(theirs, option), getattr(ours, option)
+        check(values[0] == values[1], f"{option} of {name} is {values[0]}, that of {first_name} {values[1]}")
+    check(
+        (theirs.window is None) == (ours.window is None),
+        f"one of {name} and {first_name} was trained on patches, the other one on whole scans",
     )
 
 
@@ -222,7 +232,7 @@ def _scale_of(member: Checkpoint, first: Checkpoint) -> dict[str, list[float]]:
 def _join_settings(members: Sequence[Checkpoint]) -> InferenceSettings:
     first, settings = members[0], [member.inference for member in members]
     pairs = [(member.inference.window, _factors(member, first)) for member in members]
-    windows = [np.ceil(np.divide(window, factors)) for window, factors in pairs if window is not None]
+    windows = [np.ceil(np.divide(window, factors) - 1e-6) for window, factors in pairs if window is not None]
     grids = [member.inference.grid_spacing for member in members if not _scale_of(member, first)]
     known = [grid for grid in grids if grid is not None]
     scores = [one.learnt_score for one in settings if one.learnt_score is not None]

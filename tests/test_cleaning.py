@@ -60,6 +60,12 @@ def test_opening_takes_nothing_off_at_the_edge_of_the_array():
     assert opened[:6, 0, 0].all() and opened[0, :6, 0].all() and opened[0, 0, :6].all() and not opened[7, 7, 7]
 
 
+def test_opening_leaves_a_nodule_whose_middle_lies_beyond_the_array():
+    ball = np.linalg.norm(np.indices((48, 48, 48)) - np.array([-1, -2, 24])[:, None, None, None], axis=0) <= 3
+    (left,) = reshape_nodules([np.argwhere(ball)], np.ones(ball.shape), (1.0,) * 3, Cleaning(opening_mm=2.0))
+    assert len(left) == ball.sum()
+
+
 def test_opening_leaves_a_nodule_that_it_would_delete():
     thin = block((5, 6), (5, 9), (5, 9))
     np.testing.assert_array_equal(reshaped([thin], opening_mm=1.0)[0], thin)

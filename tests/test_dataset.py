@@ -30,6 +30,7 @@ from dataset import (
     SampleKey,
     ScanSampler,
     _affine_matrix,
+    _apply_affine,
     augment_batch,
     collate,
     cut_patch,
@@ -151,6 +152,14 @@ def test_zoom_along_each_axis_reaches_ten_per_cent_and_no_further():
     sizes = np.array([1 / np.diag(draw(augmentation, index).affine) for index in range(300)])
     assert (sizes.max(axis=0) > 1.09).all() and (sizes.min(axis=0) < 0.91).all()
     assert sizes.max() < 1.1 + 1e-9 and sizes.min() > 0.9 - 1e-9
+
+
+def test_affine_makes_no_nodule_at_a_point_beside_its_nodule():
+    mask = torch.zeros(1, 12, 12, 12, dtype=torch.uint8)
+    mask[0, 2, 2, 2] = 1
+    points = np.array([[2, 2, 2], [8, 8, 8]])
+    _, kept = _apply_affine(torch.rand(1, 12, 12, 12), mask, np.eye(3), points)
+    torch.testing.assert_close(kept, mask)
 
 
 def test_affine_that_would_push_a_nodule_out_is_left_out():
@@ -484,6 +493,22 @@ def test_nodule_that_its_scan_cuts_off_is_not_pasted(two_scans):
     nodule = nodule_at(2.0, 10.0, 10.0, diameter_mm=6.0, voxels=100)
     write_metadata(two_scans, metadata_of(nodule, seriesuid="0", shape_zyx=(24, 24, 24)))
     assert not pasted(two_scans, None, paste_per_scan=3)[SampleKey(0, 0, 1, pastes=3)]["mask"].any()
+
+
+def test_nodule_that_the_lung_mask_cuts_is_not_pasted(two_scans):
+    nodule = nodule_at(10.0, 10.0, 10.0, diameter_mm=6.0, voxels=100)
+    cut = dataclasses.replace(nodule, cut_by_lungs=True, mean_hu=-100.0)
+    write_metadata(two_scans, metadata_of(cut, seriesuid="0", shape_zyx=(24, 24, 24)))
+    assert not pasted(two_scans, None, paste_per_scan=3)[SampleKey(0, 0, 1, pastes=3)]["mask"].any()
+
+
+def test_no_patch_is_drawn_around_a_nodule_that_the_lung_mask_blackens():
+    here, there = (nodule_at(z, 10.0, 10.0, diameter_mm=6.0, voxels=100) for z in (5.0, 15.0))
+    for mean_hu, drawn in ((-990.0, [[5, 10, 10]]), (-100.0, [[5, 10, 10], [15, 10, 10]])):
+        metadata = metadata_of(
+            here, dataclasses.replace(there, cut_by_lungs=True, mean_hu=mean_hu), shape_zyx=(24, 24, 24)
+        )
+        assert nodule_points(metadata).tolist() == drawn
 
 
 def test_without_a_nodule_in_any_scan_nothing_is_pasted(two_scans):

@@ -187,6 +187,18 @@ def spaced(name, spacing, seed=0, **more):
     return member(name, seed, {"target_size": None, "target_spacing": [spacing] * 3, "mask_lungs": True}, **more)
 
 
+def test_window_of_several_voxel_sizes_holds_no_air():
+    windows = {1.0: (48, 48, 48), 1.25: (48, 48, 48)}
+    members = [spaced("unet", step, inference=InferenceSettings(window=size)) for step, size in windows.items()]
+    joined = join_checkpoints(members, "ab")
+    assert joined.inference.window == (60, 60, 60) and joined.build_network().divisor == 2
+    members = [spaced("subpixel", step, inference=InferenceSettings(window=size)) for step, size in windows.items()]
+    joined = join_checkpoints(members, "ab")
+    assert joined.inference.window == (64, 64, 64) and joined.build_network().divisor == 8
+    members = [spaced("unet", step, inference=InferenceSettings(window=(96, 96, 96))) for step in (0.6, 0.75)]
+    assert join_checkpoints(members, "ab").inference.window == (120, 120, 120)
+
+
 def test_members_of_larger_voxels_look_at_a_shrunk_image():
     coarse, fine = spaced("unet", 2.0), spaced("subpixel", 1.0)
     joined = join_checkpoints([coarse, fine], "ab")

@@ -22,6 +22,7 @@ import torch
 from conftest import BALL_CENTER, BALL_RADIUS_MM, HALF, TINY, Bright, Nothing, write_chest
 from scipy import ndimage
 from torch import nn
+from torch.nn import functional
 
 import infer
 from data.formats import NiftiHeader
@@ -35,7 +36,7 @@ from infer import (
     map_scans,
     write_image,
 )
-from model import InferenceSettings, LungNodule3DUNet, Zoom, load_checkpoint, save_checkpoint
+from model import Cleaning, InferenceSettings, LungNodule3DUNet, Zoom, load_checkpoint, save_checkpoint
 from preprocess import LUNA16Preprocessor, find_scans
 from train import Trainer, ValidationSettings
 from utils import (
@@ -203,6 +204,12 @@ def test_magnified_look_keeps_its_place_and_its_factor_on_every_axis(factor):
     assert middle.tolist() == pytest.approx([5.5, 9.5, 3.5], abs=0.3)
 
 
+def test_shrunk_look_is_the_mean_of_what_it_covers():
+    image = torch.rand(1, 1, 12, 16, 24)
+    look = Zoom((1 / 3, 0.5, 1.0), (12, 16, 24), 1).apply(image)
+    torch.testing.assert_close(look, functional.avg_pool3d(image, (3, 2, 1)))
+
+
 @pytest.mark.parametrize("scale", [0.4, 1.0, 2.1, -1.0, float("nan")])
 def test_scale_must_be_half_to_double_and_not_1(scale):
     with pytest.raises(InputError, match=f"scales must each be 0.5 to 2 and not 1, not {scale}"):
@@ -273,9 +280,9 @@ def test_window_looks_again_everywhere_if_told_to(live):
 def test_no_look_goes_beyond_the_box(live):
     network = Counting()
     inferencer = live(network, window=(8, 8, 8), mirrors=1)
-    probability = inferencer.predictor.predict_probability(spotted((2, 3, 4)), Box((0, 0, 0), (12, 4, 20)))
+    probability = inferencer.predictor.predict_probability(spotted((2, 3, 4), (2, 5, 4)), Box((0, 0, 0), (12, 4, 20)))
     assert (probability[12:] < 1e-8).all() and (probability[:, 4:] < 1e-8).all()
-    assert {tuple(window.shape) for window in network.seen[-2:]} == {(8, 4, 8)}
+    assert all(not window[:, 4:].any() for window in network.seen[-2:])
 
 
 def test_wide_spot_is_looked_at_in_parts_and_no_scan_more_often_than_it_may_have_candidates(live):
@@ -316,6 +323,22 @@ def test_likeliest_spot_is_looked_at_first():
     probability = np.zeros((9, 9, 9))
     probability[1, 1, 1], probability[7, 7, 7], probability[1, 7, 1] = 0.5, 0.9, 0.05
     assert [m.tolist() for m in infer._middles_of_spots(probability, np.full(3, 4))] == [[7, 7, 7], [1, 1, 1]]
+
+
+def test_wide_spot_leaves_looks_for_the_others():
+    probability = np.zeros((60, 60, 60))
+    probability[0], probability[0, 0, 0] = 0.12, 0.6
+    for place in (20, 30, 40):
+        probability[place, place, place] = 0.5
+    middles = infer._middles_of_spots(probability, np.full(3, 4)).tolist()
+    assert len(middles) == MAX_CANDIDATES and middles[0][0] == 0
+    assert sorted(middles[1:4]) == [[20, 20, 20], [30, 30, 30], [40, 40, 40]]
+
+
+def test_further_look_at_a_small_array_sees_air_around_it_as_the_first_one(live):
+    network = Counting()
+    live(network, window=(32, 32, 32), mirrors=1).predict_probability(spotted((2, 3, 4)))
+    assert {tuple(window.shape) for window in network.seen} == {(32, 32, 32)}
 
 
 def test_wholly_empty_map_has_no_spots():
@@ -1258,6 +1281,31 @@ def test_specks_are_no_nodules_but_one_coarse_voxel_is():
     assert (fine.mask.sum(), len(fine.candidates)) == (8, 3)  # specks are marks still
     coarse = find_candidates(probability, Geometry(probability.shape, (0.0, 0.0, 0.0), (1.4, 1.4, 5.0)), 0.5)
     assert sorted(nodule.volume_voxels for nodule in coarse.nodules) == [1, 4, 8]
+
+
+def test_what_cleaning_leaves_out_of_a_spot_stays_a_mark():
+    centers, shape = np.array([[10, 10, 12], [10, 10, 28]]), (20, 20, 40)
+    balls = [
+        np.linalg.norm(np.indices(shape) - c[:, None, None, None], axis=0) <= r
+        for c, r in zip(centers, (6, 2), strict=True)
+    ]
+    probability = np.where(balls[0] | balls[1], 0.8, 0.0).astype(np.float32)
+    probability[10, 10, 12:28] = np.maximum(probability[10, 10, 12:28], 0.15)
+    given = probability, Geometry(shape, (0.0, 0.0, 0.0), UNIT), 0.5
+    plain = find_candidates(*given, image=probability)
+    cleaned = find_candidates(*given, cleaning=Cleaning(smallest_mm=5.0), image=probability)
+    assert len(plain.nodules) == 2 and len(cleaned.nodules) == 1
+    assert [found.center_xyz for found in cleaned.candidates] == [found.center_xyz for found in plain.candidates]
+
+
+def test_learnt_score_decides_which_faint_spots_are_kept():
+    probability = np.zeros((30, 30, 60), np.float32)
+    probability[2::4, 2::4, 2::6] = 0.3  # 490 of them
+    probability[14, 14, 30:33] = (0.0, 0.11, 0.0)
+    given = probability, Geometry(probability.shape, (0.0, 0.0, 0.0), UNIT), 0.5
+    found = find_candidates(*given, score=lambda features: 1 - features.certainty)
+    assert len(found.candidates) == MAX_CANDIDATES
+    assert found.candidates[0].index_zyx == (14, 14, 31) and found.candidates[0].score > 0.8
 
 
 def test_map_of_many_specks_is_noise_and_takes_no_longer(monkeypatch):

@@ -339,6 +339,17 @@ def test_labels_on_a_flipped_grid_fall_on_the_same_tissue():
     np.testing.assert_array_equal(array, tissue_with_labels(labels, lung_margin_mm=7.3))
 
 
+@pytest.mark.parametrize("crop", [False, True])
+@pytest.mark.parametrize("size", [(8, 8, 8), None])
+def test_lungs_of_another_place_are_refused(crop, size):
+    scan = image_of(np.zeros((20, 20, 20), np.int16))
+    elsewhere = image_of(np.full((20, 20, 20), 3, np.uint8))
+    elsewhere.SetOrigin((500.0, 500.0, 500.0))
+    settings = Preprocessing(crop_to_lungs=crop, target_size=size)
+    with pytest.raises(ValueError, match="the lung mask lies outside of the scan"):
+        settings.prepare(scan, elsewhere, LUNG_LABELS)
+
+
 def test_labels_without_a_lung_are_none():
     assert select_lungs(image_of(box_labels(label=5)), LUNG_LABELS) is None
 
