@@ -42,6 +42,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from data.cleaning import CRF_WEIGHT, follow_edges, reshape_nodules
+from data.command_line import parse_command_line, run_main
 from data.dicom import DicomReader
 from data.dicom_results import has_highdicom, write_dicom_results
 from data.lungs import LUNG_METHOD, measure_noise
@@ -100,7 +101,6 @@ from utils import (
     now,
     only_scan,
     origin_of,
-    parse_command_line,
     parts_of,
     process_count,
     process_rank,
@@ -111,7 +111,6 @@ from utils import (
     reason_of,
     resample,
     resolve_folders,
-    run_main,
     scan_name,
     scan_reader,
     scanning_of,
@@ -1120,9 +1119,7 @@ def write_failures(output_dir: Path, failed: dict[str, str]) -> None:
     path = output_dir / "failed_scans.csv"
     if failed:
         table = pd.DataFrame(sorted(failed.items()), columns=["seriesuid", "reason"])
-        write_csv(
-            path, table.map(lambda text: text.encode(errors="backslashreplace").decode())
-        )  # names may be no UTF-8
+        write_csv(path, table)
     else:
         path.unlink(missing_ok=True)
 

@@ -36,6 +36,7 @@ import SimpleITK as sitk
 from matplotlib.path import Path as PolygonPath
 from scipy import sparse
 
+from data.command_line import parse_command_line, run_main
 from data.lungs import (
     LUNG_METHOD,
     FoundLungs,
@@ -71,7 +72,6 @@ from utils import (
     metadata_path,
     noting,
     origin_of,
-    parse_command_line,
     read_lung_points,
     read_metadata,
     read_processed,
@@ -79,7 +79,6 @@ from utils import (
     read_table,
     reason_of,
     resample,
-    run_main,
     scan_name,
     scan_reader,
     without_repeats,

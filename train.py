@@ -35,6 +35,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
+from data.command_line import parse_command_line, run_main
 from dataset import (
     Augmentation,
     Cache,
@@ -90,7 +91,6 @@ from utils import (
     name_folders,
     naming,
     own_gpu,
-    parse_command_line,
     parts_of,
     process_count,
     process_rank,
@@ -99,7 +99,6 @@ from utils import (
     read_processed,
     read_processed_list,
     read_split,
-    run_main,
     seen_by,
     select_device,
     split_path,

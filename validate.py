@@ -31,6 +31,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from data.command_line import parse_command_line, refuse_options, run_main
 from data.rescoring import Features, LearntScore, fit_score
 from data.validation_page import Finding, picture_findings, write_page
 from dataset import ignore_excluded
@@ -77,7 +78,6 @@ from utils import (
     folder_lock,
     name_folders,
     now,
-    parse_command_line,
     process_count,
     process_rank,
     read_json,
@@ -87,9 +87,7 @@ from utils import (
     read_split,
     read_table,
     readable_metadata,
-    refuse_options,
     resolve_folders,
-    run_main,
     split_path,
     without_repeats,
     write_csv,

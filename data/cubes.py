@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import pandas as pd
 
+from data.command_line import parse_command_line, run_main
 from preprocess import Case, draw_contours, luna16_cases, read_contours, resample_mean
 from utils import (
     Geometry,
@@ -23,10 +24,8 @@ from utils import (
     atomic_path,
     check,
     noting,
-    parse_command_line,
     read_scan,
     reason_of,
-    run_main,
     write_csv,
 )
 

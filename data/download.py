@@ -26,15 +26,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.command_line import parse_command_line, run_main
 from utils import (
     Progress,
     UserError,
     atomic_path,
     check,
     folder_lock,
-    parse_command_line,
     read_json,
-    run_main,
     write_json,
 )
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.command_line import parse_command_line, run_main
 from data.rescoring import mean_score
 from model import (
     ENSEMBLE,
@@ -34,8 +35,6 @@ from utils import (
     atomic_path,
     check,
     describe_difference,
-    parse_command_line,
-    run_main,
     seen_by,
     split_path,
 )

@@ -22,6 +22,7 @@ import SimpleITK as sitk
 import torch
 from torch import Tensor
 
+from data.command_line import parse_command_line, run_main
 from model import Checkpoint, SegmentationNetwork, checkpoint_file, load_checkpoint
 from preprocess import Preprocessing
 from utils import (
@@ -31,10 +32,8 @@ from utils import (
     atomic_path,
     check,
     describe_difference,
-    parse_command_line,
     read_processed,
     read_processed_list,
-    run_main,
     tell,
     write_json,
     write_text,

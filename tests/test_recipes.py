@@ -11,10 +11,10 @@ import infer
 import preprocess
 import train
 import validate
+from data.command_line import parse_command_line
 from infer import NoduleInferencer
 from preprocess import LUNA16Preprocessor
 from train import Trainer
-from utils import parse_command_line
 from validate import Validator
 
 ROOT = Path(__file__).resolve().parents[1]

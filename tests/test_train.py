@@ -31,6 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 import infer
 import model
 import train
+from data.command_line import parse_command_line
 from data.ensemble import join_checkpoints
 from dataset import Augmentation, Patches
 from infer import NoduleInferencer
@@ -42,7 +43,6 @@ from utils import (
     InputError,
     UserError,
     folder_lock,
-    parse_command_line,
     read_metadata,
     read_processed,
     read_processed_list,
