@@ -82,6 +82,7 @@ from utils import (
     Vector,
     append_csv,
     atomic_path,
+    autocast,
     autocast_dtype,
     check,
     choose_scans,
@@ -121,6 +122,7 @@ from utils import (
     walk,
     write_array,
     write_csv,
+    write_image,
     write_json,
     write_objects,
 )
@@ -306,12 +308,8 @@ class Predictor:
 
     def _run(self, image: Tensor) -> Tensor:
         """float32 logits of images of a size that the network takes."""
-        with self._autocast():
+        with autocast(self.device, self.autocast_dtype):
             return self.model(image).float()
-
-    def _autocast(self) -> torch.autocast:
-        dtype = self.autocast_dtype
-        return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
     def to_tensor(self, image: npt.ArrayLike) -> Tensor:
         """Checks an array (z, y, x) in [0, 1] and makes it a float32 tensor (1, 1, Z, Y, X).
@@ -508,6 +506,11 @@ class Segmentation:
     def nodules(self) -> list[FoundNodule]:
         """The candidates in the mask, the likeliest first."""
         return [found for found, number in zip(self.candidates, self.numbers, strict=True) if number]
+
+    @property
+    def faint(self) -> list[FoundNodule]:
+        """The other candidates, the likeliest first."""
+        return [found for found, number in zip(self.candidates, self.numbers, strict=True) if not number]
 
     def marks(self, uid: str) -> pd.DataFrame:
         """The likeliest MAX_CANDIDATES candidates in LUNA16's submission format."""
@@ -910,7 +913,7 @@ class ScanResult:
             "largest_diameter_mm": max((n.diameter_mm for n in nodules), default=None),
             "highest_score": max((n.score for n in nodules), default=None),
             "nodule_volume_mm3": sum(n.volume_mm3 for n in nodules),
-            "faint_marks": len(self.found.candidates) - len(nodules),
+            "faint_marks": len(self.found.faint),
             "highest_voxel_probability": self.highest_probability,
             "lungs": self.lungs,
             "unlike_training": self.unlike_training or "no",
@@ -921,7 +924,7 @@ class ScanResult:
         """One line that tells a clean scan from a network that marks nothing, or everything."""
         nodules, marks = self.found.nodules, self.found.candidates
         kept = f"{len(nodules)} nodule{'s' * (len(nodules) != 1)}" if nodules else "no nodule found"
-        faint = [mark.score for mark in marks if mark not in nodules]
+        faint = [mark.score for mark in self.found.faint]
         if self.found.is_noise:
             return f"{kept}, but the map is mostly noise: the network has not learnt, or does not suit this scan"
         if not marks:
@@ -1122,23 +1125,6 @@ def write_failures(output_dir: Path, failed: dict[str, str]) -> None:
         write_csv(path, table)
     else:
         path.unlink(missing_ok=True)
-
-
-def write_image(path: str | Path, image: sitk.Image) -> None:
-    """Writes an image and reads it back: on a full disk the NIfTI writer raises nothing.
-
-    Raises:
-        OSError: What was written is not what was to be written.
-    """
-    with atomic_path(path) as temporary:
-        try:
-            sitk.WriteImage(image, str(temporary), useCompression=True)
-            written = sitk.ReadImage(str(temporary))
-            same = np.array_equal(sitk.GetArrayViewFromImage(written), sitk.GetArrayViewFromImage(image))
-        except RuntimeError:
-            same = False
-        if not same:
-            raise OSError(f"{path} could not be written; is the disk full?")
 
 
 def format_nodules(nodules: pd.DataFrame) -> str:

@@ -76,6 +76,7 @@ from utils import (
     UserError,
     as_folders,
     atomic_path,
+    autocast,
     autocast_dtype,
     check,
     count_cores,
@@ -815,8 +816,7 @@ class Trainer:
         """
         statistics = list(self.network.buffers())
         before = [buffer.clone() for buffer in statistics]
-        dtype = self.autocast_dtype
-        with torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        with autocast(self.device, self.autocast_dtype):
             logits = self.trained(image)
         loss = deeply_supervised(self.loss, logits, mask)
         self.optimizer.zero_grad(set_to_none=True)

@@ -887,6 +887,23 @@ def write_csv(path: str | Path, table: pd.DataFrame) -> None:
         table.to_csv(temporary, index=False, errors="backslashreplace")
 
 
+def write_image(path: str | Path, image: sitk.Image) -> None:
+    """Writes an image and reads it back: on a full disk the NIfTI writer raises nothing.
+
+    Raises:
+        OSError: What was written is not what was to be written.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            sitk.WriteImage(image, str(temporary), useCompression=True)
+            written = sitk.ReadImage(str(temporary))
+            same = np.array_equal(sitk.GetArrayViewFromImage(written), sitk.GetArrayViewFromImage(image))
+        except RuntimeError:
+            same = False
+        if not same:
+            raise OSError(f"{path} could not be written; is the disk full?")
+
+
 def append_csv(path: Path, table: pd.DataFrame) -> None:
     """Adds rows to a table of the same columns; takes as long for a long table as for a short one.
 
@@ -1774,6 +1791,13 @@ def autocast_dtype(device: torch.device, mixed_precision: bool) -> torch.dtype |
     return torch.bfloat16 if has_bf16 else None
 
 
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Computes in that half-precision type, as ``autocast_dtype`` gives it; None computes in float32."""
+    import torch
+
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
 # -------------------------------------------------------------------------------------------------- what is told
 
 SECONDS_BETWEEN_LINES = 60  # of progress, where stderr is no terminal
@@ -1802,14 +1826,13 @@ class Progress:
         desc: What is done.
         unit: What the things are called, in the singular.
         leave: Whether the bar stays when all is done.
-        silent: Say nothing; the default in all processes but the first.
     """
 
-    def __init__(self, total: int, desc: str, unit: str, leave: bool = True, silent: bool | None = None) -> None:
+    def __init__(self, total: int, desc: str, unit: str, leave: bool = True) -> None:
         from tqdm import tqdm
 
         self.total, self.desc, self.unit, self.done = total, desc, unit, 0
-        self.silent = bool(process_rank()) if silent is None else silent
+        self.silent = bool(process_rank())  # the first process speaks for all
         self.bar = tqdm(total=total, desc=desc, unit=unit, leave=leave, disable=True if self.silent else None)
         self.note = ""
         self._start = self._last = time.monotonic()

@@ -18,7 +18,6 @@ from typing import Any, Literal, get_args
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 from torch import Tensor
 
@@ -35,6 +34,7 @@ from utils import (
     read_processed,
     read_processed_list,
     tell,
+    write_image,
     write_json,
     write_text,
 )
@@ -123,8 +123,7 @@ def write_nnunet(data_dir: Folders, folder: Path) -> Path:
             labels[where] = np.where(labels[where] == 0, IGNORED_LABEL, labels[where])
             has_ignored |= bool((labels == IGNORED_LABEL).any())
             for part, name, array in (("imagesTr", f"{uid}_0000", hu), ("labelsTr", uid, labels)):
-                with atomic_path(folder / part / f"{name}.nii.gz") as temporary:
-                    sitk.WriteImage(scan.geometry.image(array), str(temporary), useCompression=True)
+                write_image(folder / part / f"{name}.nii.gz", scan.geometry.image(array))
             progress.advance()
     names = {"background": 0, "nodule": 1} | ({"ignore": IGNORED_LABEL} if has_ignored else {})
     about = {"channel_names": {"0": "CT"}, "labels": names, "numTraining": len(uids), "file_ending": ".nii.gz"}

@@ -106,7 +106,7 @@ def report_scan(
         "Lungs": result.lungs,
         "Grid of the network": " x ".join(map(str, scan.grid.shape_zyx)) + " voxels (z, y, x)",
         "Highest probability of a voxel": f"{result.highest_probability:.3f}",
-        "Fainter marks, in candidates.csv": str(len(found.candidates) - len(found.nodules)),
+        "Fainter marks, in candidates.csv": str(len(found.faint)),
     } | facts_of(provenance)
     notes = [*warnings, *result.warnings, *notes_of(result.part, result.lungs, result.unlike_training)]
     if found.is_noise:

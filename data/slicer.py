@@ -9,9 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import SimpleITK as sitk
 
-from utils import Box, Geometry, Nodule, atomic_path, write_json
+from utils import Box, Geometry, Nodule, write_image, write_json
 
 COLOURS = (  # red, green, blue from 0 to 1; each next to the last is easily told from it
     (0.90, 0.10, 0.29),
@@ -67,8 +66,7 @@ def write_segmentation(path: Path, labels: np.ndarray, geometry: Geometry, names
         }
         for field, value in fields.items():
             image.SetMetaData(f"Segment{index}_{field}", value)
-    with atomic_path(path) as temporary:
-        sitk.WriteImage(image, str(temporary), useCompression=True)
+    write_image(path, image)
 
 
 def write_points(path: Path, nodules: Sequence[Nodule], names: Sequence[str]) -> None:

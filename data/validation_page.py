@@ -62,7 +62,7 @@ def picture_findings(scan: ProcessedScan, found: Segmentation, on_excluded: np.n
     annotated, nodules = scan.metadata.nodules, found.nodules
     numbers = [number for number in found.numbers if number]
     hits = hits_of(nodules, annotated)
-    faint = [mark for mark, number in zip(found.candidates, found.numbers, strict=True) if not number]
+    faint = found.faint
     near = hits_of(faint, annotated)
     findings: list[tuple[str, str, Nodule]] = []
     for index, truth in enumerate(annotated):

@@ -34,7 +34,6 @@ from infer import (
     extract_nodules,
     find_candidates,
     map_scans,
-    write_image,
 )
 from model import Cleaning, InferenceSettings, LungNodule3DUNet, Zoom, load_checkpoint, save_checkpoint
 from preprocess import LUNA16Preprocessor, find_scans
@@ -49,6 +48,7 @@ from utils import (
     read_processed,
     read_processed_list,
     read_split,
+    write_image,
 )
 
 ROOT = Path(__file__).resolve().parents[1]

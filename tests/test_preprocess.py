@@ -339,6 +339,17 @@ def test_labels_on_a_flipped_grid_fall_on_the_same_tissue():
     np.testing.assert_array_equal(array, tissue_with_labels(labels, lung_margin_mm=7.3))
 
 
+def test_scan_whose_name_is_no_utf8_is_told_and_the_others_go_on(raw_dir, tmp_path):
+    good = sorted(raw_dir.glob("**/*.mhd"))
+    sitk.WriteImage(sitk.ReadImage(str(good[0])), str(raw_dir / "scan.nii.gz"))
+    (raw_dir / "scan.nii.gz").rename(raw_dir / os.fsdecode(b"scan\xff.nii.gz"))
+    out = tmp_path / "out"
+    summary = LUNA16Preprocessor(raw_dir, None, tmp_path / "none", out, target_size=(8, 8, 8)).process_all()
+    assert summary.processed == [path.stem for path in good]
+    table = (out / "failed_files.csv").read_text()
+    assert "scan\\udcff" in table and "is no UTF-8; rename it" in table
+
+
 @pytest.mark.parametrize("crop", [False, True])
 @pytest.mark.parametrize("size", [(8, 8, 8), None])
 def test_lungs_of_another_place_are_refused(crop, size):

@@ -22,10 +22,9 @@ import psutil
 from jsonargparse import auto_cli
 
 from data.phantom import write_phantoms
-from infer import write_image
 from preprocess import LUNA16Preprocessor, find_scans
 from tests.bench.benchmark import SMALL_NETWORK, WINDOW, enlarge, make_marks
-from utils import read_scan
+from utils import read_scan, write_image
 
 LOOK_EVERY = 0.02  # seconds between two looks at the memory
 

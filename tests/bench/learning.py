@@ -36,6 +36,7 @@ from preprocess import find_scans
 from utils import (
     Geometry,
     atomic_path,
+    autocast,
     autocast_dtype,
     check,
     read_json,
@@ -270,7 +271,7 @@ def plain_row(bench: Bench, seed: int, epochs: int = 86, rate: float = 1e-3) -> 
         start = time.perf_counter()
         for batch in loader:
             optimizer.zero_grad()
-            with torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None):
+            with autocast(device, half):
                 value = loss(network(batch["image"].to(device, memory_format=layout)), batch["mask"].to(device))
             value.backward()
             optimizer.step()
