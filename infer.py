@@ -122,6 +122,7 @@ from utils import (
     walk,
     write_array,
     write_csv,
+    write_figure,
     write_image,
     write_json,
     write_objects,
@@ -978,8 +979,7 @@ class ResultFolder:
         write_array(self.path / "predicted_masks" / f"{uid}.npy", result.found.mask)
         write_objects(self.path / f"{uid}_nodules.npy", [nodule.to_dict() for nodule in nodules])
         write_csv(self.path / f"{uid}_nodules.csv", nodule_table(uid, nodules))
-        with atomic_path(self.path / "visualizations" / f"{uid}.png") as temporary:
-            figure.savefig(temporary)
+        write_figure(self.path / "visualizations" / f"{uid}.png", figure)
         if own_ranks is not None:
             path = self.path / "predicted_masks" / uid
             write_image(Path(f"{path}.nii.gz"), sitk.Cast(own_ranks > 0, sitk.sitkUInt8))

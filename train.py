@@ -105,6 +105,7 @@ from utils import (
     split_path,
     tell,
     write_csv,
+    write_figure,
     write_split,
 )
 from validate import ValidationResult, Validator, delete_results_of_run
@@ -875,8 +876,7 @@ class Trainer:
         table = pd.DataFrame(self.log)
         write_csv(self.output_dir / "log.csv", table)
         if result is not None or self.epoch == self.num_epochs:
-            with atomic_path(self.output_dir / "curves.png") as temporary:
-                draw_curves(table).savefig(temporary)
+            write_figure(self.output_dir / "curves.png", draw_curves(table))
         with naming(Path(self.writer.log_dir)):
             for name, value in self.log[-1].items():
                 if name != "epoch" and not name.endswith("_seconds") and math.isfinite(value):

@@ -41,6 +41,7 @@ import SimpleITK as sitk
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -904,6 +905,12 @@ def write_image(path: str | Path, image: sitk.Image) -> None:
             raise OSError(f"{path} could not be written; is the disk full?")
 
 
+def write_figure(path: str | Path, figure: Figure) -> None:
+    """Writes a picture of matplotlib, whole or not at all."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
+
+
 def append_csv(path: Path, table: pd.DataFrame) -> None:
     """Adds rows to a table of the same columns; takes as long for a long table as for a short one.
 
@@ -1318,9 +1325,7 @@ def read_metadata(data_dir: Folders, seriesuid: str) -> ScanMetadata:
         FileNotFoundError: preprocess.py has not run.
         InputError: The file is damaged, or of another version of preprocess.py.
     """
-    path = metadata_path(data_dir, seriesuid)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; run python preprocess.py first")
+    path = _prepared(metadata_path(data_dir, seriesuid))
     try:
         return ScanMetadata.from_dict(read_json(path))
     except (LookupError, TypeError, AttributeError) as error:
@@ -1328,7 +1333,7 @@ def read_metadata(data_dir: Folders, seriesuid: str) -> ScanMetadata:
 
 
 def readable_metadata(data_dir: Folders, seriesuid: str) -> ScanMetadata | None:
-    """The same; None for a scan that fails when its turn comes."""
+    """What preprocess.py noted of a scan; None for one that fails when its turn comes."""
     try:
         return read_metadata(data_dir, seriesuid)
     except (InputError, OSError):
@@ -1342,12 +1347,20 @@ def read_lung_points(data_dir: Folders, seriesuid: str) -> np.ndarray:
         FileNotFoundError: preprocess.py has not run.
         ValueError: The file is damaged.
     """
-    path = folder_of(data_dir, seriesuid) / "points" / f"{seriesuid}.npy"
+    return _load_prepared(folder_of(data_dir, seriesuid) / "points" / f"{seriesuid}.npy")
+
+
+def _prepared(path: Path) -> Path:
+    """A file that preprocess.py wrote; raises FileNotFoundError where it did not."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run python preprocess.py first")
+    return path
+
+
+def _load_prepared(path: Path, mmap_mode: Literal["c"] | None = None) -> np.ndarray:
+    """An array that preprocess.py wrote; raises InputError where it is damaged."""
     try:
-        with open(path, "rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
+        return np.load(_prepared(path), mmap_mode=mmap_mode, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise InputError(f"{path} is damaged ({error}); run python preprocess.py again") from error
 
@@ -1367,17 +1380,10 @@ def read_processed(
         FileNotFoundError: A file of the scan is missing.
         ValueError: Image and mask do not belong together.
     """
-    arrays, folder = [], folder_of(data_dir, seriesuid)
-    for kind in ("images", "masks"):
-        path = folder / kind / f"{seriesuid}.npy"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; run python preprocess.py first")
-        try:
-            # Copy-on-write: the array can be changed, as torch wants it, but changes never reach the file.
-            arrays.append(np.load(path, mmap_mode=None if in_memory else "c", allow_pickle=False))
-        except (ValueError, EOFError) as error:
-            raise InputError(f"{path} is damaged ({error}); run python preprocess.py again") from error
-    image, mask = arrays
+    folder = folder_of(data_dir, seriesuid)
+    # Copy-on-write: the array can be changed, as torch wants it, but changes never reach the file.
+    mode: Literal["c"] | None = None if in_memory else "c"
+    image, mask = (_load_prepared(folder / kind / f"{seriesuid}.npy", mode) for kind in ("images", "masks"))
     metadata = metadata or read_metadata(data_dir, seriesuid)
     if image.shape != mask.shape:
         raise InputError(f"image {image.shape} and mask {mask.shape} of {seriesuid} differ; run preprocess.py again")
@@ -1412,9 +1418,8 @@ def read_processed_list(data_dir: Folders) -> list[str]:
 
 def _read_list(path: Path) -> list[str]:
     """The lines of one list of scans."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; run python preprocess.py first")
-    uids = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]  # names may have spaces
+    lines = _prepared(path).read_text(encoding="utf-8").splitlines()
+    uids = [line for line in lines if line.strip()]  # names may have spaces
     if not uids:
         raise InputError(f"{path} lists no scan; see failed_files.csv beside it and run python preprocess.py again")
     return uids

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from data.command_line import parse_command_line, refuse_options, run_main
 from data.rescoring import Features, LearntScore, fit_score
-from data.validation_page import Finding, picture_findings, write_page
+from data.validation_page import CHOSEN_HERE, DICE_KINDS, Finding, picture_findings, write_page
 from dataset import ignore_excluded
 from infer import (
     REMEDY,
@@ -69,7 +69,6 @@ from utils import (
     ProcessedScan,
     Subset,
     as_folders,
-    atomic_path,
     check,
     choose_scans,
     count_cores,
@@ -91,6 +90,7 @@ from utils import (
     split_path,
     without_repeats,
     write_csv,
+    write_figure,
     write_json,
 )
 
@@ -586,8 +586,7 @@ class Validator:
         write_csv(self.output_dir / "nodule_results.csv", result.nodules)
         write_csv(self.output_dir / "candidates.csv", result.candidates)
         figures = {"distribution": draw_distribution(result.table)}
-        with atomic_path(self.output_dir / "metrics_distribution.png") as temporary:
-            figures["distribution"].savefig(temporary)
+        write_figure(self.output_dir / "metrics_distribution.png", figures["distribution"])
         if excluded is not None:
             write_csv(
                 self.output_dir / "excluded_findings.csv", excluded[excluded["seriesuid"].isin(scored["seriesuid"])]
@@ -595,20 +594,17 @@ class Validator:
         result.summary["by_size"], curve = [], None
         if len(result.nodules):
             curve = froc(result.candidates, result.nodules, excluded, list(scored["seriesuid"]))
-            write_froc(curve, self.output_dir)
-            figures = {"froc": draw_froc(curve)} | figures
+            figures = {"froc": write_froc(curve, self.output_dir)} | figures
             result.summary["cpm"] = {"value": curve.cpm, "interval": curve.intervals[-1].tolist()}
             result.summary["by_size"] = table_by_size(result.nodules, curve).to_dict("records")
             result.summary["diameters"] = size_agreement(result.nodules)
         else:
             logger.warning("no scan has a nodule: there is no FROC")
-            for name in FROC_FILES:
-                (self.output_dir / name).unlink(missing_ok=True)  # of an earlier run
-        (self.output_dir / "diameters.png").unlink(missing_ok=True)
+            delete_files(self.output_dir, FROC_FILES)  # of an earlier run
+        delete_files(self.output_dir, ["diameters.png"])
         if result.summary.get("diameters"):
             figures["diameters"] = draw_agreement(result.nodules)
-            with atomic_path(self.output_dir / "diameters.png") as temporary:
-                figures["diameters"].savefig(temporary)
+            write_figure(self.output_dir / "diameters.png", figures["diameters"])
         write_json(self.output_dir / "validation_summary.json", result.summary)
         write_page(self.output_dir, result.summary, scored, findings, curve, figures, self.failed)
 
@@ -911,9 +907,8 @@ def draw_agreement(nodules: pd.DataFrame) -> Figure:
     grid, ours = found["grid_diameter_mm"] - true, found["found_diameter_mm"] - true
     axes.scatter(true, grid, s=12, color="0.6", label="true mask on the grid")
     axes.scatter(true, ours, s=18, color="C0", alpha=0.7, label="found")
-    ends = {"< 6 mm": (true.min(), 6.0), "6 mm and more": (6.0, true.max())}
     for row in size_agreement(nodules)[1:]:
-        lower, upper = ends[row["diameter"]]
+        lower, upper = np.clip(AGREEMENT_SIZES_MM[row["diameter"]], true.min(), true.max())
         axes.plot([lower, upper], [row["bias_mm"]] * 2, color="C0", lw=2)
         if row["found"] > 1:
             axes.fill_between([lower, upper], *row["limits_mm"], color="C0", alpha=0.12, lw=0)
@@ -984,12 +979,7 @@ def format_summary(summary: dict[str, Any]) -> str:
     if len(defined) < len(METRICS):
         names = ", ".join(name for name in METRICS if name not in defined)
         lines.append(f"undefined: {names} (there is nothing to compare: no nodule, or nothing predicted)")
-    further = {
-        "Dice per scan, predicted nodules on excluded findings ignored": summary["dice_without_excluded"],
-        "Dice per scan, scans with nodules alone": summary["dice_of_scans_with_nodules"],
-        "Dice pooled over all voxels of all scans": summary["dice_pooled"],
-    }
-    lines += [f"{name}: {value:.3f}" for name, value in further.items() if math.isfinite(value)]
+    lines += [f"{text}: {summary[name]:.3f}" for name, text in DICE_KINDS.items() if math.isfinite(summary[name])]
     lines.append(
         f"nodules found: {summary['nodules_found']} of {summary['nodules']}, "
         f"false-positive nodules: {summary['false_positive_nodules']}, of which "
@@ -1015,10 +1005,7 @@ def format_summary(summary: dict[str, Any]) -> str:
             f"found less annotated diameter, {row['diameter']} ({row['found']}): {row['bias_mm']:+z.2f} mm{spread}"
         )
     if summary.get("chosen_on_these_scans"):
-        lines.append(
-            "The training chose its best epoch and min_score on these validation scans, so the figures flatter the "
-            "network; a held-out fold (train.py --validation.fold) or new scans (--subset new) give fair ones."
-        )
+        lines.append(CHOSEN_HERE)
     return "\n".join(lines)
 
 
@@ -1311,12 +1298,13 @@ def _read_curve(fps: np.ndarray, tps: np.ndarray, scans: int, nodules: int) -> n
     return np.append(sensitivity, sensitivity[_POINTS[:-1]].mean())
 
 
-def write_froc(curve: FROC, output_dir: str | Path) -> None:
-    """Writes FROC_FILES."""
+def write_froc(curve: FROC, output_dir: str | Path) -> Figure:
+    """Writes FROC_FILES, and returns the picture."""
     table, picture = (Path(output_dir) / name for name in FROC_FILES)
     write_csv(table, curve.table())
-    with atomic_path(picture) as temporary:
-        draw_froc(curve).savefig(temporary)
+    figure = draw_froc(curve)
+    write_figure(picture, figure)
+    return figure
 
 
 def read_excluded(path: str | Path) -> pd.DataFrame | None:

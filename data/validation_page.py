@@ -33,6 +33,15 @@ PAGE_BYTES = 14_000_000
 FEW = 20  # nodules or scans, below which figures say little
 MOST_OPEN = 3  # scans whose pictures are seen at once
 BINS = 10
+DICE_KINDS = {  # of the summary, beside the mean of all scans
+    "dice_without_excluded": "Dice per scan, predicted nodules on excluded findings ignored",
+    "dice_of_scans_with_nodules": "Dice per scan, scans with nodules alone",
+    "dice_pooled": "Dice pooled over all voxels of all scans",
+}
+CHOSEN_HERE = (
+    "The training chose its best epoch and min_score on these validation scans, so the figures flatter the network; a "
+    "held-out fold (train.py --validation.fold) or new scans (--subset new) give fair ones."
+)
 METRIC_NAMES = {"dice": "Dice", "precision": "Precision", "sensitivity": "Sensitivity (recall)"}
 
 
@@ -171,9 +180,7 @@ def write_page(
     cpm = f", CPM {summary['cpm']['value']:.3f}" if "cpm" in summary else ""
     warnings = []
     if summary.get("chosen_on_these_scans"):
-        warnings.append(
-            "The training chose its best epoch and min_score on these scans, so the figures flatter the network."
-        )
+        warnings.append(CHOSEN_HERE)
     if left_out := summary.get("training_scans_left_out"):
         warnings.append(f"{left_out} scans seen in training are left out.")
     if summary.get("excluded") is None:
@@ -234,11 +241,7 @@ def _further(summary: Mapping[str, Any]) -> list[str]:
         f"Scans without nodules: {summary['scans_without_nodules']}, of which "
         f"{summary['scans_without_nodules_but_predicted']} with a prediction; each of these counts as a Dice of 0.",
     ]
-    kinds = {
-        "dice_of_scans_with_nodules": "Dice per scan, scans with nodules alone",
-        "dice_pooled": "Dice pooled over all voxels of all scans",
-    }
-    lines += [f"{text}: {summary[name]:.3f}." for name, text in kinds.items() if np.isfinite(summary[name])]
+    lines += [f"{text}: {summary[name]:.3f}." for name, text in DICE_KINDS.items() if np.isfinite(summary[name])]
     if "cpm" in summary:
         low, high = summary["cpm"]["interval"]
         lines.append(f"CPM {summary['cpm']['value']:.3f}, 95 % interval {low:.3f} to {high:.3f}.")
