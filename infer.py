@@ -117,6 +117,7 @@ from utils import (
     scanning_of,
     select_device,
     signed_distance,
+    sphere_diameter,
     tell,
     unpack,
     walk,
@@ -818,11 +819,6 @@ def features_of(
         float(haze.mean(dtype=np.float64)) if haze.size else 0.0,
         float(((shown > 0) & (shown < AERATED)).mean()) if shown.size else 0.0 if image is not None else math.nan,
     )
-
-
-def sphere_diameter(volume: float) -> float:
-    """Diameter of the sphere of a volume."""
-    return (6 * volume / math.pi) ** (1 / 3)
 
 
 # The columns of nodules after seriesuid; the first ones are LUNA16's, which calls the score "probability".

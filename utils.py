@@ -1062,6 +1062,11 @@ def without_repeats(annotations: pd.DataFrame, where: str) -> pd.DataFrame:
 # ------------------------------------------------------------------------------------------- processed scans, splits
 
 
+def sphere_diameter(volume: float) -> float:
+    """Diameter of the sphere of a volume."""
+    return (6 * volume / math.pi) ** (1 / 3)
+
+
 @dataclass(frozen=True)
 class Nodule:
     """A nodule, annotated or found.

@@ -50,7 +50,6 @@ from infer import (
     is_hit,
     map_scans,
     report_failures,
-    sphere_diameter,
     tell_noise,
     write_failures,
 )
@@ -87,6 +86,7 @@ from utils import (
     read_table,
     readable_metadata,
     resolve_folders,
+    sphere_diameter,
     split_path,
     without_repeats,
     write_csv,

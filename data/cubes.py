@@ -26,6 +26,7 @@ from utils import (
     noting,
     read_scan,
     reason_of,
+    sphere_diameter,
     write_csv,
 )
 
@@ -77,8 +78,8 @@ class CubeMaker:
             for case in cases:
                 with noting(failed, case.seriesuid):
                     for center, volume_mm3, hu, mask in cut_cubes(case):
-                        diameter = 2 * (3 * volume_mm3 / (4 * np.pi)) ** (1 / 3)
-                        rows.append((case.patient, case.seriesuid, *center, round(diameter, 2)))
+                        diameter = round(sphere_diameter(volume_mm3), 2)
+                        rows.append((case.patient, case.seriesuid, *center, diameter))
                         cubes.append(hu)
                         masks.append(mask)
                 progress.advance()
@@ -112,16 +113,15 @@ def cut_cubes(case: Case) -> Iterator[tuple[Vector, int, np.ndarray, np.ndarray]
     geometry = Geometry.from_image(scan)
     contours = read_contours(case.seriesuid, geometry)
     half = CUBE_VOXELS / 2
-    for x, y, z, diameter in case.nodules:
+    for number, (x, y, z, _) in enumerate(case.nodules):
         center = (x, y, z)
         lower = np.subtract(center, half)
+        if not geometry.contains(np.stack([lower, lower + CUBE_VOXELS])).all():
+            continue
         grid = Geometry.covering(lower, lower + CUBE_VOXELS, shape_zyx=(CUBE_VOXELS,) * 3)
         drawn = [draw_contours(grid, geometry, contours, nodule[:3], nodule[3]) for nodule in case.nodules]
-        voxels = draw_contours(grid, geometry, contours, center, diameter)
-        is_in_scan = bool(geometry.contains(np.stack([lower, lower + CUBE_VOXELS])).all())
-        if voxels is None or not len(voxels) or not is_in_scan:
-            continue
-        if voxels.min() == 0 or voxels.max() == CUBE_VOXELS - 1:
+        voxels = drawn[number]
+        if voxels is None or not len(voxels) or voxels.min() == 0 or voxels.max() == CUBE_VOXELS - 1:
             continue
         mask = np.zeros(grid.shape_zyx, np.uint8)
         for own in drawn:

@@ -39,6 +39,7 @@ from utils import (
     read_scan,
     resample,
     scan_reader,
+    sphere_diameter,
     unpack,
     walk,
 )
@@ -154,7 +155,7 @@ class MarkedNodule:
     @property
     def diameter_mm(self) -> float:
         """Of the sphere of equal volume."""
-        return float(2 * (3 * self.inside.sum() * self.geometry.voxel_volume_mm3 / (4 * math.pi)) ** (1 / 3))
+        return sphere_diameter(float(self.inside.sum()) * self.geometry.voxel_volume_mm3)
 
     def distance_mm(self, position_xyz: Vector) -> float:
         """Of a position from its nearest voxel."""
