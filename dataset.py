@@ -577,7 +577,7 @@ def patch_start(
 def cut_patch(array: Tensor, start_zyx: np.ndarray, patch_size_zyx: Shape) -> Tensor:
     """Copy of a patch; where it reaches out of the array, 0 (air) fills it up."""
     lower, upper = (np.clip(corner, 0, array.shape) for corner in (start_zyx, start_zyx + patch_size_zyx))
-    patch = array[Box.of_size(lower, upper - lower).slices]
+    patch = array[Box.between(lower, upper).slices]
     before = np.clip(lower - start_zyx, 0, patch_size_zyx)
     after = np.asarray(patch_size_zyx) - before - patch.shape
     padding = [int(count) for pair in zip(before[::-1], after[::-1], strict=True) for count in pair]

@@ -773,7 +773,7 @@ def _describe(
             sphere_diameter(len(voxels) * geometry.voxel_volume_mm3),
             len(voxels),
             len(voxels) * geometry.voxel_volume_mm3,
-            Box.of_size(voxels.min(axis=0), np.ptp(voxels, axis=0) + 1),
+            Box.between(voxels.min(axis=0), voxels.max(axis=0) + 1),
             math.nan if features is None else features.score,
             features,
         )
@@ -805,7 +805,7 @@ def features_of(
     certainty = float(values.mean()) if len(values) else 0.0
     reach = np.ceil(max(HAZE_MM + AIR_MM) / np.asarray(geometry.spacing_zyx)).astype(int)
     lower = np.maximum(voxels.min(axis=0) - reach, 0)
-    box = Box.of_size(lower, np.minimum(voxels.max(axis=0) + reach + 1, probability.shape) - lower).slices
+    box = Box.between(lower, np.minimum(voxels.max(axis=0) + reach + 1, probability.shape)).slices
     there = np.ones(probability[box].shape, bool)
     there[tuple((voxels - lower).T)] = False
     distance = ndimage.distance_transform_edt(there, geometry.spacing_zyx)

@@ -477,7 +477,7 @@ def draw_contours(
     agreed = votes >= (readers or len(near) // 2 + 1)
     if not agreed.any():
         return None
-    return _voxels_mostly_covered(agreed, geometry.cropped(Box.of_size(lower, upper - lower)), grid)
+    return _voxels_mostly_covered(agreed, geometry.cropped(Box.between(lower, upper)), grid)
 
 
 def _fill_contours(contours: list[Contour], lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
@@ -501,7 +501,7 @@ def _voxels_mostly_covered(mask: np.ndarray, geometry: Geometry, grid: Geometry)
     if (last <= first).any():
         return np.empty((0, 3), int)
     image = geometry.image(mask.astype(np.float32))
-    local = grid.cropped(Box.of_size(first, last - first))
+    local = grid.cropped(Box.between(first, last))
     share = np.concatenate([values for _, values in resample_mean(image, local, fill=0.0)])
     return np.argwhere((share > 0) & (share >= min(0.5, share.max()))) + first
 

@@ -134,10 +134,15 @@ class Box:
     upper: Shape
 
     @classmethod
+    def between(cls, lower: npt.ArrayLike, upper: npt.ArrayLike) -> Box:
+        """The box from its first voxel up to the voxel after its last one."""
+        z, y, x = ((int(first), int(end)) for first, end in zip(np.asarray(lower), np.asarray(upper), strict=True))
+        return cls((z[0], y[0], x[0]), (z[1], y[1], x[1]))
+
+    @classmethod
     def of_size(cls, lower: npt.ArrayLike, shape_zyx: npt.ArrayLike) -> Box:
         """The box of a shape whose first voxel is ``lower``."""
-        start = np.asarray(lower).astype(int)
-        return cls(tuple(start.tolist()), tuple((start + shape_zyx).tolist()))
+        return cls.between(lower, np.asarray(lower) + shape_zyx)
 
     @classmethod
     def around(cls, mask: np.ndarray) -> Box | None:
@@ -239,10 +244,12 @@ class Geometry:
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """Lowest and highest corner (x, y, z) in mm of the axis-aligned box around all voxels, edge to edge."""
-        far = np.asarray(self.shape_zyx) - 0.5
-        corners = np.stack(np.meshgrid(*zip([-0.5] * 3, far, strict=True), indexing="ij"), axis=-1).reshape(-1, 3)
-        world = self.world(corners)
-        return world.min(axis=0), world.max(axis=0)
+        corners = self.corners()
+        return corners.min(axis=0), corners.max(axis=0)
+
+    def corners(self) -> np.ndarray:
+        """(8, 3) the outer corners (x, y, z) in mm, half a voxel beyond the centres of the outermost voxels."""
+        return self.world(np.array(list(np.ndindex(2, 2, 2))) * self.shape_zyx - 0.5)
 
     def cropped(self, box: Box) -> Geometry:
         """Geometry of the sub-array ``array[box.slices]``."""

@@ -840,7 +840,7 @@ def nodule_crop(geometry: Geometry, nodule: Nodule) -> Box:
     reach = (nodule.diameter_mm / 2 + CROP_MARGIN_MM) / np.asarray(geometry.spacing_zyx)
     lower = np.maximum(np.floor(nodule.index_zyx - reach), 0).astype(int)
     upper = np.maximum(np.ceil(nodule.index_zyx + reach) + 1, lower).astype(int)
-    return Box.of_size(lower, upper - lower)
+    return Box.between(lower, upper)
 
 
 def table_by_size(nodules: pd.DataFrame, curve: FROC) -> pd.DataFrame:

@@ -451,7 +451,7 @@ def _gap_mm(one: Box, other: Box, geometry: Geometry) -> float:
 def _around(boxes: Sequence[Box]) -> Box:
     """The smallest box around some boxes."""
     lower, upper = np.min([box.lower for box in boxes], axis=0), np.max([box.upper for box in boxes], axis=0)
-    return Box.of_size(lower, upper - lower)
+    return Box.between(lower, upper)
 
 
 def _label(inside: np.ndarray) -> tuple[np.ndarray, list[Box]]:
@@ -477,13 +477,11 @@ def _count_votes(masks: Sequence[Mask]) -> tuple[np.ndarray, Geometry]:
     """
     finest = min((mask.geometry for mask in masks if mask.segments), key=lambda grid: grid.voxel_volume_mm3)
     corners = [
-        finest.index(mask.geometry.cropped(segment.box).world(_corners(segment.inside.shape)))
-        for mask in masks
-        for segment in mask.segments
+        finest.index(mask.geometry.cropped(segment.box).corners()) for mask in masks for segment in mask.segments
     ]
     lower = np.ceil(np.min(corners, axis=(0, 1)) - ON_EDGE).astype(int)
     upper = np.floor(np.max(corners, axis=(0, 1)) + ON_EDGE).astype(int) + 1
-    grid = finest.cropped(Box.of_size(lower, upper - lower))
+    grid = finest.cropped(Box.between(lower, upper))
     votes = np.zeros(grid.shape_zyx, np.uint8)
     for mask in masks:
         own = np.zeros(votes.shape, bool)
@@ -524,20 +522,15 @@ def _settle(votes: np.ndarray, needed: float, grid: Geometry) -> tuple[list[Mark
     return nodules, doubtful
 
 
-def _corners(shape_zyx: Sequence[int]) -> np.ndarray:
-    """(8, 3) the outer corners (z, y, x) of an array, half a voxel beyond the centres of its outermost voxels."""
-    return np.array(list(np.ndindex(2, 2, 2))) * np.asarray(shape_zyx) - 0.5
-
-
 def _on_grid(segment: Segment, geometry: Geometry, grid: Geometry) -> Segment | None:
     """A segment of a mask on another grid; None where nothing of it lies there."""
     local = geometry.cropped(segment.box)
-    corners = grid.index(local.world(_corners(local.shape_zyx)))
+    corners = grid.index(local.corners())
     lower = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, grid.shape_zyx)
     upper = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 1, 0, grid.shape_zyx)
     if (upper <= lower).any():
         return None
-    box = Box.of_size(lower, upper - lower)
+    box = Box.between(lower, upper)
     image = local.image(segment.inside.astype(np.uint8))
     inside = sitk.GetArrayFromImage(resample(image, grid.cropped(box), linear=False, pixel_type=sitk.sitkUInt8))
     moved = Segment.of(segment.number, inside, segment.name, segment.is_lesion)

@@ -293,7 +293,7 @@ def edge_distance(mask: np.ndarray, box: Box, lungs: np.ndarray, spacing_zyx: Se
     for reach in REACHES_MM:
         steps = np.ceil(reach / spacing).astype(int)
         lower = np.maximum(np.asarray(box.lower) - steps, 0)
-        around = Box.of_size(lower, np.minimum(np.asarray(box.upper) + steps, lungs.shape) - lower)
+        around = Box.between(lower, np.minimum(np.asarray(box.upper) + steps, lungs.shape))
         own = Box.of_size(np.asarray(box.lower) - lower, box.shape_zyx).slices
         inside = lungs[around.slices].copy()
         inside[own] |= mask

@@ -378,7 +378,7 @@ def _crop_around(grid: Geometry, nodule: Nodule, reach_mm: float) -> Box:
     center, reach = np.asarray(nodule.center_xyz), reach_mm + max(grid.spacing)
     ends = [np.clip(np.floor(grid.index(center + side * reach)), 0, np.asarray(grid.shape_zyx) - 1) for side in (-1, 1)]
     lower, upper = (np.asarray(end).astype(int) for end in ends)
-    return Box.of_size(lower, upper + 1 - lower)
+    return Box.between(lower, upper + 1)
 
 
 def _plane_of(image: sitk.Image, plane: Geometry, axis: int, fill: float) -> np.ndarray:

@@ -108,7 +108,7 @@ def _picture(scan: ProcessedScan, nodule: Nodule, mask: np.ndarray) -> bytes:
     reach = (max(20.0, 1.2 * nodule.diameter_mm) + 5) / np.asarray(scan.geometry.spacing_zyx)
     lower = np.clip(np.floor(nodule.index_zyx - reach), 0, np.asarray(mask.shape) - 1).astype(int)
     upper = np.clip(np.ceil(nodule.index_zyx + reach), lower + 1, mask.shape)
-    box = Box.of_size(lower, upper.astype(int) - lower)
+    box = Box.between(lower, upper)
     hu = settings.to_hu(scan.image[box.slices])
     grid = scan.geometry.cropped(box)
     truth = np.asarray(scan.mask)[box.slices] > 0
