@@ -47,7 +47,7 @@ from data.dicom import DicomReader
 from data.dicom_results import has_highdicom, write_dicom_results
 from data.lungs import LUNG_METHOD, measure_noise
 from data.measures import MeasuredScan, Measures, lungs_by_threshold, write_measures
-from data.report import ct_of, report_scan, write_index
+from data.report import ANNOTATED, FOUND, ct_of, reach_mm, report_scan, write_index
 from data.rescoring import Features
 from data.slicer import write_points, write_segmentation
 from model import (
@@ -1159,7 +1159,7 @@ def _shorten(seriesuid: str) -> str:
 MAX_PICTURED = 6  # rows drawn for a scan
 VIEW_SHARE = 0.7  # of half the width of a view: what lies nearer to its middle is surely seen in it
 LABEL_BOX = {"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 1.5}
-TRUTH_COLOR, PREDICTION_COLOR = "#35d0ff", "#ff9f1c"
+TRUTH_COLOR, PREDICTION_COLOR = (f"#{bytes(color).hex()}" for color in (ANNOTATED, FOUND))
 
 
 def draw_overlay(
@@ -1224,18 +1224,13 @@ def _share_rows(findings: Sequence[tuple[str, Nodule]]) -> list[tuple[str, Nodul
     rows: list[tuple[str, Nodule, int]] = []
     for label, nodule in findings:
         for number, (first, shown, others) in enumerate(rows):
-            reach = VIEW_SHARE * _reach_mm(shown)
+            reach = VIEW_SHARE * reach_mm(shown)
             if np.linalg.norm(np.subtract(nodule.center_xyz, shown.center_xyz)) < reach:
                 rows[number] = first, shown, others + 1
                 break
         else:
             rows.append((label, nodule, 0))
     return [(label + (f", and {others} more here" if others else ""), shown) for label, shown, others in rows]
-
-
-def _reach_mm(nodule: Nodule) -> float:
-    """Half the width of the zoomed views of a finding."""
-    return max(20.0, 1.2 * nodule.diameter_mm)
 
 
 def _placeholder_finding(shape_zyx: Sequence[int]) -> Nodule:
@@ -1255,7 +1250,7 @@ def _draw_finding(
 ) -> None:
     index = np.clip(np.rint(finding.index_zyx), 0, np.asarray(image.shape) - 1).astype(int)
     center_mm = np.asarray(finding.index_zyx) * geometry.spacing_zyx
-    reach = _reach_mm(finding)
+    reach = reach_mm(finding)
     views = [(0, None, label), (0, reach, f"axial, {2 * reach:.0f} mm"), (1, reach, "coronal"), (2, reach, "sagittal")]
     if not finding.diameter_mm:  # nothing to look at closely
         views = [(0, None, label), (1, None, "coronal"), (2, None, "sagittal")]

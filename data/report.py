@@ -59,7 +59,7 @@ VIEW_MM = 1.0  # voxels of a page are no finer
 MOST_VOXELS = 19_000_000
 PAGE_BYTES, INDEX_BYTES = 14_500_000, 4_800_000
 COARSER = 1.15  # factor by which voxels grow where a page would be larger
-KEY_PIXELS, KEY_GAP, KEY_REACH_MM = 240, 6, 20.0  # of each plane of a key picture; half its width at least
+KEY_PIXELS, KEY_GAP = 240, 6  # of each plane of a key picture
 KEY_SIZE = (3 * KEY_PIXELS + 2 * KEY_GAP, KEY_PIXELS)
 MOST_FAILURES = 500  # listed in the index
 ROW_BYTES = 600  # of the markup of a row of a table
@@ -221,7 +221,7 @@ def _nodule_row(measure: Measures, keys: Sequence[Image.Image]) -> dict[str, Any
         "number": measure.nodule,
         "cells": [{"text": text(measure), "is_number": is_number} for _, is_number, text in COLUMNS if text],
         "caption": ", ".join(filter(None, words)),
-        "picture": _data_uri(keys[measure.nodule - 1]) if measure.nodule <= len(keys) else "",
+        "picture": data_uri(jpeg(keys[measure.nodule - 1])) if measure.nodule <= len(keys) else "",
     }
 
 
@@ -345,10 +345,10 @@ def key_picture(
         mask: What was found, bool (z, y, x); it is outlined in orange.
         truth: What was annotated, likewise, in blue.
     """
-    reach = max(KEY_REACH_MM, 1.2 * nodule.diameter_mm)
+    reach = reach_mm(nodule)
     step = 2 * reach / KEY_PIXELS
     whole = Image.new("RGB", KEY_SIZE)
-    crop = _crop_around(grid, nodule, reach)
+    crop = crop_around(grid, nodule, reach)
     outlines = [
         (grid.cropped(crop).image(np.ascontiguousarray(array[crop.slices]).astype(np.float32)), color)
         for array, color in ((truth, ANNOTATED), (mask, FOUND))
@@ -373,9 +373,14 @@ def key_picture(
     return whole
 
 
-def _crop_around(grid: Geometry, nodule: Nodule, reach_mm: float) -> Box:
-    """Voxels of a grid that lie near a finding, one at least."""
-    center, reach = np.asarray(nodule.center_xyz), reach_mm + max(grid.spacing)
+def reach_mm(nodule: Nodule) -> float:
+    """Half the width of the zoomed views of a finding."""
+    return max(20.0, 1.2 * nodule.diameter_mm)
+
+
+def crop_around(grid: Geometry, nodule: Nodule, reach: float) -> Box:
+    """Voxels of a grid that lie within so many mm of a finding along its axes, and one more; one at least."""
+    center, reach = np.asarray(nodule.center_xyz), reach + max(grid.spacing)
     ends = [np.clip(np.floor(grid.index(center + side * reach)), 0, np.asarray(grid.shape_zyx) - 1) for side in (-1, 1)]
     lower, upper = (np.asarray(end).astype(int) for end in ends)
     return Box.between(lower, upper + 1)
@@ -453,7 +458,7 @@ def _lung_map(scan: MeasuredScan) -> dict[str, Any] | None:
     return {
         "width": round(float(x_mm), 1),
         "height": round(float(z_mm), 1),
-        "picture": _data_uri(picture.resize(size, Image.Resampling.LANCZOS)),
+        "picture": data_uri(jpeg(picture.resize(size, Image.Resampling.LANCZOS))),
         "thirds": thirds,
         "spots": spots,
         "label": f"The lungs from the front with {len(spots)} nodule{'s' * (len(spots) != 1)} marked",
@@ -479,7 +484,7 @@ def write_index(output_dir: Path, provenance: Mapping[str, Any], scans: Mapping[
     room = INDEX_BYTES - len(json.dumps([rows, shown])) - ROW_BYTES * (len(rows) + len(shown))
     for row in rows:
         picture = output_dir / "reports" / f"{row['name']}.jpg"
-        uri = f"data:image/jpeg;base64,{base64.b64encode(picture.read_bytes()).decode()}" if picture.is_file() else ""
+        uri = data_uri(picture.read_bytes()) if picture.is_file() else ""
         room -= len(uri)
         row["picture"] = uri if room >= 0 else ""
     counts, facts, warnings = [row["nodules"] for row in rows], facts_of(provenance), []
@@ -560,5 +565,6 @@ def jpeg(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _data_uri(picture: Image.Image) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg(picture)).decode()}"
+def data_uri(picture: bytes, kind: str = "jpeg") -> str:
+    """The address of a picture that a page holds itself."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,10 +14,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import pandas as pd
 
-from data.report import FOUND, KEY_SIZE, facts_of, hide_folders, jpeg, key_picture, render
+from data.report import (
+    FOUND,
+    KEY_SIZE,
+    crop_around,
+    data_uri,
+    facts_of,
+    hide_folders,
+    jpeg,
+    key_picture,
+    reach_mm,
+    render,
+)
 from infer import hits_of
 from preprocess import Preprocessing
-from utils import Box, Nodule, ProcessedScan, write_text
+from utils import Nodule, ProcessedScan, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,10 +115,7 @@ def _true_size(hits: np.ndarray, annotated: Sequence[Nodule]) -> str:
 def _picture(scan: ProcessedScan, nodule: Nodule, mask: np.ndarray) -> bytes:
     """Three slices of the prepared array around a finding."""
     settings = Preprocessing.from_dict(scan.metadata.preprocessing)
-    reach = (max(20.0, 1.2 * nodule.diameter_mm) + 5) / np.asarray(scan.geometry.spacing_zyx)
-    lower = np.clip(np.floor(nodule.index_zyx - reach), 0, np.asarray(mask.shape) - 1).astype(int)
-    upper = np.clip(np.ceil(nodule.index_zyx + reach), lower + 1, mask.shape)
-    box = Box.between(lower, upper)
+    box = crop_around(scan.geometry, nodule, reach_mm(nodule) + 5)
     hu = settings.to_hu(scan.image[box.slices])
     grid = scan.geometry.cropped(box)
     truth = np.asarray(scan.mask)[box.slices] > 0
@@ -273,7 +280,7 @@ def _chart(name: str, figure: Figure) -> dict[str, Any]:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     width, height = (round(inches * figure.dpi) for inches in figure.get_size_inches())
-    uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    uri = data_uri(buffer.getvalue(), "png")
     return {
         "name": name,
         "title": title,
@@ -295,7 +302,7 @@ def _scan_rows(table: pd.DataFrame, findings: Mapping[str, Sequence[Finding]]) -
         scan = table.loc[index]
         pictures, others = [], []
         for finding in findings.get(scan["seriesuid"], ()):
-            uri = f"data:image/jpeg;base64,{base64.b64encode(finding.picture).decode()}"
+            uri = data_uri(finding.picture)
             room -= len(uri)
             if finding.picture and room >= 0:
                 pictures.append({"kind": finding.kind, "caption": finding.caption, "uri": uri})
