@@ -732,20 +732,41 @@ def import_pydicom() -> Any:
     return pydicom
 
 
+class FrameGroups:
+    """What a multi-frame file says of each of its frames, or of all of them.
+
+    Args:
+        path: The file.
+        reading: Arguments of pydicom's ``dcmread``.
+
+    Raises:
+        UserError: pydicom is missing.
+        InputError: It says nothing of the places of its frames.
+    """
+
+    def __init__(self, path: Path, **reading: Any) -> None:
+        self.path, self.data = path, import_pydicom().dcmread(path, **reading)
+        self.shared = (self.data.get("SharedFunctionalGroupsSequence") or [{}])[0]
+        self.groups = self.data.get("PerFrameFunctionalGroupsSequence") or []
+        count = int(self.data.get("NumberOfFrames") or 1)
+        check(len(self.groups) == count, f"{path} says nothing of the places of its {count} frames")
+
+    def optional(self, group: Any, sequence: str, name: str) -> Any:
+        """An attribute of a frame, or of all of them; None where it is not stated."""
+        items = group.get(sequence) or self.shared.get(sequence)
+        return items[0].get(name) if items else None
+
+
 def _frames_of(image: Slice) -> list[Slice]:
     """The frames of a multi-frame image, each as a slice whose ``number`` counts from 1."""
-    data = import_pydicom().dcmread(image.path, stop_before_pixels=True)
-    shared = data.get("SharedFunctionalGroupsSequence") or [{}]
-    groups = data.get("PerFrameFunctionalGroupsSequence") or []
-    check(len(groups) == image.frames, f"{image.path} says nothing of the places of its {image.frames} frames")
+    frames = FrameGroups(image.path, stop_before_pixels=True)
 
     def value(group: Any, sequence: str, name: str, default: Any = ()) -> Any:
-        items = group.get(sequence) or shared[0].get(sequence)
-        found = items[0].get(name, default) if items else default
+        found = frames.optional(group, sequence, name)
         return default if found is None else found
 
     slices = []
-    for number, group in enumerate(groups, start=1):
+    for number, group in enumerate(frames.groups, start=1):
         frame_type = value(group, "CTImageFrameTypeSequence", "FrameType", ["ORIGINAL"])
         unit = value(group, "PixelValueTransformationSequence", "RescaleType", "HU")
         kind = _kind_of_image("CT", "\\".join(frame_type), unit)

@@ -26,7 +26,7 @@ from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.dicom import class_of, import_pydicom
+from data.dicom import FrameGroups, class_of, import_pydicom
 from data.formats import SEGMENTATION, NrrdReader
 from utils import (
     Box,
@@ -677,23 +677,8 @@ def _read_dicom(path: Path) -> Mask:
     return Mask(geometry, [segment for segment in segments if segment is not None])
 
 
-class _DicomSegmentation:
-    """The file of a DICOM segmentation.
-
-    Args:
-        path: It.
-
-    Raises:
-        UserError: pydicom is missing.
-        InputError: It says nothing of the places of its frames.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.data = path, import_pydicom().dcmread(path)
-        self.shared = (self.data.get("SharedFunctionalGroupsSequence") or [{}])[0]
-        self.groups = self.data.get("PerFrameFunctionalGroupsSequence") or []
-        count = int(self.data.get("NumberOfFrames") or 1)
-        check(len(self.groups) == count, f"{path} says nothing of the places of its {count} frames")
+class _DicomSegmentation(FrameGroups):
+    """The file of a DICOM segmentation."""
 
     def frames(self) -> np.ndarray:
         """The frames (n, rows, columns) as they are stored."""
@@ -708,11 +693,6 @@ class _DicomSegmentation:
         found = self.optional(group, sequence, name)
         check(found is not None, f"{self.path} does not state the {name} of its frames")
         return found
-
-    def optional(self, group: Any, sequence: str, name: str) -> Any:
-        """The same; None where it is not stated."""
-        items = group.get(sequence) or self.shared.get(sequence)
-        return items[0].get(name) if items else None
 
     def places(self) -> tuple[Geometry, np.ndarray]:
         """The grid from the lowest to the highest frame along their normal, and (n,) the slice of each frame."""
