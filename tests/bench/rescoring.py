@@ -1,6 +1,6 @@
 """How well scores tell nodules from other candidates in real scans that no training has seen.
 
-python tests/bench/rescoring.py --real_dir FOLDER --luna16_dir FOLDER --trial 'all voxels'
+python tests/bench/rescoring.py --real_dir FOLDER --luna16_dir FOLDER --trial averaged
 
 The candidates are those of the trainings of ``real.py``, each of the fold that it did not see. What is learnt from
 candidates is learnt from those of the other folds. A small network on the candidates, with their image and
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data.rescoring import Features, fit_score
 from infer import NoduleInferencer
 from utils import ANNOTATION_COLUMNS, Box, ProcessedScan, check, read_processed, read_processed_list
-from validate import FP_PER_SCAN, ExaminedScan
+from validate import FP_PER_SCAN, ExaminedScan, read_excluded
 
 SIZE = 24  # voxels of 1 mm along each edge of what the small network sees
 SHIFT = 2  # voxels by which training moves it
@@ -56,11 +56,12 @@ class Candidate:
 def candidates_of(bench: Bench, trial: str, fold: int, seed: int) -> list[Candidate]:
     """Candidates of whole scans, and of cubes those that are nodules."""
     inferencer = NoduleInferencer(bench.train(trial, fold, seed), device=bench.device)
-    data_dir, candidates = bench.real(fold), []
+    data_dir, table, candidates = bench.real(fold), read_excluded(bench.excluded_path), []
     for uid in tqdm(read_processed_list(data_dir), unit="scan", disable=None):
         scan = read_processed(data_dir, uid)
         probability = inferencer.predict_probability(scan.image)
-        excluded = pd.DataFrame([(uid, *finding) for finding in scan.metadata.excluded], columns=ANNOTATION_COLUMNS)
+        noted = pd.DataFrame([(uid, *finding) for finding in scan.metadata.excluded], columns=ANNOTATION_COLUMNS)
+        excluded = pd.concat([noted, table]) if len(noted) else table
         found = inferencer.find_candidates(probability, scan.geometry, scan.image)
         examined = ExaminedScan.of(scan, found, excluded=excluded)
         for candidate, is_nodule in examined.judged:
@@ -143,7 +144,7 @@ def sensitivities(candidates: Sequence[Candidate], scores: np.ndarray, scans: in
 def main(
     real_dir: Path,
     luna16_dir: Path,
-    trial: str = "all voxels",
+    trial: str = "averaged",
     seed: int = 0,
     folds: list[int] = list(range(FOLDS)),  # noqa: B006 - never changed
     work_dir: Path = Path("data/real"),
@@ -153,7 +154,7 @@ def main(
 
     Args:
         real_dir: Folder of cubes, scans and excluded.csv.
-        luna16_dir: Folder of two scans of LUNA16 and its annotations.
+        luna16_dir: Folder of two scans of LUNA16, its annotations and its excluded findings.
         trial: Name in the trials of real.py.
         seed: Seed of its training.
         folds: Quarters of the real data, two or more.
