@@ -302,6 +302,8 @@ class Trainer:
         self.log: list[dict[str, float]] = []
         self._unsaved: Checkpoint | None = None  # state after the last epoch, where no checkpoint holds it
         self._kept_epoch = 0  # of that state, or of the newest checkpoint
+        self._names: list[str] = []  # of the checkpoints of that epoch, the last of which may be half written
+        self._has_started = False  # whether output_dir holds this run's split, and no earlier run
         uids = read_processed_list(self.data_dir)
         self._check_output()
         self.split = self._split(uids)
@@ -495,17 +497,15 @@ class Trainer:
                 "overwrite=True (--overwrite true), or name another output_dir"
             )
 
-    def _start_output(self, kept: Sequence[Path]) -> None:
+    def _start_output(self) -> None:
         """Writes the split and, with ``overwrite``, deletes the earlier run and its results.
 
         It is called when the first epoch is done and saved: what fails before has cost nothing.
-
-        Args:
-            kept: Files of this run that are there already.
         """
         write_split(self.checkpoint_dir / "split.json", self.split)
         if not self.overwrite:
             return
+        kept = [self.checkpoint_dir / name for name in self._names]
         ours = [Path(self.writer.log_dir)] if self.writer else []
         for path in [*self._old_files(RUN_FILE), *self._old_files(LOG_FILE)]:
             if path not in kept and path.parent not in ours:
@@ -653,7 +653,11 @@ class Trainer:
             return f"no epoch was finished, and nothing is kept{earlier}"
         with signals_ignored():  # a second Ctrl-C, or the one of a scheduler, must not cost it
             if self._unsaved is not None:
-                self._write(self.checkpoint_dir / f"checkpoint_epoch_{self._kept_epoch}.pth", self._unsaved)
+                self._names = self._names or [f"checkpoint_epoch_{self._kept_epoch}.pth"]
+                for name in self._names:  # a better epoch is the best model, too
+                    self._write(self.checkpoint_dir / name, self._unsaved)
+            if not self._has_started and not process_rank():
+                self._start_output()
         return f"epoch {self._kept_epoch} is kept in {self.checkpoint_dir}: go on with resume=True (--resume true)"
 
     def _tell_ignored(self) -> None:
@@ -704,7 +708,8 @@ class Trainer:
             names.append(f"checkpoint_epoch_{self.epoch}.pth")
         self._save(names)
         if is_first:
-            do_once(lambda: self._start_output([self.checkpoint_dir / name for name in names]))
+            do_once(self._start_output)
+            self._has_started = True
         self._write_log(result)
         tell(self._describe_epoch(self.log[-1]))
 
@@ -911,7 +916,7 @@ class Trainer:
     def _save(self, names: Sequence[str]) -> None:
         """Writes the state after this epoch under these names; without any it is kept in memory for an interruption."""
         state = self._state()
-        self._unsaved, self._kept_epoch = state, self.epoch  # whoever interrupts the writing finds all of it
+        self._unsaved, self._kept_epoch, self._names = state, self.epoch, list(names)  # for whoever interrupts it
         for name in names:
             self._write(self.checkpoint_dir / name, state)
         self._unsaved = None if names or process_rank() else Checkpoint(**_copy_to_memory(vars(state)))
@@ -965,7 +970,7 @@ class Trainer:
             logger.warning("no checkpoint in %s: starting from the beginning", self.checkpoint_dir)
             return
         self._restore(newest)
-        self._kept_epoch = self.epoch
+        self._kept_epoch, self._has_started = self.epoch, True
         if self.epoch >= self.num_epochs:
             tell(f"all {self.epoch} epochs of {self.output_dir} are done; a larger num_epochs prolongs the run")
         else:
@@ -1019,7 +1024,8 @@ class Trainer:
         self.optimizer.load_state_dict(progress["optimizer"])
         for group in self.optimizer.param_groups:
             group["capturable"] = self.device.type == "cuda"  # whatever the checkpoint was trained on
-        self.scaler.load_state_dict(progress["scaler"])
+        if progress["scaler"]:  # empty where the run needed none, as with bfloat16
+            self.scaler.load_state_dict(progress["scaler"])
         self.sampler.load_state_dict(progress["sampler"])
         self.epoch, self.best, self.log = done, progress["best"], progress["log"]
         self.inference = checkpoint.inference

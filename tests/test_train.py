@@ -494,19 +494,48 @@ def test_file_that_a_killed_run_was_writing_is_no_run(processed_dir, tmp_path):
 
 
 @pytest.mark.parametrize("interval", [1, 3])
-def test_overwrite_interrupted_while_its_first_checkpoint_is_written_loses_neither_run(
+def test_overwrite_interrupted_while_its_first_checkpoint_is_written_goes_on_with_the_new_run(
     processed_dir, run_dir, tmp_path, monkeypatch, interval
 ):
-    shutil.copytree(run_dir, tmp_path / "run")
-    before = everything_in(tmp_path / "run")
-    options = {**CPU, "num_epochs": 3, "checkpoint_interval": 3, "overwrite": True}
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    options = {**CPU, "num_epochs": 3, "checkpoint_interval": 3, "seed": 7}
     options["validation"] = ValidationSettings(interval=interval)
     save = train.save_checkpoint
-    monkeypatch.setattr(train, "save_checkpoint", lambda *given: (save(*given), os.kill(os.getpid(), signal.SIGINT)))
-    with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 2; epoch 1 is kept"):
-        Trainer(processed_dir, tmp_path / "run", **options).train()
-    assert before.items() <= everything_in(tmp_path / "run").items()
-    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "checkpoint_epoch_1.pth").epoch == 1
+    with monkeypatch.context() as patch:
+        interrupted = lambda *given: (save(*given), os.kill(os.getpid(), signal.SIGINT))  # noqa: E731
+        patch.setattr(train, "save_checkpoint", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 2; epoch 1 is kept"):
+            Trainer(processed_dir, run, overwrite=True, **options).train()
+    (kept,) = run.glob("checkpoints/*.pth")
+    assert load_checkpoint(kept).epoch == 1 and load_checkpoint(kept).training["seed"] == 7
+    log = Trainer(processed_dir, run, resume=True, **options).train()
+    assert log["epoch"].tolist() == [1, 2, 3]
+
+
+def test_best_epoch_whose_checkpoint_is_being_written_stays_the_best(processed_dir, tmp_path, monkeypatch):
+    save, dice = train.save_checkpoint, iter([0.3, 0.8, 0.1])
+    monkeypatch.setattr(Trainer, "_is_best", lambda self, result: next(dice) > 0.2)
+
+    def interrupt(path, state) -> None:
+        save(path, state)
+        if "best_model" in str(path) and state.epoch == 2:
+            monkeypatch.setattr(train, "save_checkpoint", save)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "save_checkpoint", interrupt)
+    options = {**CPU, "num_epochs": 3, "validation": ValidationSettings(interval=1), "checkpoint_interval": 3}
+    with pytest.raises(KeyboardInterrupt, match="epoch 2 is kept"):
+        Trainer(processed_dir, tmp_path, **options).train()
+    Trainer(processed_dir, tmp_path, resume=True, **options).train()
+    assert load_checkpoint(tmp_path / "checkpoints" / "best_model.pth").epoch == 2
+
+
+def test_run_without_a_scaler_goes_on_where_one_is_needed(processed_dir, run_dir, monkeypatch):
+    trainer = Trainer(processed_dir, run_dir, resume=True, **CPU | {"num_epochs": 9})
+    trainer.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    trainer._load_newest()
+    assert trainer.epoch and trainer.scaler.get_scale() > 1
 
 
 def test_epoch_whose_checkpoint_is_being_written_is_kept(processed_dir, tmp_path, monkeypatch):
