@@ -20,6 +20,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -610,9 +611,18 @@ class Validator:
 
 
 def delete_results_of_run(output_dir: Path) -> None:
-    """Deletes what validate.py and infer.py left in the folder of a training, and no file of anyone else."""
-    delete_files(output_dir / "validation", VALIDATION_FILES)
-    delete_results(output_dir / "inference")
+    """Deletes what validate.py and infer.py left of a training in its folder, and no file of anyone else.
+
+    Results of other weights, as of ``--checkpoint_path pretrained``, stay, too.
+    """
+    for name, delete in (("validation", partial(delete_files, names=VALIDATION_FILES)), ("inference", delete_results)):
+        folder, made_by = output_dir / name, None
+        with suppress(InputError, OSError):
+            made_by = read_json(folder / f"{name}.json").get("checkpoint")
+        if made_by is None or Path(made_by).resolve().parent == (output_dir / "checkpoints").resolve():
+            delete(folder)
+        else:
+            logger.warning("%s holds results of %s, and stays", folder, made_by)
 
 
 @dataclass(frozen=True)
@@ -1315,6 +1325,13 @@ def read_excluded(path: str | Path) -> pd.DataFrame | None:
     return read_table(path, ANNOTATION_COLUMNS)
 
 
+def _matching(pattern: str) -> list[Path]:
+    """The file or folder of that very name or, where there is none, all that match it as a pattern."""
+    if Path(pattern).exists():
+        return [Path(pattern)]
+    return [Path(name) for name in sorted(glob.glob(pattern))]  # noqa: PTH207 - a pattern may be absolute
+
+
 def score_predictions(
     predictions: str | None = None,
     annotations_path: str | Path = "data/LUNA16/annotations.csv",
@@ -1340,8 +1357,7 @@ def score_predictions(
         FileExistsError: output_dir holds the scores of a network or of other marks.
         InputError: A table is unusable, or two files have marks in the same scan.
     """
-    given = Path(str(predictions))
-    paths = [given] if given.is_file() else [Path(name) for name in sorted(glob.glob(str(predictions)))]  # noqa: PTH207 - a pattern may be absolute
+    paths = _matching(str(predictions))
     if not paths:
         raise FileNotFoundError(f"no file matches {predictions}")
     _refuse_scores_of_others(Path(output_dir), paths, overwrite)
@@ -1463,8 +1479,7 @@ class ScoredScans:
             FileNotFoundError: There is no such folder, or not what validate.py writes.
             InputError: A scan was scored twice.
         """
-        found = [Path(name) for name in sorted(glob.glob(str(folders)))]  # noqa: PTH207 - a pattern may be absolute
-        paths = [path for path in found if path.is_dir()]
+        paths = [path for path in _matching(str(folders)) if path.is_dir()]
         if not paths:
             raise FileNotFoundError(f"there is no folder {folders}; name one that validate.py wrote")
 

@@ -59,6 +59,11 @@ class _Given:
         """The option as messages call it."""
         return f"{self.name} in {self.file}" if self.file else f"--{self.name}"
 
+    def is_default(self, options: dict[str, Any]) -> bool:
+        """Whether it stands in a file as it would be without it, as in one that ``--print_config`` wrote."""
+        default = getattr(options.get(self.name), "default", None)
+        return self.file is not None and str(self.value) == str(default)
+
 
 def parse_command_line(
     cls: type,
@@ -82,7 +87,7 @@ def parse_command_line(
 
     Returns:
         Keyword arguments for the constructor and for each of the callables, and the names of the options that the user
-        gave, on the command line or in a file (``augmentation`` for any part of it).
+        gave, on the command line or, other than the default, in a file (``augmentation`` for any part of it).
     """
     from jsonargparse import ArgumentError
 
@@ -99,6 +104,11 @@ def parse_command_line(
     try:
         for option in _read_given(words, options):
             _check_given(option, options)
+            is_again = any((option.name, option.file) == (other.name, other.file) for other in given)
+            check(
+                not is_again or not _takes_paths(option.name, options),
+                f"{option.label} is given twice; put all paths behind one",
+            )
             given.append(option)
         parsed = parser.parse_args(words)
     except (InputError, ArgumentError) as error:
@@ -108,7 +118,8 @@ def parse_command_line(
         values = vars(parser.instantiate_classes(parsed))
     except ValueError as error:  # jsonargparse wraps what a dataclass says of its values
         raise _innermost(error) from None
-    given_names = _top_names(option.name for option in given) - set(GENERAL_OPTIONS)
+    told = [option.name for option in given if not option.is_default(options)]
+    given_names = _top_names(told) - set(GENERAL_OPTIONS)
     return [{name: values[name] for name in wanted} for wanted in names], given_names
 
 
@@ -186,12 +197,17 @@ def _join_paths(words: Iterable[str], options: dict[str, Any]) -> Iterator[str]:
         if paths:
             yield _as_list(paths)
         name, is_joined, value = word.removeprefix("--").partition("=")
-        kind = _type_of(options[name]) if name in options else None
-        paths = [] if list[Path] in (kind, *get_args(kind)) else None
+        paths = [] if _takes_paths(name, options) else None
         if paths is not None and is_joined:
             paths, word = [value], f"--{name}"
         if word != "--":
             yield word
+
+
+def _takes_paths(name: str, options: dict[str, Any]) -> bool:
+    """Whether an option takes several paths."""
+    kind = _type_of(options[name]) if name in options else None
+    return list[Path] in (kind, *get_args(kind))
 
 
 def _as_list(paths: list[str]) -> str:
@@ -253,6 +269,8 @@ def _check_given(given: _Given, options: dict[str, Any]) -> None:
         nearest = _nearest(given.name, known)
         advice = f"; did you mean {dashes}{nearest}?" if nearest else ""
         raise InputError(f"there is no option {given.label}{advice} (--help lists all)")
+    if given.file is not None and isinstance(given.value, str) and _takes_paths(given.name, options):
+        raise InputError(f"{given.label} must be a list of paths: [{given.value}]")
     if given.value is None and given.name != "print_config":
         hint = _type_of(options.get(given.name)) or Path  # of --config
         is_null = given.file is not None and type(None) in get_args(hint)

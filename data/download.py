@@ -108,13 +108,20 @@ class Downloader:
         with folder_lock(self.archives, f"another download into {self.output_dir} is running"):
             files = self._list_files()
             done = read_json(self._done_path) if self._done_path.is_file() else {}
-            todo = [file for file in files if done.get(file.name) != file.md5]
+            todo = [file for file in files if done.get(file.name) != file.md5 or not self._is_there(file.name)]
             self._check_space(todo)
             for number, file in enumerate(todo, start=1):
                 logger.info("%s: %d of %d files, %.1f GB", file.name, number, len(todo), file.size / 1e9)
                 self._take(file)
                 done[file.name] = file.md5
                 write_json(self._done_path, done)
+
+    def _is_there(self, name: str) -> bool:
+        """Whether what came in a file still lies where it belongs."""
+        scans, folder = self.output_dir / "raw", Path(name).stem
+        if folder.startswith("subset"):
+            return (scans / folder).is_dir() or any(scans.glob("*.mhd"))  # or all in one folder
+        return (self.output_dir / {"evaluationScript": EXCLUDED}.get(folder, name.removesuffix(".zip"))).exists()
 
     def _list_files(self) -> list[RemoteFile]:
         """The wanted files of both records, as these state their sizes and checksums."""

@@ -32,6 +32,7 @@ Array = NDArray[np.floating]
 Box = tuple[slice, slice, slice]  # z, y, x
 
 UID_PREFIX = "1.2.826.0.1.3680043.10.1338"
+TABLES = ("annotations.csv", "annotations_excluded.csv", "seriesuids.csv")  # the last one is written last
 COLUMNS = ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]
 LEFT_LUNG, RIGHT_LUNG, AIRWAY = 3, 4, 5  # labels of seg-lungs-LUNA16
 LATTICE_MM = 3.0
@@ -923,6 +924,8 @@ def clear(output_dir: Path, overwrite: bool) -> None:
         )
     for file in own:
         file.unlink()
+    for name in TABLES:  # which say that all is there
+        (output_dir / name).unlink(missing_ok=True)
     for folder in ["seg-lungs-LUNA16", *(f"raw/subset{k}" for k in range(10))]:
         (output_dir / folder).mkdir(parents=True, exist_ok=True)
 
@@ -995,9 +998,10 @@ def write_phantoms(
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
             results = list(tqdm(pool.map(job, range(num_scans)), total=num_scans, disable=None))
     annotations = as_table([(uid, nodules) for uid, nodules, _ in results])
-    annotations.to_csv(folder / "annotations.csv", index=False)
-    as_table([(uid, excluded) for uid, _, excluded in results]).to_csv(folder / "annotations_excluded.csv", index=False)
-    (folder / "seriesuids.csv").write_text("".join(f"{uid}\n" for uid, _, _ in results))
+    tables = [folder / name for name in TABLES]
+    annotations.to_csv(tables[0], index=False)
+    as_table([(uid, excluded) for uid, _, excluded in results]).to_csv(tables[1], index=False)
+    tables[2].write_text("".join(f"{uid}\n" for uid, _, _ in results))
     return annotations
 
 

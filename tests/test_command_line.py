@@ -338,7 +338,7 @@ def test_given_options_are_told(argv, expected):
 
 def test_options_given_in_a_file_are_told(tmp_path):
     (tmp_path / "a.yaml").write_text("engine: {power: 3}\nspare:\n")
-    assert parse_car("--config", str(tmp_path / "a.yaml"), "--fuel", "gas")[1] == {"engine", "spare", "fuel"}
+    assert parse_car("--config", str(tmp_path / "a.yaml"), "--fuel", "gas")[1] == {"engine", "fuel"}
 
 
 @pytest.mark.parametrize(("argv", "level"), [(["--debug"], logging.DEBUG), ([], logging.NOTSET)])
@@ -348,6 +348,37 @@ def test_debug_option_turns_debugging_on(argv, level):
         assert command_line.logger.level == level
     finally:
         command_line.logger.setLevel(logging.NOTSET)
+
+
+class Train:
+    """Joins wagons."""
+
+    def __init__(self, wagons: list[Path] | None = None, color: str = "red") -> None: ...
+
+
+def test_paths_given_twice_are_refused_and_not_dropped(capsys):
+    def parse_train(*argv: str) -> list[dict]:
+        return parse_command_line(Train, argv=list(argv))[0]
+
+    assert parse_train("--wagons", "a", "b") == [{"wagons": [Path("a"), Path("b")], "color": "red"}]
+    message = failure(capsys, parse_train, "--wagons", "a", "--wagons", "b")
+    assert "--wagons is given twice; put all paths behind one" in message
+
+
+def test_one_path_in_a_file_is_told_to_be_a_list(tmp_path, capsys):
+    path = tmp_path / "f.yaml"
+    path.write_text("wagons: a.nii\n")
+    message = failure(capsys, lambda *argv: parse_command_line(Train, argv=list(argv)), "--config", str(path))
+    assert f"wagons in {path} must be a list of paths: [a.nii]" in message
+
+
+def test_defaults_in_a_file_are_not_given(tmp_path):
+    path = tmp_path / "f.yaml"
+    path.write_text("wagons: null\ncolor: red\n")
+    assert parse_command_line(Train, argv=["--config", str(path)])[1] == set()
+    path.write_text("color: blue\n")
+    assert parse_command_line(Train, argv=["--config", str(path)])[1] == {"color"}
+    assert parse_command_line(Train, argv=["--color", "red"])[1] == {"color"}
 
 
 def test_help_tells_what_the_docstrings_tell(capsys):

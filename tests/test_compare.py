@@ -91,6 +91,12 @@ def test_rows_may_stand_in_any_order(tmp_path):
     assert not table[["difference", "lower", "upper"]].to_numpy().any()
 
 
+def test_folder_whose_name_is_a_pattern_is_that_folder(tmp_path):
+    first, second = write_result(tmp_path / "v[1]", [0.8, 0.6]), write_result(tmp_path / "v1", [0.1, 0.1])
+    table = compare_results([first, second])
+    assert row_of(table, "Dice per scan")["difference"] == pytest.approx(0.6)
+
+
 def test_folds_are_joined_by_a_pattern(tmp_path):
     for name in ("a", "b"):
         write_result(tmp_path / name / "fold0", [0.8, 0.6], first="s")

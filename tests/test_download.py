@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -129,6 +130,14 @@ def test_files_are_put_where_preprocessing_looks_for_them(server, tmp_path, caps
     fetch(server, tmp_path)  # asks both records what there is, and nothing else
     assert server.requests[requests:] == [("record", "")] * 2
     assert "raw/subset7/1.7.mhd" in fetch(server, tmp_path, subsets=[0, 7])
+
+
+@pytest.mark.parametrize("gone", ["annotations.csv", "annotations_excluded.csv", "seg-lungs-LUNA16", "raw/subset0"])
+def test_what_was_deleted_comes_again(server, tmp_path, gone):
+    fetch(server, tmp_path)
+    path = tmp_path / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert without_notes(fetch(server, tmp_path)) == EXPECTED
 
 
 def test_archives_are_kept_where_they_are_asked_for(server, tmp_path):

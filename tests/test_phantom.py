@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
+from data import phantom
 from data.phantom import UID_PREFIX, Maker, Phantom, as_table, is_nodule_free, main, make_phantom, write_phantoms
 from preprocess import find_scans
 from utils import ANNOTATION_COLUMNS
@@ -164,6 +165,13 @@ def test_command_line_reports_what_it_made(other_phantom):
 def test_older_phantom_is_kept_without_overwrite(phantom_dir):
     with pytest.raises(FileExistsError, match="already holds data"):
         write_phantoms(phantom_dir, num_scans=1, size_xyz=SMALL)
+
+
+def test_phantom_that_is_replaced_has_no_tables_until_it_is_done(tmp_path):
+    write_phantoms(tmp_path, num_scans=1, size_xyz=SMALL)
+    assert all((tmp_path / name).is_file() for name in phantom.TABLES)
+    phantom.clear(tmp_path, overwrite=True)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_scans_of_others_are_never_replaced(tmp_path):

@@ -480,6 +480,18 @@ def test_overwrite_leaves_nothing_of_the_deleted_run(processed_dir, run_dir, tmp
     assert not {path.name for path in run.glob("logs_*")} & set(old_logs)
 
 
+def test_overwrite_leaves_results_of_other_weights(processed_dir, run_dir, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    for name, checkpoint in (("validation", "elsewhere/best_model.pth"), ("inference", "data/pretrained.pth")):
+        (run / name).mkdir()
+        (run / name / f"{name}.json").write_text(json.dumps({"checkpoint": checkpoint, "scans": {}}))
+        (run / name / "candidates.csv").write_text("mine")
+    Trainer(processed_dir, run, num_epochs=1, overwrite=True, **CPU).train()
+    assert all((run / name / "candidates.csv").read_text() == "mine" for name in ("validation", "inference"))
+    assert "inference holds results of data/pretrained.pth, and stays" in caplog.text
+
+
 def test_logs_alone_are_no_run_to_be_replaced(processed_dir, tmp_path):
     (tmp_path / "logs_20260101-000000").mkdir()
     (tmp_path / "logs_20260101-000000" / "events.1").write_text("of a run that ended in its first epoch")
