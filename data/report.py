@@ -131,7 +131,7 @@ def notes_of(part: str, lungs: str, unlike_training: str) -> list[str]:
     """What is to be known of a scan before its nodules are."""
     notes = []
     if part in LEARNT_FROM:
-        notes.append(f"Seen in training ({part}): what is found here says nothing of new scans.")
+        notes.append("Seen in training: what is found here says nothing of new scans.")
     if not PLAIN_LUNGS.fullmatch(lungs):
         notes.append(f"Lungs: {lungs}.")
     if unlike_training not in ("", "no"):
