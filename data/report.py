@@ -35,6 +35,7 @@ from model import EXTRAS
 from preprocess import Preprocessing
 from utils import (
     LEARNT_FROM,
+    SEEN,
     Box,
     Geometry,
     InputError,
@@ -131,7 +132,8 @@ def notes_of(part: str, lungs: str, unlike_training: str) -> list[str]:
     """What is to be known of a scan before its nodules are."""
     notes = []
     if part in LEARNT_FROM:
-        notes.append("Seen in training: what is found here says nothing of new scans.")
+        told = "" if part == SEEN else f" ({part})"
+        notes.append(f"Seen in training{told}: what is found here says nothing of new scans.")
     if not PLAIN_LUNGS.fullmatch(lungs):
         notes.append(f"Lungs: {lungs}.")
     if unlike_training not in ("", "no"):
