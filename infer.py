@@ -608,9 +608,7 @@ def find_candidates(
     spots, spots_are_noise = _main_components(probability, min(CANDIDATE_THRESHOLD, threshold), voxel_mm3)
     marked = probability
     if cleaning and cleaning.crf and not spots_are_noise and array is not None:
-        least = 1 / (1 + math.exp(CRF_WEIGHT) * (1 / threshold - 1))  # what neighbours can raise to the threshold
-        may_be_marked = [voxels for voxels in spots if probability[tuple(voxels.T)].max() >= least]
-        marked = follow_edges(probability, array, grid.spacing_zyx, may_be_marked, device)
+        marked = _along_edges(probability, spots, threshold, array, grid, device)
     parts, is_noise = _main_components(marked, threshold, voxel_mm3)
     if not is_noise:
         parts = _nodule_voxels(_fill_holes(parts, probability.shape, grid), grid)
@@ -621,18 +619,37 @@ def find_candidates(
     for number, voxels in enumerate(parts, start=1):
         labels[tuple(voxels.T)] = number
     found = _describe(parts, geometry, probability, grid, array)
-    spots = [voxels for voxels in spots if not labels[tuple(voxels.T)].any()]
-    if cleaning:  # of a spot of which another part is a nodule it may have left out a part
-        listed = labels > 0
-        for voxels in spots:
-            listed[tuple(voxels.T)] = True
-        spots += [voxels for voxels in uncleaned if not listed[tuple(voxels.T)].any()]
-    faint = _describe(spots, geometry, probability, grid, array)
+    faint = _describe(_faint_parts(spots, uncleaned if cleaning else [], labels), geometry, probability, grid, array)
     numbers = [number for number, _ in found] + [0] * len(faint)
     whole = Segmentation(labels, [nodule for _, nodule in found + faint], numbers, is_noise or spots_are_noise)
     whole = whole if score is None else whole.rescored(score)
     most = max(MAX_CANDIDATES, len(found))
     return replace(whole, candidates=whole.candidates[:most], numbers=whole.numbers[:most])
+
+
+def _along_edges(
+    probability: np.ndarray,
+    spots: Sequence[np.ndarray],
+    threshold: float,
+    image: np.ndarray,
+    grid: Geometry,
+    device: torch.device | str,
+) -> np.ndarray:
+    """The map after ``follow_edges`` in those spots whose neighbours can raise it to the threshold."""
+    least = 1 / (1 + math.exp(CRF_WEIGHT) * (1 / threshold - 1))
+    may_be_marked = [voxels for voxels in spots if probability[tuple(voxels.T)].max() >= least]
+    return follow_edges(probability, image, grid.spacing_zyx, may_be_marked, device)
+
+
+def _faint_parts(spots: Sequence[np.ndarray], uncleaned: Sequence[np.ndarray], labels: np.ndarray) -> list[np.ndarray]:
+    """The spots in which no nodule is, and what cleaning left out of the others, each as voxels (m, 3)."""
+    faint = [voxels for voxels in spots if not labels[tuple(voxels.T)].any()]
+    if not uncleaned:
+        return faint
+    listed = labels > 0
+    for voxels in faint:
+        listed[tuple(voxels.T)] = True
+    return faint + [voxels for voxels in uncleaned if not listed[tuple(voxels.T)].any()]
 
 
 def _main_components(probability: np.ndarray, threshold: float, voxel_mm3: float) -> tuple[list[np.ndarray], bool]:
