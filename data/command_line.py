@@ -270,7 +270,8 @@ def _check_given(given: _Given, options: dict[str, Any]) -> None:
         advice = f"; did you mean {dashes}{nearest}?" if nearest else ""
         raise InputError(f"there is no option {given.label}{advice} (--help lists all)")
     if given.file is not None and isinstance(given.value, str) and _takes_paths(given.name, options):
-        raise InputError(f"{given.label} must be a list of paths: [{given.value}]")
+        takes_one = {Path, str} & {*get_args(_type_of(options[given.name]))}
+        check(bool(takes_one), f"{given.label} must be a list of paths: [{given.value}]")
     if given.value is None and given.name != "print_config":
         hint = _type_of(options.get(given.name)) or Path  # of --config
         is_null = given.file is not None and type(None) in get_args(hint)

@@ -372,6 +372,18 @@ def test_one_path_in_a_file_is_told_to_be_a_list(tmp_path, capsys):
     assert f"wagons in {path} must be a list of paths: [a.nii]" in message
 
 
+def test_one_path_in_a_file_is_taken_where_one_may_stand_alone(tmp_path):
+    class Ship:
+        """Carries goods."""
+
+        def __init__(self, holds: str | Path | list[Path] = "a") -> None: ...
+
+    path = tmp_path / "f.yaml"
+    path.write_text("holds: b\n")
+    [options], given = parse_command_line(Ship, argv=["--config", str(path)])
+    assert (str(options["holds"]), given) == ("b", {"holds"})
+
+
 def test_defaults_in_a_file_are_not_given(tmp_path):
     path = tmp_path / "f.yaml"
     path.write_text("wagons: null\ncolor: red\n")
