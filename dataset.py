@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -51,6 +52,7 @@ CPU = torch.device("cpu")
 NUM_FOLDS = 10
 PASTE_TRIES = 4  # places tried
 SIZE_RATIO = 2.0  # of voxels, between nodules that are pasted together
+DONOR_RIM = 2  # voxels around a nodule that is pasted
 LEAST_DONOR = 8  # voxels of a nodule that is pasted; of smaller ones a grid shows next to nothing
 MOST_PASTED = 1e-3  # of a scan's voxels, that may be pasted nodule
 MEMORY_SHARE = 0.5  # of the free memory, of the device or of the machine, that training scans may take
@@ -59,6 +61,7 @@ TISSUE_LEVEL = 0.4  # -440 HU; what is brighter is no lung
 MOST_TISSUE = 0.5  # of the voxels under a pasted nodule
 LUNG_LEVEL = 0.1  # of aerated lung, -860 HU in the usual window
 HARD_ERROR = 0.5  # a patch without a nodule in which the probability reaches this is a hard one
+HARD_REPEATS = 2.0  # how often each hard patch is drawn in an epoch, at most: a network learns few by heart
 
 
 RANGES = {  # of the random changes, and the probability without which each has no effect
@@ -282,7 +285,8 @@ def _augment(image: Tensor, mask: Tensor, drawn: AugmentationParameters) -> tupl
 def _apply_affine(image: Tensor, mask: Tensor, affine: np.ndarray, points: np.ndarray | None) -> tuple[Tensor, Tensor]:
     """Image by linear, mask by nearest sampling; each nodule keeps at least the voxel that its point falls on.
 
-    A point beside its nodule, as of a given mask that is no ball, makes none.
+    What comes from outside of the patch is a mirror image of what is inside, in both alike. A point beside its nodule,
+    as of a given mask that is no ball, makes none.
     """
     shape = np.asarray(image.shape[1:])
     half = shape / 2
@@ -291,14 +295,16 @@ def _apply_affine(image: Tensor, mask: Tensor, affine: np.ndarray, points: np.nd
     theta = np.concatenate([theta, np.zeros((3, 1))], axis=1)
     matrix = _to_device(torch.from_numpy(theta).to(image.dtype), image.device)[None]
     grid = functional.affine_grid(matrix, [1, 1, *shape.tolist()], align_corners=False)
-    image = functional.grid_sample(image[None], grid, mode="bilinear", align_corners=False)[0]
-    moved = functional.grid_sample(mask[None].to(image), grid, mode="nearest", align_corners=False)[0].to(mask.dtype)
+    sample = partial(functional.grid_sample, grid=grid, padding_mode="reflection", align_corners=False)
+    image = sample(image[None], mode="bilinear")[0]
+    moved = sample(mask[None].to(image), mode="nearest")[0].to(mask.dtype)
     if points is not None and len(points):
         pairs = np.stack([points.astype(int), _move_points(points, tuple(shape.tolist()), affine)])
         before, after = _to_device(torch.from_numpy(pairs), mask.device).unbind()
         there = (mask[0][tuple(before.T)] == 1).to(moved.dtype)
         strides = _to_device(torch.tensor(moved[0].stride()), mask.device)
-        moved.view(-1).scatter_reduce_(0, (after * strides).sum(dim=1), there, "amax")
+        kept = torch.zeros_like(moved).view(-1).scatter_reduce_(0, (after * strides).sum(dim=1), there, "amax")
+        moved.masked_fill_(kept.view_as(moved).bool(), 1)  # in an excluded finding, too
     return image, moved
 
 
@@ -454,7 +460,9 @@ class LUNA16Dataset(Dataset):
         """Image, mask, and mask with its rim (z, y, x) in a box around one of the nodules; kept once it is cut out."""
         if index not in self._donors:
             scan, box = self._nodules[index]
-            pixels, nodule = (part[box.slices].cpu().numpy().copy() for part in self._scan(scan))
+            image, mask = self._scan(scan)
+            box, nodule = _whole_nodule(mask, box)
+            pixels = image[box.slices].cpu().numpy().copy()
             self._donors[index] = pixels, nodule, ndimage.binary_dilation(nodule, np.ones((3, 3, 3)))
         return self._donors[index]
 
@@ -511,6 +519,8 @@ class LUNA16Dataset(Dataset):
                 points = np.concatenate([points, pasted])
             rng = generator_of("augmentation", self.seed, key.epoch, key.position)
             drawn = self.augmentation.draw(rng, (z, y, x), self.metadata[key.scan].grid.spacing_zyx, points)
+        if any(nodule.cut_by_lungs for nodule in self.metadata[key.scan].nodules):
+            mask = torch.where((mask == 1) & (image == 0), IGNORED, mask)  # what the lung mask hides teaches nothing
         if self.metadata[key.scan].excluded:
             mask = ignore_excluded(mask, self.metadata[key.scan].excluded_voxels(box))
         return {
@@ -547,6 +557,25 @@ def _box_around(center_zyx: np.ndarray, diameter_mm: float, metadata: ScanMetada
     reach = np.ceil(diameter_mm / 2 / np.asarray(metadata.grid.spacing_zyx)).astype(int) + 2
     is_whole = (center_zyx >= reach).all() and (center_zyx + reach < metadata.grid.shape_zyx).all()
     return Box.of_size(center_zyx - reach, 2 * reach + 1) if is_whole else None
+
+
+def _whole_nodule(mask: Tensor, box: Box) -> tuple[Box, np.ndarray]:
+    """Box around all of the nodule in the middle of a box, with DONOR_RIM voxels on each side, and its voxels there.
+
+    An outlined nodule may reach farther than the ball of its diameter. Where the scan ends before, there is none.
+    """
+    middle, reach = np.add(box.lower, box.upper) // 2, np.asarray(box.shape_zyx)
+    search = Box.between(np.maximum(middle - reach, 0), np.minimum(middle + reach, mask.shape))
+    labels = ndimage.label(mask[search.slices].cpu().numpy() == 1, np.ones((3, 3, 3)))[0]
+    nodule = (labels == labels[tuple(middle - search.lower)]) & (labels > 0)
+    around = Box.around(nodule)
+    if around is None:
+        return box, np.zeros(box.shape_zyx, np.uint8)
+    lower, upper = (np.add(search.lower, corner) for corner in (around.lower, around.upper))
+    wide = Box.between(lower - DONOR_RIM, upper + DONOR_RIM)
+    if min(wide.lower) < 0 or (np.asarray(wide.upper) > mask.shape).any():
+        return box, np.zeros(box.shape_zyx, np.uint8)
+    return wide, np.pad(nodule[around.slices].astype(np.uint8), DONOR_RIM)
 
 
 def ignore_excluded(mask: Tensor, voxels: np.ndarray) -> Tensor:
@@ -642,7 +671,8 @@ class Patches:
         size: Shape (z, y, x) of a patch.
         per_scan: Patches an epoch, for each scan on average.
         nodule_share: Share of the patches that hold a nodule; each nodule is equally likely.
-        hard_share: Share of the other patches that are drawn again where the network erred.
+        hard_share: Share of the other patches that are drawn again where the network erred, at most: none is drawn
+            more than HARD_REPEATS times an epoch on average.
         warmup_epochs: Epochs over which the share of patches with a nodule falls from all to nodule_share.
 
     Raises:
@@ -675,8 +705,8 @@ class PatchSampler(Sampler):
         metadata: Of each training scan, in the data set's order.
         lung_points: Of each the voxels (n, 3) (z, y, x) in the lungs to draw patches around.
         patches: Size, number and kinds of the patches. Hard ones are drawn from those without a nodule in which the
-            probability reached HARD_ERROR, as far as there are any. While ``warmup_epochs`` last, more patches hold a
-            nodule: a network that sees mostly background first learns to see nothing else.
+            probability reached HARD_ERROR, as far as there are enough. While ``warmup_epochs`` last, more patches hold
+            a nodule: a network that sees mostly background first learns to see nothing else.
         seed: Seed of the draws.
     """
 
@@ -702,13 +732,15 @@ class PatchSampler(Sampler):
         nodule_share = early + (1 - early) * self.patches.nodule_share
         hard = list(self.hard)
         weights = np.asarray(list(self.hard.values()))
+        others = max((1 - nodule_share) * self.size, 1.0)
+        hard_share = min(self.patches.hard_share, HARD_REPEATS * len(hard) / others)
         keys = []
         for index in range(self.size):
             kind = rng.random(2)
             if self.nodules and kind[0] < nodule_share:
                 scan, point = self.nodules[rng.integers(len(self.nodules))]
                 center = np.rint(point + rng.uniform(-self.reach, self.reach)).astype(int)
-            elif hard and kind[1] < self.patches.hard_share:
+            elif kind[1] < hard_share:
                 scan, center = hard[rng.choice(len(hard), p=weights / weights.sum())]
             else:
                 scan = self.backgrounds[rng.integers(len(self.backgrounds))]

@@ -730,15 +730,16 @@ class Trainer:
     def _is_best(self, result: ValidationResult) -> bool:
         """Whether this epoch is better than all before: by Dice, then by loss, then by fewer false-positive nodules.
 
-        Without a nodule in the validation scans there is no Dice to go by: it would be 0 for whoever marks something,
-        and undefined for who does not.
+        Excluded findings count neither way, as in the loss. Without a nodule in the validation scans there is no Dice
+        to go by: it would be 0 for whoever marks something, and undefined for who does not.
         """
-        has_nodules = math.isfinite(result.summary["dice_of_scans_with_nodules"])
+        summary = result.summary
+        has_nodules = math.isfinite(summary["dice_of_scans_with_nodules"])
         candidate = {
             "epoch": self.epoch,
-            "dice": result.dice if has_nodules else math.nan,
+            "dice": summary["dice_without_excluded"] if has_nodules else math.nan,
             "loss": result.loss,
-            "false_positive_nodules": int(result.summary["false_positive_nodules"]),
+            "false_positive_nodules": int(summary["false_positive_nodules"] - summary["on_excluded_findings"]),
         }
         if self.best is not None and _rank(candidate) <= _rank(self.best):
             return False

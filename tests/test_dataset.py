@@ -31,6 +31,7 @@ from dataset import (
     ScanSampler,
     _affine_matrix,
     _apply_affine,
+    _whole_nodule,
     augment_batch,
     collate,
     cut_patch,
@@ -41,7 +42,7 @@ from dataset import (
     nodule_points,
     patch_start,
 )
-from utils import Geometry, read_metadata, read_processed, read_processed_list, write_metadata
+from utils import IGNORED, Box, Geometry, read_metadata, read_processed, read_processed_list, write_metadata
 
 NO_POINTS = np.empty((0, 3), int)
 NO_CHANGE = Augmentation(
@@ -224,9 +225,7 @@ def test_affine_gives_the_image_that_scipy_gives(index):
     image = ndimage.gaussian_filter(np.random.default_rng(1).random((10, 14, 12)), 1)
     drawn = draw(dataclasses.replace(NO_CHANGE, affine_prob=1.0), index, image.shape, (3.0, 1.0, 2.0))
     center = (np.array(image.shape) - 1) / 2
-    expected = ndimage.affine_transform(
-        image, drawn.affine, center - drawn.affine @ center, order=1, mode="grid-constant", cval=0
-    )
+    expected = ndimage.affine_transform(image, drawn.affine, center - drawn.affine @ center, order=1, mode="reflect")
     np.testing.assert_allclose(augment(image, drawn)[0], expected, atol=1e-5)
 
 
@@ -261,7 +260,7 @@ def test_affine_of_image_and_mask_is_that_of_monai(index):
     matrix[:3, :3] = drawn.affine
     given = torch.from_numpy(image)[None]
     for array, found, mode in ((given, moved, "bilinear"), ((given > 0.5).float(), mask, "nearest")):
-        affine = monai.Affine(affine=matrix, mode=mode, padding_mode="zeros", align_corners=False, image_only=True)
+        affine = monai.Affine(affine=matrix, mode=mode, padding_mode="reflection", align_corners=False, image_only=True)
         np.testing.assert_allclose(found, affine(array)[0], atol=1e-5)
 
 
@@ -908,13 +907,15 @@ def test_sampler_opens_no_array(processed_dir, uids, monkeypatch):
         dataset[next(iter(sampler))]
 
 
-def test_hard_patches_are_drawn_again_as_often_as_asked():
+@pytest.mark.parametrize(("count", "share"), [(1, 2 / 2000), (50, 100 / 2000), (250, 0.25), (900, 0.25)])
+def test_hard_patches_are_drawn_again_as_often_as_asked_and_each_twice_at_most(count, share):
     sampler = patch_sampler(nodule_share=0, hard_share=0.25)
-    hard = SampleKey(0, 0, 1, (20, 20, 20))
-    sampler.record([hard, hard._replace(center_zyx=(1, 1, 1))], [0.9, 0.1])
-    share = np.mean([key.center_zyx == (20, 20, 20) for key in sampler])
-    assert abs(share - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 2000)
-    assert not any(key.center_zyx == (1, 1, 1) for key in sampler)
+    hard = [SampleKey(0, 0, 1, (20, 20, x)) for x in range(count)]
+    sampler.record([*hard, SampleKey(0, 0, 1, (1, 1, 1))], [0.9] * count + [0.1])
+    centers = [key.center_zyx for key in sampler]
+    again = np.mean([center[:2] == (20, 20) for center in centers])
+    assert abs(again - share) < 4 * math.sqrt(share * (1 - share) / 2000)
+    assert (1, 1, 1) not in centers
 
 
 def test_patch_that_is_mastered_is_no_longer_hard():
@@ -1243,3 +1244,40 @@ def test_background_is_drawn_from_whole_scans_while_there_are_any():
     patches = Patches((8, 8, 8), per_scan=20, nodule_share=0.0, hard_share=0.0, warmup_epochs=0)
     assert {key.scan for key in PatchSampler(scans, points, patches, seed=0)} == {1}
     assert {key.scan for key in PatchSampler(scans[:1], points[:1], patches, seed=0)} == {0}
+
+
+def test_nodule_in_an_excluded_finding_keeps_its_voxel():
+    mask = np.full((9, 9, 9), IGNORED, np.uint8)
+    mask[3, 3, 3] = 1
+    drawn = AugmentationParameters(affine=np.eye(3) * 2, points=np.array([[3, 3, 3]]))  # fetches every other voxel
+    _, moved = augment_batch(torch.zeros(1, 1, 9, 9, 9), torch.from_numpy(mask)[None, None], [drawn])
+    assert (moved == 1).sum() == 1
+
+
+def test_donor_is_all_of_its_nodule_and_no_neighbour():
+    mask = np.zeros((30, 40, 40), np.uint8)
+    mask[10:14, 10:13, 8:24] = 1  # much longer than wide
+    mask[18:20, 10:13, 8:24] = 1  # another one
+    box, nodule = _whole_nodule(torch.from_numpy(mask), Box.of_size((6, 6, 6), (12, 12, 12)))
+    assert (box.lower, box.upper) == ((8, 8, 6), (16, 15, 26))
+    np.testing.assert_array_equal(nodule, np.pad(np.ones((4, 3, 16)), 2))
+    for at_edge, small in ((mask[9:], (0, 6, 6)), (mask[20:], (0, 6, 6))):  # the scan ends before; nothing is there
+        assert not _whole_nodule(torch.from_numpy(at_edge), Box.of_size(small, (6, 12, 12)))[1].any()
+
+
+def test_nodule_that_the_lung_mask_hides_teaches_nothing(processed_dir, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(processed_dir, data)
+    uid = read_processed_list(data)[0]
+    scan = read_processed(data, uid)
+    inside = np.argwhere(np.asarray(scan.mask) == 1)
+    hidden = tuple(inside[: len(inside) // 2].T)
+    image = np.array(scan.image)
+    image[hidden] = 0
+    np.save(data / "images" / f"{uid}.npy", image)
+    shown = LUNA16Dataset(data, [uid])[0]["mask"][0]
+    assert (shown[hidden] == 1).all()  # dark, but inside of the lung mask
+    nodules = tuple(dataclasses.replace(nodule, cut_by_lungs=True) for nodule in scan.metadata.nodules)
+    write_metadata(data, dataclasses.replace(scan.metadata, nodules=nodules))
+    mask = LUNA16Dataset(data, [uid])[0]["mask"][0]
+    assert (mask[hidden] == IGNORED).all() and (mask == 1).sum() == len(inside) - len(hidden[0])

@@ -114,6 +114,7 @@ def recipe(*changes: str, epochs: int = 86, **more: Any) -> Trial:
 HALVES = {"train": "train A", "tests": ("test A", "test B")}
 TWELVE: dict[str, Any] = {"train": "train of twelve", "tests": ("test of 24",), "scoring": ("--mirrors", "0")}
 FIVE_MINUTES = ("--validation.fraction", "0.2", "--patches.warmup_epochs", "1", "--validation.mirrors", "0")
+ALL_VOXELS = ("--loss.hardest_share", "1")
 SCREENING = 39  # epochs in ten minutes
 # Epochs in ten minutes of networks that work at full resolution, by the operations of a step beside the default's.
 FULL_RESOLUTION = {"nnunet": 6, "attention_unet": 7, "segresnet": 4, "nnunet_residual": 4, "vnet": 1}
@@ -136,7 +137,9 @@ TRIALS = {
     },
     "twelve scans": recipe(*FIVE_MINUTES, epochs=9, **TWELVE),
     "twelve scans, from pretrained": recipe(*FIVE_MINUTES, "--initial_weights", "pretrained", epochs=9, **TWELVE),
-    "20 epochs": recipe(epochs=20),
+    "20 epochs": recipe(epochs=20, seeds=(0, 1, 2)),
+    "20 epochs, all voxels": recipe(*ALL_VOXELS, epochs=20, seeds=(0, 1, 2)),
+    "20 epochs, more patches on nodules": recipe("--patches.nodule_share", "0.5", epochs=20),
     "20 epochs, dropout 0.1": recipe("--dropout", "0.1", epochs=20),
     "20 epochs, subpixel": recipe("--network", "subpixel", epochs=20),
     "20 epochs, subpixel, dropout 0.1": recipe("--dropout", "0.1", "--network", "subpixel", epochs=20),
