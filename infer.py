@@ -250,7 +250,7 @@ class Predictor:
             logits = torch.full_like(image, OUTSIDE_LOGIT, dtype=torch.float32)
             logits[inside] = sliding_window_inference(  # type: ignore[assignment]
                 image[inside].float(),
-                self.settings.window,
+                self._first_window(logits[inside].shape[2:]).tolist(),
                 WINDOW_BATCH,
                 partial(self._forward, again=self.settings.everywhere),
                 overlap=WINDOW_OVERLAP,
@@ -263,8 +263,16 @@ class Predictor:
                     self._refine_spots(one[None], its_logits[0])
             return logits
 
+    def _first_window(self, shape_zyx: Sequence[int]) -> np.ndarray:
+        """(3,) shape of the windows of a first look at an array: at least that of the patches, at most the array's."""
+        assert self.settings.window is not None
+        fitting = np.minimum(self.settings.first_window or (0, 0, 0), shape_zyx)
+        return np.maximum(self.settings.window, fitting + -fitting % self.divisor)
+
     def _refine_spots(self, image: Tensor, logits: Tensor) -> None:
         """Predicts possible nodules again, in the middle of a window and flipped, and averages all predictions.
+
+        A window is twice as wide as its spot, at least as the patches and at most as the windows of the first look.
 
         Args:
             image: (1, 1, Z, Y, X).
@@ -272,12 +280,15 @@ class Predictor:
                 their window.
         """
         assert self.settings.window is not None
-        window = self.settings.window
-        size = np.minimum(window, logits.shape)
-        weight = (1 + self.more_looks) * compute_importance_map(tuple(size), "gaussian", LOOK_SIGMA, logits.device)
+        widest = self._first_window(logits.shape)
         total, weights = logits.sigmoid(), torch.ones_like(logits)
         voxel_mm3 = math.prod(self.settings.grid_spacing or (0.0,))
-        for middle in _middles_of_spots(total.cpu().numpy(), size // 2, voxel_mm3):
+        for spot in _spots(total.cpu().numpy(), np.minimum(widest, logits.shape) // 2, voxel_mm3):
+            wide = 2 * np.asarray(spot.shape_zyx)
+            window = np.clip(wide + -wide % self.divisor, self.settings.window, widest)
+            size = np.minimum(window, logits.shape)
+            weight = compute_importance_map(tuple(size), "gaussian", LOOK_SIGMA, logits.device) * (1 + self.more_looks)
+            middle = np.add(spot.lower, spot.upper) // 2
             crop = Box.of_size(np.clip(middle - size // 2, 0, logits.shape - size), size).slices
             again = self._forward(padded(image[:, :, *crop], window), again=True)[0, 0].to(logits.device)
             total[crop] += weight * again[tuple(map(slice, size))].sigmoid()
@@ -372,26 +383,27 @@ def content_box(image: np.ndarray) -> Box | None:
     return Box.around(np.asarray(image) > 0)
 
 
-def _middles_of_spots(probability: np.ndarray, step: np.ndarray, voxel_mm3: float = 0.0) -> np.ndarray:
-    """Middles, int (n, 3), of up to MAX_CANDIDATES spots that may be a nodule in a map (z, y, x), the likeliest first.
+def _spots(probability: np.ndarray, step: np.ndarray, voxel_mm3: float = 0.0) -> list[Box]:
+    """Boxes of up to MAX_CANDIDATES spots that may be a nodule in a map (z, y, x), the likeliest first.
 
-    What is wider than ``step`` voxels is divided into boxes that are not, and each that is not empty has a middle; the
+    What is wider than ``step`` voxels is divided into boxes that are not, of which those that are not empty stay; the
     first ones of all spots come first. A map that is noise has none.
     """
     spots, is_noise = _main_components(probability, CANDIDATE_THRESHOLD, voxel_mm3)
     if is_noise:
-        return np.empty((0, 3), int)
+        return []
     spots.sort(key=lambda voxels: -probability[tuple(voxels.T)].max())
-    middles, turns = [np.empty((0, 3))], [np.empty(0, int)]
+    boxes: list[tuple[int, Box]] = []  # each with its number among those of its spot
     for voxels in spots[:MAX_CANDIDATES]:
         lower, width = voxels.min(axis=0), np.ptp(voxels, axis=0) + 1
         parts = -(-width // np.maximum(step, 1))
-        boxes = ((voxels - lower) / width * parts).astype(int)
-        filled = np.unravel_index(np.unique(np.ravel_multi_index(tuple(boxes.T), parts)), parts)
-        middles.append(lower + (np.stack(filled, axis=1) + 0.5) / parts * width)
-        turns.append(np.arange(len(filled[0])))
-    order = np.argsort(np.concatenate(turns), kind="stable")[:MAX_CANDIDATES]
-    return np.concatenate(middles)[order].astype(int)
+        part = ((voxels - lower) / width * parts).astype(int)
+        filled = np.unravel_index(np.unique(np.ravel_multi_index(tuple(part.T), parts)), parts)
+        for turn, number in enumerate(np.stack(filled, axis=1)):
+            first, end = (lower + (number + edge) / parts * width for edge in (0, 1))
+            boxes.append((turn, Box.between(np.floor(first.round(6)), np.ceil(end.round(6)))))
+    boxes.sort(key=lambda box: box[0])
+    return [box for _, box in boxes[:MAX_CANDIDATES]]
 
 
 # ----------------------------------------------------------------------------------------------- probability to nodules

@@ -119,6 +119,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 AUGMENTATION = Augmentation()
 LEAST_SHARE = 1e-4  # of voxels that an untrained network takes for nodule; from 1e-5 on, one did not learn in trials
+FIRST_WINDOW = (96, 96, 96)  # voxels; in windows of 48 mm, tumours of 41 mm and more were outlined by half
 EPOCHS_TIMED = 10  # the last ones, by which the time that is left is estimated
 WARM_UP = 3  # eager steps before capture: cuDNN tries its kernels, AdamW allocates its state
 # Files of a run, and TensorBoard's beside them.
@@ -320,7 +321,8 @@ class Trainer:
     def _first_inference_settings(self, mirrors: int) -> InferenceSettings:
         """How the network looks at scans; the last validation chooses the min_score."""
         spacing = np.median([self.metadata[uid].grid.spacing for uid in self.split.train], axis=0)
-        return InferenceSettings(mirrors=mirrors, window=self.patch_size, grid_spacing=tuple(spacing.tolist()))
+        settings = InferenceSettings(mirrors=mirrors, window=self.patch_size, grid_spacing=tuple(spacing.tolist()))
+        return settings if self.patch_size is None else replace(settings, first_window=FIRST_WINDOW)
 
     def _build(self) -> None:
         """Network, loss, optimiser and data; leaves the global random states as they were."""

@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 from data.command_line import parse_command_line, refuse_options, run_main
@@ -879,9 +880,9 @@ def size_agreement(nodules: pd.DataFrame) -> list[dict[str, Any]]:
 
     Returns:
         For each of AGREEMENT_SIZES_MM that has found nodules: ``diameter``, ``found`` (their number), ``bias_mm`` (mean
-        of found less annotated diameter), ``bias_interval_mm`` (its 95 % interval), ``limits_mm`` (within which 95 % of
-        the differences lie if they are normal), and ``grid_bias_mm``, the bias of the true mask on the grid. Spreads
-        of fewer than two nodules are NaN.
+        of found less annotated diameter), ``bias_interval_mm`` (its 95 % interval), ``limits_mm`` (within which a
+        further difference lies with 95 % probability), and ``grid_bias_mm``, the bias of the true mask on the grid.
+        Both take differences for normal, by Student's t; of fewer than two nodules they are NaN.
     """
     found = nodules[nodules["found_diameter_mm"].notna()]
     rows = []
@@ -890,12 +891,13 @@ def size_agreement(nodules: pd.DataFrame) -> list[dict[str, Any]]:
         if chosen.empty:
             continue
         differences = chosen["found_diameter_mm"] - chosen["diameter_mm"]
-        bias, spread = float(differences.mean()), 1.96 * float(differences.std())
-        error = spread / math.sqrt(len(chosen))
+        count, bias = len(chosen), float(differences.mean())
+        quantile = float(stats.t.ppf(0.975, count - 1)) * float(differences.std())
+        error, spread = quantile / math.sqrt(count), quantile * math.sqrt(1 + 1 / count)
         rows.append(
             {
                 "diameter": name,
-                "found": len(chosen),
+                "found": count,
                 "bias_mm": bias,
                 "bias_interval_mm": [bias - error, bias + error],
                 "limits_mm": [bias - spread, bias + spread],
@@ -1450,6 +1452,15 @@ def format_froc(curve: FROC) -> str:
 
 # ------------------------------------------------------------------------------------------------------ two results
 
+COMPARED_COLUMNS = (
+    "dice",
+    "dice_without_excluded",
+    "nodules",
+    "nodules_found",
+    "false_positive_nodules",
+    "on_excluded_findings",
+)
+
 
 @dataclass(frozen=True)
 class ScoredScans:
@@ -1488,8 +1499,11 @@ class ScoredScans:
             return pd.concat([read_table(path / name, columns) for path in paths], ignore_index=True)
 
         table = joined("validation_results.csv", ["seriesuid"])  # a scan may have no Dice
-        missing = {"part", "dice", "nodules", "nodules_found", "false_positive_nodules"} - set(table.columns)
-        check(not missing, f"validation_results.csv of {folders} has no column {', '.join(sorted(missing))}")
+        missing = {"part", *COMPARED_COLUMNS} - set(table.columns)
+        check(
+            not missing,
+            f"validation_results.csv of {folders} has no column {', '.join(sorted(missing))}; score the scans anew",
+        )
         table = _scored(table)
         twice = table.loc[table["seriesuid"].duplicated(), "seriesuid"]
         check(twice.empty, f"{folders} has two results of the scan {next(iter(twice), None)}; leave one out")
@@ -1506,22 +1520,23 @@ class ScoredScans:
         )
 
     def draws(self) -> dict[str, np.ndarray]:
-        """(1 + n,) values of each of COMPARED: of all scans, then of n draws of them with replacement.
+        """(1 + n,) values of each figure: of all scans, then of n draws of them with replacement.
 
-        Two results of the same scans draw the same ones.
+        Two results of the same scans draw the same ones. False-positive nodules are those that lie on no excluded
+        finding.
         """
         count = len(self.table)
         drawn = np.random.default_rng(0).integers(count, size=(NUM_DRAWS, count))
         drawn = np.vstack([np.arange(count), drawn])
-        dice, nodules, found, false = (
-            self.table[name].to_numpy(float)[drawn]
-            for name in ("dice", "nodules", "nodules_found", "false_positive_nodules")
+        dice, fair, nodules, found, false, excluded = (
+            self.table[name].to_numpy(float)[drawn] for name in COMPARED_COLUMNS
         )
         with np.errstate(invalid="ignore"):  # a draw may have no scan with a Dice, or without nodules
             values = {
                 "Dice per scan": np.nansum(dice, axis=1) / np.isfinite(dice).sum(axis=1),
+                "Dice without excluded findings": np.nansum(fair, axis=1) / np.isfinite(fair).sum(axis=1),
                 "sensitivity of the masks": found.sum(axis=1) / nodules.sum(axis=1),
-                "false-positive nodules a scan": false.mean(axis=1),
+                "false-positive nodules a scan": (false - excluded).mean(axis=1),
             }
         if len(self.nodules):
             curve = froc(self.candidates, self.nodules, self.excluded, list(self.table["seriesuid"]))
@@ -1552,6 +1567,9 @@ def compare_results(compare: list[Path] | None = None) -> pd.DataFrame:
     check(len(names) == 2, f"compare takes two folders that validate.py wrote, not {len(names)}")
     first, second = (ScoredScans.read(name) for name in names)
     check_same_scans(first, second, *names)
+    for name, scored in zip(names, (first, second), strict=True):
+        if (scored.table["part"] == "validation").any():
+            logger.warning("%s: the network was chosen on these very scans, so its figures are too good", name)
     rows = []
     for (figure, ours), theirs in zip(first.draws().items(), second.draws().values(), strict=True):
         drawn = (ours - theirs)[1:]
@@ -1597,11 +1615,11 @@ def format_comparison(table: pd.DataFrame, names: Sequence[str]) -> str:
         winner = "first" if is_first else "second"
         shown = "" if row["lower"] <= 0 <= row["upper"] else winner
         better[shown if np.isfinite([row["lower"], row["upper"]]).all() else "undefined"].append(row["figure"])
-    lines += [f"The {name} is better in {' and '.join(better[name])}." for name in ("first", "second") if better[name]]
+    lines += [f"The {name} is better in {', '.join(better[name])}." for name in ("first", "second") if better[name]]
     if better[""]:
-        lines.append(f"No difference is shown in {' and '.join(better[''])}: the interval holds 0.")
+        lines.append(f"No difference is shown in {', '.join(better[''])}: the interval holds 0.")
     if better["undefined"]:
-        lines.append(f"Nothing can be said of {' and '.join(better['undefined'])}: too few scans have a nodule.")
+        lines.append(f"Nothing can be said of {', '.join(better['undefined'])}: too few scans have a nodule.")
     lines.append("The intervals draw scans anew. They do not hold how much trainings differ among themselves.")
     return "\n".join(lines)
 
@@ -1623,7 +1641,7 @@ def _command(argv: list[str] | None) -> int:
         print(f"table and picture: {score_options['output_dir']}")
         return 0
     if tune_options["tune"] is not None:
-        taken = (set(options) | set(tune_options)) - {"min_score"}  # which tuning chooses
+        taken = (set(options) | set(tune_options)) - {"min_score", "output_dir"}  # it chooses the one, and writes none
         refuse_options(given - taken, "they are for scoring; leave them out with tune")
         validator = Validator(**options)
         table = validator.tune(**tune_options)

@@ -20,6 +20,7 @@ def write_result(folder, dice, scores=None, false=0, first="s00"):
     folder.mkdir(parents=True)
     table = pd.DataFrame({"seriesuid": names, "part": "new", "dice": dice, "nodules": 1})
     table["nodules_found"], table["false_positive_nodules"] = [int(s is not None) for s in scores], false
+    table["dice_without_excluded"], table["on_excluded_findings"] = dice, 0
     table.to_csv(folder / "validation_results.csv", index=False)
     rows = [(name, 0.0, 0.0, 0.0, 8.0, value) for name, value in zip(names, dice, strict=True)]
     pd.DataFrame(rows, columns=list(NODULES)).to_csv(folder / "nodule_results.csv", index=False)
@@ -45,6 +46,26 @@ def test_difference_of_each_figure_is_first_less_second(tmp_path):
     assert row_of(table, "CPM")["first"] == 1
 
 
+def test_nodules_on_excluded_findings_count_neither_way(tmp_path):
+    first, second = (write_result(tmp_path / name, [0.8, 0.6], false=1) for name in "ab")
+    table = pd.read_csv(first / "validation_results.csv")
+    table = table.assign(on_excluded_findings=1, dice_without_excluded=[0.9, 0.8])
+    table.to_csv(first / "validation_results.csv", index=False)
+    compared = compare_results([first, second])
+    assert row_of(compared, "false-positive nodules a scan")["difference"] == -1
+    assert row_of(compared, "Dice per scan")["difference"] == 0
+    assert row_of(compared, "Dice without excluded findings")["difference"] == pytest.approx(0.15)
+
+
+def test_result_on_the_scans_that_chose_the_network_is_told(tmp_path, caplog):
+    first, second = (write_result(tmp_path / name, [0.8, 0.6]) for name in "ab")
+    table = pd.read_csv(first / "validation_results.csv").assign(part="validation")
+    table.to_csv(first / "validation_results.csv", index=False)
+    compare_results([first, second])
+    [record] = [record for record in caplog.records if "chosen on these very scans" in record.message]
+    assert str(first) in record.message
+
+
 def test_interval_is_paired(tmp_path):
     rng = np.random.default_rng(0)
     dice = rng.uniform(0.2, 0.9, 40)  # scans differ widely, the two networks by 0.02 in each
@@ -61,7 +82,8 @@ def test_nothing_is_said_of_scans_without_a_nodule(tmp_path):
         pd.read_csv(folder / "nodule_results.csv")[:0].to_csv(folder / "nodule_results.csv", index=False)
     names = [tmp_path / "a", tmp_path / "b"]
     text = format_comparison(compare_results(names), names)
-    assert "Nothing can be said of Dice per scan and sensitivity of the masks: too few scans" in text
+    figures = "Dice per scan, Dice without excluded findings, sensitivity of the masks"
+    assert f"Nothing can be said of {figures}: too few scans" in text
     assert "is better" not in text
 
 
@@ -109,11 +131,12 @@ def test_what_is_said_names_the_better_one_and_what_is_not_shown(tmp_path):
     first = write_result(tmp_path / "a", [0.8, 0.6, 0.7, 0.9])
     second = write_result(tmp_path / "b", [0.7, 0.5, 0.6, 0.8], false=1)
     text = format_comparison(compare_results([first, second]), ["A", "B"])
-    assert "The first is better in Dice per scan and false-positive nodules a scan" in text
+    better = "Dice per scan, Dice without excluded findings, false-positive nodules a scan"
+    assert f"The first is better in {better}" in text
     assert "No difference is shown in sensitivity of the masks" in text
     assert "do not hold how much trainings differ" in text
     swapped = format_comparison(compare_results([second, first]), ["B", "A"])
-    assert "The second is better in Dice per scan and false-positive nodules a scan" in swapped
+    assert f"The second is better in {better}" in swapped
 
 
 def test_other_scans_are_refused(tmp_path):

@@ -69,8 +69,8 @@ class Block(nn.Module):
 def live(tmp_path):
     """An inferencer of a live model."""
 
-    def make(model, window=None, **arguments):
-        settings = InferenceSettings(window=window)
+    def make(model, window=None, first_window=None, **arguments):
+        settings = InferenceSettings(window=window, first_window=first_window)
         return NoduleInferencer(
             output_dir=tmp_path / "out",
             device="cpu",
@@ -291,8 +291,8 @@ def test_wide_spot_is_looked_at_in_parts_and_no_scan_more_often_than_it_may_have
     image[10:12, 10:12, 2:22] = 1
     inferencer = live(network, window=(8, 8, 8), mirrors=1)
     inferencer.predict_probability(image)
-    middles = infer._middles_of_spots(image, np.array([4, 4, 4]))
-    assert [middle.tolist() for middle in middles] == [[11, 11, x] for x in (4, 8, 12, 16, 20)]
+    boxes = infer._spots(image, np.array([4, 4, 4]))
+    assert boxes == [Box((10, 10, x), (12, 12, x + 4)) for x in (2, 6, 10, 14, 18)]
     network.seen.clear()
     inferencer.predict_probability(spotted(*3 * np.argwhere(np.ones((8, 8, 8)))))
     assert len(network.seen) == 4**3 + 2 * MAX_CANDIDATES
@@ -322,7 +322,7 @@ def test_looks_at_neighbouring_spots_count_alike_in_any_order(live, monkeypatch,
 def test_likeliest_spot_is_looked_at_first():
     probability = np.zeros((9, 9, 9))
     probability[1, 1, 1], probability[7, 7, 7], probability[1, 7, 1] = 0.5, 0.9, 0.05
-    assert [m.tolist() for m in infer._middles_of_spots(probability, np.full(3, 4))] == [[7, 7, 7], [1, 1, 1]]
+    assert [box.lower for box in infer._spots(probability, np.full(3, 4))] == [(7, 7, 7), (1, 1, 1)]
 
 
 def test_wide_spot_leaves_looks_for_the_others():
@@ -330,9 +330,9 @@ def test_wide_spot_leaves_looks_for_the_others():
     probability[0], probability[0, 0, 0] = 0.12, 0.6
     for place in (20, 30, 40):
         probability[place, place, place] = 0.5
-    middles = infer._middles_of_spots(probability, np.full(3, 4)).tolist()
-    assert len(middles) == MAX_CANDIDATES and middles[0][0] == 0
-    assert sorted(middles[1:4]) == [[20, 20, 20], [30, 30, 30], [40, 40, 40]]
+    lower = [box.lower for box in infer._spots(probability, np.full(3, 4))]
+    assert len(lower) == MAX_CANDIDATES and lower[0][0] == 0
+    assert sorted(lower[1:4]) == [(20, 20, 20), (30, 30, 30), (40, 40, 40)]
 
 
 def test_further_look_at_a_small_array_sees_air_around_it_as_the_first_one(live):
@@ -342,7 +342,25 @@ def test_further_look_at_a_small_array_sees_air_around_it_as_the_first_one(live)
 
 
 def test_wholly_empty_map_has_no_spots():
-    assert not len(infer._middles_of_spots(np.zeros((4, 4, 4)), np.full(3, 2)))
+    assert not infer._spots(np.zeros((4, 4, 4)), np.full(3, 2))
+
+
+def test_first_look_has_larger_windows_where_the_scan_is_large_enough(live):
+    network = Counting()
+    windows = {"window": (8, 8, 8), "first_window": (16, 16, 16)}
+    live(network, **windows).predict_probability(np.zeros((12, 24, 40), np.float32))
+    assert {tuple(window.shape) for window in network.seen} == {(12, 16, 16)}
+    network.seen.clear()
+    live(network, **windows).predict_probability(np.zeros((4, 6, 16), np.float32))
+    assert {tuple(window.shape) for window in network.seen} == {(8, 8, 16)}
+
+
+def test_further_look_is_twice_as_wide_as_its_spot(live):
+    network = Counting()
+    image = spotted((2, 3, 4))
+    image[10:12, 8:14, 4:14] = 1
+    live(network, window=(8, 8, 8), first_window=(24, 24, 24), mirrors=1).predict_probability(image)
+    assert [tuple(window.shape) for window in network.seen[-4::2]] == [(8, 8, 8), (8, 12, 20)]
 
 
 def test_checkpoint_knows_the_number_of_mirror_images(processed_dir, tmp_path):

@@ -372,9 +372,10 @@ def test_agreement_of_diameters_by_hand():
     assert [row["bias_mm"] for row in rows] == pytest.approx([0.5, 0.5, 0.5])
     assert [row["grid_bias_mm"] for row in rows] == pytest.approx([0.2, 0.2, 0.2])
     spread = math.sqrt((0.5**2 + 1.5**2 + 1.0**2) / 2)
-    assert rows[2]["limits_mm"] == pytest.approx([0.5 - 1.96 * spread, 0.5 + 1.96 * spread])
-    error = 1.96 * spread / math.sqrt(3)
-    assert rows[2]["bias_interval_mm"] == pytest.approx([0.5 - error, 0.5 + error])
+    quantile = 4.3027  # of Student's t with two degrees of freedom
+    error, limit = quantile * spread / math.sqrt(3), quantile * spread * math.sqrt(4 / 3)
+    assert rows[2]["limits_mm"] == pytest.approx([0.5 - limit, 0.5 + limit], rel=1e-4)
+    assert rows[2]["bias_interval_mm"] == pytest.approx([0.5 - error, 0.5 + error], rel=1e-4)
     assert np.isnan(rows[1]["limits_mm"]).all()
 
 

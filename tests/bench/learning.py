@@ -3,8 +3,9 @@
 python tests/bench/learning.py --trials '[defaults]' --seeds '[0,1,2]'
 python tests/bench/learning.py --compare '["defaults", "plain MONAI"]'
 
-It goes on where it was stopped: a row that is there is not made again, and a training resumes. Trainings run one after
-the other, since two at a time slow each other many times over.
+It goes on where it was stopped: a row that is there is not made again, and a training resumes. To repeat a row, delete
+it and name another ``--work_dir``. What is compared must have been scored in the same ``--work_dir``. Trainings run one
+after the other, since two at a time slow each other many times over.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from utils import (
     select_device,
     write_csv,
 )
-from validate import ScoredScans, Validator, froc, read_excluded, table_by_size
+from validate import ScoredScans, Validator, check_same_scans, froc, read_excluded, table_by_size
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.csv")
@@ -139,7 +140,14 @@ TRIALS = {
     "twelve scans, from pretrained": recipe(*FIVE_MINUTES, "--initial_weights", "pretrained", epochs=9, **TWELVE),
     "20 epochs": recipe(epochs=20, seeds=(0, 1, 2)),
     "20 epochs, all voxels": recipe(*ALL_VOXELS, epochs=20, seeds=(0, 1, 2)),
-    "20 epochs, more patches on nodules": recipe("--patches.nodule_share", "0.5", epochs=20),
+    **{
+        f"one look, {name}": recipe("--validation.mirrors", "0", *more, epochs=20, scoring=("--mirrors", "0"))
+        for name, more in (
+            ("as it is", ()),
+            ("all voxels", ALL_VOXELS),
+            ("more patches on nodules", ("--patches.nodule_share", "0.5")),
+        )
+    },
     "20 epochs, dropout 0.1": recipe("--dropout", "0.1", epochs=20),
     "20 epochs, subpixel": recipe("--network", "subpixel", epochs=20),
     "20 epochs, subpixel, dropout 0.1": recipe("--dropout", "0.1", "--network", "subpixel", epochs=20),
@@ -209,11 +217,13 @@ class Bench:
     def validate(self, name: str, seed: int, test: str, run: Path) -> Path:
         """Scores a trained trial on a set; returns the folder of its results."""
         trial, results = TRIALS[name], self.folder(name, seed) / test
-        if not (results / "validation_summary.json").is_file():
+        if not (results / "done").is_file():
             checkpoint = run / "checkpoints" / "best_model.pth"
             words = ["--data_dir", self.processed(test, trial.grid), "--output_dir", results, "--subset", "new"]
             words += ["--checkpoint_path", checkpoint, "--device", self.device, *trial.scoring]
+            words += ["--overwrite", "true"]  # of scans that failed
             self.run("validate.py", *words, "--excluded_path", self.phantoms(test) / "annotations_excluded.csv")
+            (results / "done").touch()
         return results
 
 
@@ -360,8 +370,17 @@ def gain(bench: Bench, better: str, than: str) -> str:
     )
     draws: dict[str, list[np.ndarray]] = {"Dice per scan": [], "CPM": []}
     for seed, test in common:
+        folders = [bench.folder(name, seed) / test for name in (better, than)]
+        for folder in folders:
+            check(
+                folder.is_dir(),
+                f"{folder} does not exist: {RESULTS.name} has its row, but this work_dir did not make it; name the one "
+                "that did, or delete the row and run the trial",
+            )
         excluded = read_excluded(bench.phantoms(test) / "annotations_excluded.csv")
-        pair = [ScoredScans.read(bench.folder(name, seed) / test, excluded).draws() for name in (better, than)]
+        first, second = (ScoredScans.read(folder, excluded) for folder in folders)
+        check_same_scans(first, second, *map(str, folders))
+        pair = [first.draws(), second.draws()]
         for kind in draws:
             draws[kind].append(pair[0][kind] - pair[1][kind])
     lines = [f"{better} over {than}, {', '.join(f'seed {seed} on {test}' for seed, test in common)}:"]
@@ -399,6 +418,7 @@ def main(
             for test in TRIALS[name].tests:
                 done = rows_done()
                 if ((done["trial"] == name) & (done["seed"] == seed) & (done["test"] == test)).any():
+                    print(f"{RESULTS.name} has {name}, seed {seed}, {test} already")
                     continue
                 if name == PLAIN:
                     add_row(plain_row(bench, seed))
