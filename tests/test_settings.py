@@ -41,7 +41,8 @@ def bench(run_dir, tmp_path, monkeypatch):
 
     def run(*names: str) -> pd.DataFrame:
         looks.clear()
-        settings.main("tiny", data_dir, run_dir / "checkpoints" / "best_model.pth", list(names), "cpu")
+        paths = (data_dir, run_dir / "checkpoints" / "best_model.pth", tmp_path / "annotations_excluded.csv")
+        settings.main("tiny", *paths, list(names), "cpu")
         return pd.read_csv(settings.RESULTS).set_index("setting")
 
     run.looks = looks
@@ -64,7 +65,8 @@ def test_each_setting_has_one_row_with_its_gain(bench):
 
 def test_network_is_not_scored_on_what_it_has_learnt_from(bench, processed_dir, run_dir):
     with pytest.raises(InputError, match="may have learnt from 3 of these scans"):
-        settings.main("tiny", processed_dir, run_dir / "checkpoints" / "best_model.pth", ["turned"], "cpu")
+        paths = (processed_dir, run_dir / "checkpoints" / "best_model.pth", processed_dir / "none.csv")
+        settings.main("tiny", *paths, ["turned"], "cpu")
 
 
 def test_unknown_setting_is_named(bench):

@@ -15,17 +15,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import pandas as pd
 from jsonargparse import auto_cli
+from settings import excluded_findings, unseen_scans
 from tqdm import tqdm
 
 from data.rescoring import Features
 from infer import NoduleInferencer
-from utils import ANNOTATION_COLUMNS, read_processed, read_processed_list
-from validate import ExaminedScan, froc, learn_score, read_excluded
+from utils import ANNOTATION_COLUMNS, read_processed
+from validate import ExaminedScan, froc, learn_score
 
 SCORES: dict[str, Callable[[Features], float]] = {
     "peak": lambda features: features.peak,
     "certainty": lambda features: features.certainty,
-    "the score used": lambda features: features.score,
+    "as it is": lambda features: features.score,
 }
 
 
@@ -35,21 +36,23 @@ def compare(
     excluded_path: Path = Path("data/phantom/test/annotations_excluded.csv"),
     device: str = "cuda",
 ) -> None:
-    """Prints CPM and sensitivities of each score, and how the score used differs on the same draws of scans.
+    """Prints CPM and sensitivities of each score, and how the score as it is differs on the same draws of scans.
 
-    The learnt score of each half of the scans is that of the candidates of the other half.
+    That is the one of checkpoints without a learnt score. The learnt score of each half of the scans is that of the
+    candidates of the other half.
 
     Args:
         data_dir: Folder of processed scans that training never saw.
         checkpoint_path: Checkpoint of train.py.
-        excluded_path: Findings on which marks do not count as wrong.
+        excluded_path: Findings on which marks do not count as wrong, with those that preprocess.py noted.
         device: 'cuda', 'cuda:<n>' or 'cpu'.
     """
     inferencer = NoduleInferencer(checkpoint_path, device=device)
     plain = replace(inferencer.settings, learnt_score=None)
-    excluded = read_excluded(excluded_path)
+    uids = unseen_scans(inferencer, checkpoint_path, data_dir)
+    excluded = excluded_findings(data_dir, uids, excluded_path)
     scans = []
-    for uid in tqdm(read_processed_list(data_dir), unit="scan", disable=None):
+    for uid in tqdm(uids, unit="scan", disable=None):
         scan = read_processed(data_dir, uid)
         found = inferencer.find_candidates(inferencer.predict_probability(scan.image), scan.geometry, scan.image, plain)
         scans.append(ExaminedScan.of(scan, found, excluded=excluded))
@@ -59,18 +62,17 @@ def compare(
     if learnt := learn_score(scans):
         print(f"learnt from all: {learnt[0]}")
         rescored = {"learnt": learnt[1]} | rescored
-    uids = [scan.seriesuid for scan in scans]
     curves = {
         name: froc(pd.concat([scan.found.marks(scan.seriesuid) for scan in some]), annotations, excluded, uids)
         for name, some in rescored.items()
     }
-    used = curves["the score used"]
+    used = curves["as it is"]
     for name, curve in curves.items():
         low, high = curve.intervals[-1]
         print(f"{name:<20} CPM {curve.cpm:.4f} (95 % interval {low:.4f} to {high:.4f})  {curve.sensitivities.round(3)}")
         if curve is not used:
             low, high = np.quantile(used.cpm_draws - curve.cpm_draws, [0.025, 0.975])
-            print(f"{'':<20} the score used has {used.cpm - curve.cpm:.4f} ({low:.4f} to {high:.4f}, paired) more")
+            print(f"{'':<20} the score as it is has {used.cpm - curve.cpm:.4f} ({low:.4f} to {high:.4f}, paired) more")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ python tests/bench/rescoring.py --real_dir FOLDER --luna16_dir FOLDER --trial av
 The candidates are those of the trainings of ``real.py``, each of the fold that it did not see. What is learnt from
 candidates is learnt from those of the other folds. A small network on the candidates, with their image and
 probabilities as its channels, stands beside the logistic regression that ``validate.py --tune`` fits.
+
+Nearly all nodules are those of cubes, and all other candidates those of whole scans, where what lies outside the lungs
+is black. The network may learn to tell these apart, so its figures are upper bounds.
 """
 
 from __future__ import annotations

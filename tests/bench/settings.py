@@ -35,7 +35,7 @@ from utils import (
     read_processed_list,
     write_csv,
 )
-from validate import NODULE_RESULT_COLUMNS, ExaminedScan, ScoredScans, choose_min_score
+from validate import NODULE_RESULT_COLUMNS, ExaminedScan, ScoredScans, choose_min_score, read_excluded
 
 RESULTS = Path(__file__).with_name("settings.csv")
 PRESENT = "as the checkpoint says"
@@ -69,22 +69,39 @@ def looks_of(name: str) -> tuple[tuple[str, Any], ...]:
     return tuple((key, value) for key, value in SETTINGS[name].items() if key in ("mirrors", "scales", "everywhere"))
 
 
+def unseen_scans(inferencer: NoduleInferencer, checkpoint_path: Path, data_dir: Path) -> list[str]:
+    """All scans of a folder.
+
+    Raises:
+        InputError: The network may have learnt from some, or they are not prepared as those that it learnt from.
+    """
+    parts = choose_scans(data_dir, checkpoint_path, "all", inferencer.seen)
+    learnt = [uid for uid, part in parts.items() if part in (*LEARNT_FROM, "unknown")]
+    check(not learnt, f"{checkpoint_path} may have learnt from {len(learnt)} of these scans; name a data_dir of others")
+    inferencer.check_prepared_alike(data_dir, list(parts))
+    return list(parts)
+
+
+def excluded_findings(data_dir: Path, seriesuids: Sequence[str], path: Path) -> pd.DataFrame:
+    """Those that preprocess.py noted, and those of a table."""
+    scans = (read_metadata(data_dir, uid) for uid in seriesuids)
+    rows = [(scan.seriesuid, *finding) for scan in scans for finding in scan.excluded]
+    noted, table = pd.DataFrame(rows, columns=ANNOTATION_COLUMNS), read_excluded(path)
+    return noted if table is None else pd.concat([noted, table]) if rows else table
+
+
 def examine(
-    checkpoint_path: Path, data_dir: Path, names: Sequence[str], device: str
+    checkpoint_path: Path, data_dir: Path, names: Sequence[str], excluded_path: Path, device: str
 ) -> dict[str, tuple[list[ExaminedScan], float]]:
     """{name: (scans and what is found in them, seconds a scan)} of settings that look in the same way."""
     inferencer = NoduleInferencer(checkpoint_path, device=device, **dict(looks_of(names[0])))
     choices = {name: replace(inferencer.settings, **SETTINGS[name]) for name in names}
-    parts = choose_scans(data_dir, checkpoint_path, "all", inferencer.seen)
-    uids = list(parts)
-    learnt = [uid for uid, part in parts.items() if part in (*LEARNT_FROM, "unknown")]
-    check(not learnt, f"{checkpoint_path} may have learnt from {len(learnt)} of these scans; name a data_dir of others")
-    inferencer.check_prepared_alike(data_dir, uids)
+    uids = unseen_scans(inferencer, checkpoint_path, data_dir)
+    excluded = excluded_findings(data_dir, uids, excluded_path)
     found: dict[str, list[ExaminedScan]] = {name: [] for name in names}
     seconds = dict.fromkeys(names, 0.0)
     for uid in tqdm(uids, unit="scan", desc=names[0], disable=None):
         scan = read_processed(data_dir, uid)
-        excluded = pd.DataFrame([(uid, *finding) for finding in scan.metadata.excluded], columns=ANNOTATION_COLUMNS)
         start = time.perf_counter()
         probability = inferencer.predict_probability(scan.image)
         looked = time.perf_counter() - start
@@ -114,6 +131,7 @@ def main(
     about: str,
     data_dir: Path = Path("data/phantom/test/processed"),
     checkpoint_path: Path = Path("experiments/phantom/checkpoints/best_model.pth"),
+    excluded_path: Path = Path("data/phantom/test/annotations_excluded.csv"),
     settings: list[str] = list(SETTINGS),  # noqa: B006 - never changed
     device: str = "cuda",
 ) -> None:
@@ -123,6 +141,7 @@ def main(
         about: What the network and the scans are called in the table.
         data_dir: Folder of processed scans that training never saw.
         checkpoint_path: Checkpoint of train.py.
+        excluded_path: Findings that count neither way, with those that preprocess.py noted.
         settings: Names in SETTINGS.
         device: 'cuda', 'cuda:<n>' or 'cpu'.
     """
@@ -134,14 +153,12 @@ def main(
     missing = [name for name in settings if name not in set(ours["setting"])]
     if not missing:
         return
-    metadata = {uid: read_metadata(data_dir, uid) for uid in read_processed_list(data_dir)}
-    findings = [(uid, *finding) for uid, scan in metadata.items() for finding in scan.excluded]
-    excluded = pd.DataFrame(findings, columns=ANNOTATION_COLUMNS)
+    excluded = excluded_findings(data_dir, read_processed_list(data_dir), excluded_path)
     present: dict[str, np.ndarray] = {}
     wanted = [PRESENT, *(name for name in missing if name != PRESENT)]
     for looks in dict.fromkeys(map(looks_of, wanted)):
         names = [name for name in wanted if looks_of(name) == looks]
-        for name, (scans, seconds) in examine(checkpoint_path, data_dir, names, device).items():
+        for name, (scans, seconds) in examine(checkpoint_path, data_dir, names, excluded_path, device).items():
             draws = score(scans, excluded).draws()
             present = present or draws
             row: dict[str, Any] = {"about": about, "checkpoint": checkpoint, "setting": name, "scans": len(scans)}
