@@ -52,7 +52,7 @@ CPU = torch.device("cpu")
 NUM_FOLDS = 10
 PASTE_TRIES = 4  # places tried
 SIZE_RATIO = 2.0  # of voxels, between nodules that are pasted together
-DONOR_RIM = 2  # voxels around a nodule that is pasted
+DONOR_RIM = 1  # voxels around a nodule that is pasted
 LEAST_DONOR = 8  # voxels of a nodule that is pasted; of smaller ones a grid shows next to nothing
 MOST_PASTED = 1e-3  # of a scan's voxels, that may be pasted nodule
 MEMORY_SHARE = 0.5  # of the free memory, of the device or of the machine, that training scans may take
@@ -61,7 +61,7 @@ TISSUE_LEVEL = 0.4  # -440 HU; what is brighter is no lung
 MOST_TISSUE = 0.5  # of the voxels under a pasted nodule
 LUNG_LEVEL = 0.1  # of aerated lung, -860 HU in the usual window
 HARD_ERROR = 0.5  # a patch without a nodule in which the probability reaches this is a hard one
-HARD_REPEATS = 2.0  # how often each hard patch is drawn in an epoch, at most: a network learns few by heart
+HARD_REPEATS = 2.0  # how often each hard patch is drawn in an epoch on average, at most: few are learnt by heart
 
 
 RANGES = {  # of the random changes, and the probability without which each has no effect
@@ -562,20 +562,28 @@ def _box_around(center_zyx: np.ndarray, diameter_mm: float, metadata: ScanMetada
 def _whole_nodule(mask: Tensor, box: Box) -> tuple[Box, np.ndarray]:
     """Box around all of the nodule in the middle of a box, with DONOR_RIM voxels on each side, and its voxels there.
 
-    An outlined nodule may reach farther than the ball of its diameter. Where the scan ends before, there is none.
+    An outlined nodule may reach farther than the ball of its diameter, and may be hollow: it is what lies nearest to
+    the middle. Where the scan ends before, there is none.
     """
+    none = box, np.zeros(box.shape_zyx, np.uint8)
     middle, reach = np.add(box.lower, box.upper) // 2, np.asarray(box.shape_zyx)
-    search = Box.between(np.maximum(middle - reach, 0), np.minimum(middle + reach, mask.shape))
-    labels = ndimage.label(mask[search.slices].cpu().numpy() == 1, np.ones((3, 3, 3)))[0]
-    nodule = (labels == labels[tuple(middle - search.lower)]) & (labels > 0)
-    around = Box.around(nodule)
-    if around is None:
-        return box, np.zeros(box.shape_zyx, np.uint8)
-    lower, upper = (np.add(search.lower, corner) for corner in (around.lower, around.upper))
-    wide = Box.between(lower - DONOR_RIM, upper + DONOR_RIM)
-    if min(wide.lower) < 0 or (np.asarray(wide.upper) > mask.shape).any():
-        return box, np.zeros(box.shape_zyx, np.uint8)
-    return wide, np.pad(nodule[around.slices].astype(np.uint8), DONOR_RIM)
+    while True:
+        search = Box.between(np.maximum(middle - reach, 0), np.minimum(middle + reach, mask.shape))
+        labels = ndimage.label(mask[search.slices].cpu().numpy() == 1, np.ones((3, 3, 3)))[0]
+        voxels = np.argwhere(labels)
+        if not len(voxels):
+            return none
+        nearest = voxels[((voxels + search.lower - middle) ** 2).sum(axis=1).argmin()]
+        nodule = labels == labels[tuple(nearest)]
+        around = Box.around(nodule)
+        assert around is not None
+        lower, upper = (np.add(search.lower, corner) for corner in (around.lower, around.upper))
+        wide = Box.between(lower - DONOR_RIM, upper + DONOR_RIM)
+        if min(wide.lower) < 0 or (np.asarray(wide.upper) > mask.shape).any():
+            return none
+        if (np.asarray(wide.lower) >= search.lower).all() and (np.asarray(wide.upper) <= search.upper).all():
+            return wide, np.pad(nodule[around.slices].astype(np.uint8), DONOR_RIM)
+        reach = 2 * reach
 
 
 def ignore_excluded(mask: Tensor, voxels: np.ndarray) -> Tensor:
@@ -671,8 +679,8 @@ class Patches:
         size: Shape (z, y, x) of a patch.
         per_scan: Patches an epoch, for each scan on average.
         nodule_share: Share of the patches that hold a nodule; each nodule is equally likely.
-        hard_share: Share of the other patches that are drawn again where the network erred, at most: none is drawn
-            more than HARD_REPEATS times an epoch on average.
+        hard_share: Share of the other patches that are drawn again where the network erred; less where these are so few
+            that each would come more than twice an epoch.
         warmup_epochs: Epochs over which the share of patches with a nodule falls from all to nodule_share.
 
     Raises:
@@ -730,9 +738,8 @@ class PatchSampler(Sampler):
         warmup = self.patches.warmup_epochs
         early = 1 - self.epoch / warmup if self.epoch < warmup else 0.0
         nodule_share = early + (1 - early) * self.patches.nodule_share
+        others = max((1 - nodule_share if self.nodules else 1.0) * self.size, 1.0)
         hard = list(self.hard)
-        weights = np.asarray(list(self.hard.values()))
-        others = max((1 - nodule_share) * self.size, 1.0)
         hard_share = min(self.patches.hard_share, HARD_REPEATS * len(hard) / others)
         keys = []
         for index in range(self.size):
@@ -741,7 +748,7 @@ class PatchSampler(Sampler):
                 scan, point = self.nodules[rng.integers(len(self.nodules))]
                 center = np.rint(point + rng.uniform(-self.reach, self.reach)).astype(int)
             elif kind[1] < hard_share:
-                scan, center = hard[rng.choice(len(hard), p=weights / weights.sum())]
+                scan, center = hard[rng.integers(len(hard))]
             else:
                 scan = self.backgrounds[rng.integers(len(self.backgrounds))]
                 center = self.lung_points[scan][rng.integers(len(self.lung_points[scan]))]

@@ -148,6 +148,9 @@ MEMORY_SHARE = 0.5  # of the GPU's free memory that these may take; the rest is 
 PROBABILITY_EPS = 1e-7  # keeps the logit of a mean probability finite
 OUTSIDE_LOGIT = -20.0  # where no network looked: a probability of 2e-9
 LOOK_SIGMA = 0.25  # of the window, how far from its middle another look counts
+WIDEST_WINDOW = 96  # voxels, of a look at a spot that is wider than half a window
+WIDE_WEIGHT = 10.0  # of a look in such a window, beside the first one
+MOST_WIDE = 8  # such looks in a scan, at the likeliest spots
 
 
 class Transform(Protocol):
@@ -250,7 +253,7 @@ class Predictor:
             logits = torch.full_like(image, OUTSIDE_LOGIT, dtype=torch.float32)
             logits[inside] = sliding_window_inference(  # type: ignore[assignment]
                 image[inside].float(),
-                self._first_window(logits[inside].shape[2:]).tolist(),
+                self.settings.window,
                 WINDOW_BATCH,
                 partial(self._forward, again=self.settings.everywhere),
                 overlap=WINDOW_OVERLAP,
@@ -258,39 +261,39 @@ class Predictor:
                 sw_device=self.device,
                 device=image.device,
             )
-            if self.more_looks and not self.settings.everywhere:
-                for one, its_logits in zip(image[inside], logits[inside], strict=True):
-                    self._refine_spots(one[None], its_logits[0])
+            for one, its_logits in zip(image[inside], logits[inside], strict=True):
+                self._refine_spots(one[None], its_logits[0])
             return logits
-
-    def _first_window(self, shape_zyx: Sequence[int]) -> np.ndarray:
-        """(3,) shape of the windows of a first look at an array: at least that of the patches, at most the array's."""
-        assert self.settings.window is not None
-        fitting = np.minimum(self.settings.first_window or (0, 0, 0), shape_zyx)
-        return np.maximum(self.settings.window, fitting + -fitting % self.divisor)
 
     def _refine_spots(self, image: Tensor, logits: Tensor) -> None:
         """Predicts possible nodules again, in the middle of a window and flipped, and averages all predictions.
 
-        A window is twice as wide as its spot, at least as the patches and at most as the windows of the first look.
+        A spot that is wider than half a window is looked at in one of WIDEST_WINDOW, also without further looks: none
+        of the first look may have shown all of it.
 
         Args:
             image: (1, 1, Z, Y, X).
             logits: (Z, Y, X) of the first prediction, changed in place. Further ones count less towards the edges of
                 their window.
         """
-        assert self.settings.window is not None
-        widest = self._first_window(logits.shape)
+        window, whole = np.asarray(self.settings.window), np.asarray(logits.shape)
+        widest = np.maximum(window, np.minimum(WIDEST_WINDOW, whole + -whole % self.divisor))
+        looks_again = self.more_looks and not self.settings.everywhere
         total, weights = logits.sigmoid(), torch.ones_like(logits)
         voxel_mm3 = math.prod(self.settings.grid_spacing or (0.0,))
-        for spot in _spots(total.cpu().numpy(), np.minimum(widest, logits.shape) // 2, voxel_mm3):
-            wide = 2 * np.asarray(spot.shape_zyx)
-            window = np.clip(wide + -wide % self.divisor, self.settings.window, widest)
-            size = np.minimum(window, logits.shape)
+        wide_left = MOST_WIDE
+        for spot in _spots(total.cpu().numpy(), np.minimum(widest, whole) // 2, voxel_mm3):
+            is_wide = wide_left > 0 and bool((np.asarray(spot.shape_zyx) > window // 2).any())
+            if not (is_wide or looks_again):
+                continue
+            wide_left -= is_wide
+            shape = widest if is_wide else window
+            size = np.minimum(shape, whole)
             weight = compute_importance_map(tuple(size), "gaussian", LOOK_SIGMA, logits.device) * (1 + self.more_looks)
+            weight *= WIDE_WEIGHT if is_wide else 1
             middle = np.add(spot.lower, spot.upper) // 2
-            crop = Box.of_size(np.clip(middle - size // 2, 0, logits.shape - size), size).slices
-            again = self._forward(padded(image[:, :, *crop], window), again=True)[0, 0].to(logits.device)
+            crop = Box.of_size(np.clip(middle - size // 2, 0, whole - size), size).slices
+            again = self._forward(padded(image[:, :, *crop], shape.tolist()), again=True)[0, 0].to(logits.device)
             total[crop] += weight * again[tuple(map(slice, size))].sigmoid()
             weights[crop] += weight
         looked = weights > 1

@@ -818,9 +818,7 @@ class InferenceSettings:
         threshold: Probability from which a voxel counts as nodule.
         min_score: Score from which a nodule stays in the mask; training chooses it at this threshold.
         mirrors: Number of test-time transforms whose probabilities are averaged with those of the scan itself.
-        window: Shape (z, y, x) of the patches that the network was trained on, and of the windows of further looks;
-            None takes each scan whole.
-        first_window: That of the sliding window of the first look, where it is larger and the scan is not smaller.
+        window: Shape (z, y, x) of the sliding window; None takes each scan whole.
         grid_spacing: Voxel size (x, y, z) in mm by which size and shape of nodules are judged, the median of the
             training scans; None takes that of each scan, and lets nodules be as small as a voxel.
         cleaning: What is done to the mask besides the threshold.
@@ -837,7 +835,6 @@ class InferenceSettings:
     min_score: float = 0.0
     mirrors: int = 0
     window: Shape | None = None
-    first_window: Shape | None = None
     grid_spacing: Vector | None = None
     cleaning: Cleaning = Cleaning()
     scales: tuple[float, ...] = ()
@@ -850,7 +847,7 @@ class InferenceSettings:
         for scale in self.scales:
             check(0.5 <= scale <= 2 and scale != 1, f"scales must each be 0.5 to 2 and not 1, not {scale}")
         check(len(set(self.scales)) == len(self.scales), f"scales must differ, not {self.scales}")
-        for name in ("window", "first_window", "grid_spacing", "scales"):
+        for name in ("window", "grid_spacing", "scales"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))  # of a list, as checkpoints hold it
         if isinstance(self.cleaning, dict):

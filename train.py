@@ -119,7 +119,6 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 AUGMENTATION = Augmentation()
 LEAST_SHARE = 1e-4  # of voxels that an untrained network takes for nodule; from 1e-5 on, one did not learn in trials
-FIRST_WINDOW = (96, 96, 96)  # voxels; in windows of 48 mm, tumours of 41 mm and more were outlined by half
 EPOCHS_TIMED = 10  # the last ones, by which the time that is left is estimated
 WARM_UP = 3  # eager steps before capture: cuDNN tries its kernels, AdamW allocates its state
 # Files of a run, and TensorBoard's beside them.
@@ -321,8 +320,7 @@ class Trainer:
     def _first_inference_settings(self, mirrors: int) -> InferenceSettings:
         """How the network looks at scans; the last validation chooses the min_score."""
         spacing = np.median([self.metadata[uid].grid.spacing for uid in self.split.train], axis=0)
-        settings = InferenceSettings(mirrors=mirrors, window=self.patch_size, grid_spacing=tuple(spacing.tolist()))
-        return settings if self.patch_size is None else replace(settings, first_window=FIRST_WINDOW)
+        return InferenceSettings(mirrors=mirrors, window=self.patch_size, grid_spacing=tuple(spacing.tolist()))
 
     def _build(self) -> None:
         """Network, loss, optimiser and data; leaves the global random states as they were."""
@@ -755,7 +753,7 @@ class Trainer:
         epoch, dice, loss = self.best["epoch"], self.best["dice"], self.best["loss"]
         start = f"best epoch: {epoch} of {self.num_epochs}, by validation"
         if math.isfinite(dice):
-            return f"{start} Dice {dice:.3f} (loss {loss:.4f})"
+            return f"{start} Dice {dice:.3f} without excluded findings (loss {loss:.4f})"
         return f"{start} loss {loss:.4f} (Dice is undefined: no validation scan has a nodule)"
 
     def _train_epoch(self) -> float:
@@ -870,6 +868,7 @@ class Trainer:
                 "validation_loss": result.loss,
                 "validation_dice": result.dice,
                 "validation_dice_with_nodules": result.summary["dice_of_scans_with_nodules"],
+                "validation_dice_without_excluded": result.summary["dice_without_excluded"],
                 "min_score": result.min_score,
                 "validation_sensitivity": result.summary["sensitivity"]["mean"],
                 "validation_precision": result.summary["precision"]["mean"],

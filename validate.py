@@ -141,6 +141,7 @@ COUNTS = (
 NODULE_RESULT_COLUMNS = (*ANNOTATION_COLUMNS, "dice", "grid_diameter_mm", "found_diameter_mm")
 AGREEMENT_SIZES_MM = {"all": (0.0, math.inf), "< 6 mm": (0.0, 6.0), "6 mm and more": (6.0, math.inf)}
 SIZES_MM = {"< 6 mm": (0.0, 6.0), "6-10 mm": (6.0, 10.0 + 1e-9), "> 10 mm": (10.0 + 1e-9, math.inf)}
+FEWEST_IN_BAND = 5  # differences, of which a picture shows limits
 CROP_MARGIN_MM = 5.0  # around an annotated nodule, for its own Dice
 NEARLY_AS_GOOD = 0.005  # of mean Dice, when a score is chosen
 MOST_FINISHERS = 4  # threads that score scans beside the network, one for every four cores
@@ -922,7 +923,7 @@ def draw_agreement(nodules: pd.DataFrame) -> Figure:
     for row in size_agreement(nodules)[1:]:
         lower, upper = np.clip(AGREEMENT_SIZES_MM[row["diameter"]], true.min(), true.max())
         axes.plot([lower, upper], [row["bias_mm"]] * 2, color="C0", lw=2)
-        if row["found"] > 1:
+        if row["found"] >= FEWEST_IN_BAND:
             axes.fill_between([lower, upper], *row["limits_mm"], color="C0", alpha=0.12, lw=0)
         axes.annotate(
             f"{row['bias_mm']:+z.2f} mm",
@@ -1012,7 +1013,7 @@ def format_summary(summary: dict[str, Any]) -> str:
         lines.append(pd.DataFrame(summary["by_size"]).round(3).to_string(index=False))
     for row in summary.get("diameters", ()):
         limits = "{:+.1f} to {:+.1f}".format(*row["limits_mm"])
-        spread = f", 95 % of the differences within {limits} mm" * (row["found"] > 1)
+        spread = f", 95 % of further differences within {limits} mm" * (row["found"] > 1)
         lines.append(
             f"found less annotated diameter, {row['diameter']} ({row['found']}): {row['bias_mm']:+z.2f} mm{spread}"
         )
@@ -1522,8 +1523,7 @@ class ScoredScans:
     def draws(self) -> dict[str, np.ndarray]:
         """(1 + n,) values of each figure: of all scans, then of n draws of them with replacement.
 
-        Two results of the same scans draw the same ones. False-positive nodules are those that lie on no excluded
-        finding.
+        Two results of the same scans draw the same ones.
         """
         count = len(self.table)
         drawn = np.random.default_rng(0).integers(count, size=(NUM_DRAWS, count))
@@ -1536,7 +1536,7 @@ class ScoredScans:
                 "Dice per scan": np.nansum(dice, axis=1) / np.isfinite(dice).sum(axis=1),
                 "Dice without excluded findings": np.nansum(fair, axis=1) / np.isfinite(fair).sum(axis=1),
                 "sensitivity of the masks": found.sum(axis=1) / nodules.sum(axis=1),
-                "false-positive nodules a scan": (false - excluded).mean(axis=1),
+                FALSE_NODULES: (false - excluded).mean(axis=1),
             }
         if len(self.nodules):
             curve = froc(self.candidates, self.nodules, self.excluded, list(self.table["seriesuid"]))
@@ -1545,7 +1545,8 @@ class ScoredScans:
 
 
 NUM_DRAWS = 1000
-FEWER_IS_BETTER = ("false-positive nodules a scan",)
+FALSE_NODULES = "false-positive nodules a scan, none of them on excluded findings"
+FEWER_IS_BETTER = (FALSE_NODULES,)
 
 
 def compare_results(compare: list[Path] | None = None) -> pd.DataFrame:

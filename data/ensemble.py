@@ -232,7 +232,6 @@ def _join_settings(members: Sequence[Checkpoint]) -> InferenceSettings:
     first, settings = members[0], [member.inference for member in members]
     pairs = [(member.inference.window, _factors(member, first)) for member in members]
     windows = [np.ceil(np.divide(window, factors) - 1e-6) for window, factors in pairs if window is not None]
-    firsts = [one.first_window for one in settings if one.first_window is not None]
     grids = [member.inference.grid_spacing for member in members if not _scale_of(member, first)]
     known = [grid for grid in grids if grid is not None]
     scores = [one.learnt_score for one in settings if one.learnt_score is not None]
@@ -241,7 +240,6 @@ def _join_settings(members: Sequence[Checkpoint]) -> InferenceSettings:
         min_score=float(np.mean([one.min_score for one in settings])),
         mirrors=max(one.mirrors for one in settings),
         window=tuple(np.max(windows, axis=0).astype(int).tolist()) if windows else None,
-        first_window=tuple(np.max(firsts, axis=0).tolist()) if firsts else None,
         grid_spacing=tuple(np.mean(known, axis=0).tolist()) if len(known) == len(grids) else None,
         learnt_score=mean_score(scores) if scores else None,
     )

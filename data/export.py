@@ -340,7 +340,7 @@ def write_bundle(checkpoint: Checkpoint, folder: Path) -> Path:
         torch.jit.save(traced, str(temporary))
         _compare(network, torch.jit.load(str(temporary)))
     settings, inference = Preprocessing.from_dict(checkpoint.preprocessing), checkpoint.inference
-    window = list(inference.first_window or inference.window or settings.target_size or _example(network).shape[2:])
+    window = list(inference.window or settings.target_size or _example(network).shape[2:])
     values = {"hu_min": settings.hu_min, "hu_max": settings.hu_max, "window": window, "threshold": inference.threshold}
     write_json(folder / "configs" / "inference.json", values | BUNDLE_INFERENCE)
     write_json(folder / "configs" / "metadata.json", _bundle_metadata(checkpoint, window))

@@ -268,8 +268,8 @@ CHARTS = {
     ),
     "diameters": (
         "Diameters",
-        "Each point is a found nodule: its diameter less the annotated one. The line is the mean, in the band lie 95 % "
-        "of the differences. Grey: what the grid makes of the annotated nodule itself.",
+        "Each point is a found nodule: its diameter less the annotated one. The line is the mean, and in the band "
+        "a further difference lies with 95 % probability. Grey: what the grid makes of the annotated nodule itself.",
     ),
     "distribution": ("Scans", "Each point is a scan."),
 }

@@ -42,7 +42,7 @@ def test_difference_of_each_figure_is_first_less_second(tmp_path):
     assert row_of(table, "Dice per scan")["first"] == pytest.approx(0.75)
     assert row_of(table, "Dice per scan")["difference"] == pytest.approx(0.1)
     assert row_of(table, "sensitivity of the masks")["second"] == pytest.approx(0.75)
-    assert row_of(table, "false-positive nodules a scan")["difference"] == pytest.approx(-2)
+    assert row_of(table, validate.FALSE_NODULES)["difference"] == pytest.approx(-2)
     assert row_of(table, "CPM")["first"] == 1
 
 
@@ -52,7 +52,7 @@ def test_nodules_on_excluded_findings_count_neither_way(tmp_path):
     table = table.assign(on_excluded_findings=1, dice_without_excluded=[0.9, 0.8])
     table.to_csv(first / "validation_results.csv", index=False)
     compared = compare_results([first, second])
-    assert row_of(compared, "false-positive nodules a scan")["difference"] == -1
+    assert row_of(compared, validate.FALSE_NODULES)["difference"] == -1
     assert row_of(compared, "Dice per scan")["difference"] == 0
     assert row_of(compared, "Dice without excluded findings")["difference"] == pytest.approx(0.15)
 
@@ -131,7 +131,7 @@ def test_what_is_said_names_the_better_one_and_what_is_not_shown(tmp_path):
     first = write_result(tmp_path / "a", [0.8, 0.6, 0.7, 0.9])
     second = write_result(tmp_path / "b", [0.7, 0.5, 0.6, 0.8], false=1)
     text = format_comparison(compare_results([first, second]), ["A", "B"])
-    better = "Dice per scan, Dice without excluded findings, false-positive nodules a scan"
+    better = f"Dice per scan, Dice without excluded findings, {validate.FALSE_NODULES}"
     assert f"The first is better in {better}" in text
     assert "No difference is shown in sensitivity of the masks" in text
     assert "do not hold how much trainings differ" in text

@@ -911,7 +911,7 @@ def test_sampler_opens_no_array(processed_dir, uids, monkeypatch):
 def test_hard_patches_are_drawn_again_as_often_as_asked_and_each_twice_at_most(count, share):
     sampler = patch_sampler(nodule_share=0, hard_share=0.25)
     hard = [SampleKey(0, 0, 1, (20, 20, x)) for x in range(count)]
-    sampler.record([*hard, SampleKey(0, 0, 1, (1, 1, 1))], [0.9] * count + [0.1])
+    sampler.record([*hard, SampleKey(0, 0, 1, (1, 1, 1))], [1.0, *[0.5] * (count - 1), 0.1])
     centers = [key.center_zyx for key in sampler]
     again = np.mean([center[:2] == (20, 20) for center in centers])
     assert abs(again - share) < 4 * math.sqrt(share * (1 - share) / 2000)
@@ -1256,11 +1256,12 @@ def test_nodule_in_an_excluded_finding_keeps_its_voxel():
 
 def test_donor_is_all_of_its_nodule_and_no_neighbour():
     mask = np.zeros((30, 40, 40), np.uint8)
-    mask[10:14, 10:13, 8:24] = 1  # much longer than wide
+    mask[10:14, 10:13, 8:38] = 1  # much longer than wide
+    mask[11, 11, 12] = 0  # hollow in the middle
     mask[18:20, 10:13, 8:24] = 1  # another one
-    box, nodule = _whole_nodule(torch.from_numpy(mask), Box.of_size((6, 6, 6), (12, 12, 12)))
-    assert (box.lower, box.upper) == ((8, 8, 6), (16, 15, 26))
-    np.testing.assert_array_equal(nodule, np.pad(np.ones((4, 3, 16)), 2))
+    box, nodule = _whole_nodule(torch.from_numpy(mask), Box.of_size((5, 5, 6), (12, 12, 12)))
+    assert (box.lower, box.upper) == ((9, 9, 7), (15, 14, 39))
+    np.testing.assert_array_equal(nodule, mask[9:15, 9:14, 7:39])
     for at_edge, small in ((mask[9:], (0, 6, 6)), (mask[20:], (0, 6, 6))):  # the scan ends before; nothing is there
         assert not _whole_nodule(torch.from_numpy(at_edge), Box.of_size(small, (6, 12, 12)))[1].any()
 

@@ -69,8 +69,8 @@ class Block(nn.Module):
 def live(tmp_path):
     """An inferencer of a live model."""
 
-    def make(model, window=None, first_window=None, **arguments):
-        settings = InferenceSettings(window=window, first_window=first_window)
+    def make(model, window=None, **arguments):
+        settings = InferenceSettings(window=window)
         return NoduleInferencer(
             output_dir=tmp_path / "out",
             device="cpu",
@@ -345,22 +345,40 @@ def test_wholly_empty_map_has_no_spots():
     assert not infer._spots(np.zeros((4, 4, 4)), np.full(3, 2))
 
 
-def test_first_look_has_larger_windows_where_the_scan_is_large_enough(live):
-    network = Counting()
-    windows = {"window": (8, 8, 8), "first_window": (16, 16, 16)}
-    live(network, **windows).predict_probability(np.zeros((12, 24, 40), np.float32))
-    assert {tuple(window.shape) for window in network.seen} == {(12, 16, 16)}
+def test_spot_wider_than_half_a_window_is_looked_at_in_a_wider_one(live, monkeypatch):
+    network, wide = Counting(), spotted((2, 3, 4))
+    wide[10:12, 8:14, 4:14] = 1
+    live(network, window=(8, 8, 8)).predict_probability(wide)
+    assert [tuple(window.shape) for window in network.seen[-2:]] == [(8, 8, 8), (24, 24, 24)]  # the spot is in no other
     network.seen.clear()
-    live(network, **windows).predict_probability(np.zeros((4, 6, 16), np.float32))
-    assert {tuple(window.shape) for window in network.seen} == {(8, 8, 16)}
+    live(network, window=(8, 8, 8), mirrors=1).predict_probability(wide)
+    assert sorted(tuple(window.shape) for window in network.seen[-4:]) == [(8, 8, 8)] * 2 + [(24, 24, 24)] * 2
+    monkeypatch.setattr(infer, "WIDEST_WINDOW", 16)
+    network.seen.clear()
+    live(network, window=(8, 8, 8), mirrors=1, everywhere=True).predict_probability(wide)
+    assert [tuple(window.shape) for window in network.seen[-5:]] == [(8, 8, 8)] + [(16, 16, 16)] * 4  # in two parts
+    monkeypatch.setattr(infer, "MOST_WIDE", 0)
+    network.seen.clear()
+    live(network, window=(8, 8, 8)).predict_probability(wide)
+    assert {tuple(window.shape) for window in network.seen} == {(8, 8, 8)}
 
 
-def test_further_look_is_twice_as_wide_as_its_spot(live):
-    network = Counting()
-    image = spotted((2, 3, 4))
-    image[10:12, 8:14, 4:14] = 1
-    live(network, window=(8, 8, 8), first_window=(24, 24, 24), mirrors=1).predict_probability(image)
-    assert [tuple(window.shape) for window in network.seen[-4::2]] == [(8, 8, 8), (8, 12, 20)]
+class Cut(nn.Module):
+    """Finds what is bright, but for what lies in the outer sixth of its window."""
+
+    def forward(self, image):
+        logits = torch.full_like(image, -10.0)
+        inside = (..., *(slice(size // 6, size - size // 6) for size in image.shape[2:]))
+        logits[inside] = 20 * image[inside] - 10
+        return logits
+
+
+def test_nodule_as_wide_as_a_window_is_whole(live, monkeypatch):
+    image = np.zeros((64, 64, 64), np.float32)
+    image[20:44, 20:44, 20:44] = 1
+    np.testing.assert_array_equal(live(Cut(), window=(24, 24, 24)).predict(image), image)
+    monkeypatch.setattr(infer, "MOST_WIDE", 0)
+    assert live(Cut(), window=(24, 24, 24)).predict(image).sum() < 0.9 * image.sum()
 
 
 def test_checkpoint_knows_the_number_of_mirror_images(processed_dir, tmp_path):

@@ -374,14 +374,15 @@ def test_out_of_memory_names_the_remedies(processed_dir, tmp_path, monkeypatch):
 
 
 def let_validations_find(monkeypatch: pytest.MonkeyPatch, *results: tuple, with_nodules: bool = True) -> None:
-    """Lets each validation in turn return a (Dice, loss, number of false-positive nodules)."""
+    """Lets each validation in turn return a (Dice without excluded findings, loss, number of false nodules)."""
     left = iter(results)
 
     def run_validation(self: object) -> SimpleNamespace:
         dice, loss, false = next(left)
-        summary = {"sensitivity": {"mean": dice}, "precision": {"mean": dice}, "false_positive_nodules": false}
+        summary = {"sensitivity": {"mean": dice}, "precision": {"mean": dice}, "false_positive_nodules": false + 2}
+        summary |= {"on_excluded_findings": 2, "dice_without_excluded": dice}
         summary["dice_of_scans_with_nodules"] = dice if with_nodules else math.nan
-        return SimpleNamespace(dice=dice, loss=loss, min_score=0.25, summary=summary)
+        return SimpleNamespace(dice=1 - dice, loss=loss, min_score=0.25, summary=summary)  # which ranks otherwise
 
     monkeypatch.setattr(train.Validator, "run_validation", run_validation)
 

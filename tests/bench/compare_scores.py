@@ -38,8 +38,8 @@ def compare(
 ) -> None:
     """Prints CPM and sensitivities of each score, and how the score as it is differs on the same draws of scans.
 
-    That is the one of checkpoints without a learnt score. The learnt score of each half of the scans is that of the
-    candidates of the other half.
+    "As it is" is the plain score, also where the checkpoint carries a learnt one. The learnt score of each half of the
+    scans is that of the candidates of the other half.
 
     Args:
         data_dir: Folder of processed scans that training never saw.
