@@ -117,8 +117,6 @@ TWELVE: dict[str, Any] = {"train": "train of twelve", "tests": ("test of 24",), 
 FIVE_MINUTES = ("--validation.fraction", "0.2", "--patches.warmup_epochs", "1", "--validation.mirrors", "0")
 ALL_VOXELS = ("--loss.hardest_share", "1")
 SCREENING = 39  # epochs in ten minutes
-# Epochs in ten minutes of networks that work at full resolution, by the operations of a step beside the default's.
-FULL_RESOLUTION = {"nnunet": 6, "attention_unet": 7, "segresnet": 4, "nnunet_residual": 4, "vnet": 1}
 
 TRIALS = {
     "screening": recipe(epochs=SCREENING, **HALVES),
@@ -128,14 +126,6 @@ TRIALS = {
     "screening, fading, nothing pasted": recipe(
         "--augmentation.fade_prob", "0.2", "--augmentation.paste_prob", "0", epochs=SCREENING, **HALVES
     ),
-    **{
-        f"screening, {name}": recipe("--network", name, "--patches.warmup_epochs", "1", epochs=epochs, **HALVES)
-        for name, epochs in FULL_RESOLUTION.items()
-    },
-    **{
-        f"screening, {name}": recipe("--loss.name", name, epochs=SCREENING, **HALVES)
-        for name in ("dice_focal", "focal", "tversky", "boundary")
-    },
     "twelve scans": recipe(*FIVE_MINUTES, epochs=9, **TWELVE),
     "twelve scans, from pretrained": recipe(*FIVE_MINUTES, "--initial_weights", "pretrained", epochs=9, **TWELVE),
     "20 epochs": recipe(epochs=20, seeds=(0, 1, 2)),
