@@ -141,7 +141,7 @@ COUNTS = (
 NODULE_RESULT_COLUMNS = (*ANNOTATION_COLUMNS, "dice", "grid_diameter_mm", "found_diameter_mm")
 AGREEMENT_SIZES_MM = {"all": (0.0, math.inf), "< 6 mm": (0.0, 6.0), "6 mm and more": (6.0, math.inf)}
 SIZES_MM = {"< 6 mm": (0.0, 6.0), "6-10 mm": (6.0, 10.0 + 1e-9), "> 10 mm": (10.0 + 1e-9, math.inf)}
-FEWEST_IN_BAND = 5  # differences, of which a picture shows limits
+FEWEST_IN_BAND = 5  # differences, of which limits are shown
 CROP_MARGIN_MM = 5.0  # around an annotated nodule, for its own Dice
 NEARLY_AS_GOOD = 0.005  # of mean Dice, when a score is chosen
 MOST_FINISHERS = 4  # threads that score scans beside the network, one for every four cores
@@ -1013,7 +1013,7 @@ def format_summary(summary: dict[str, Any]) -> str:
         lines.append(pd.DataFrame(summary["by_size"]).round(3).to_string(index=False))
     for row in summary.get("diameters", ()):
         limits = "{:+.1f} to {:+.1f}".format(*row["limits_mm"])
-        spread = f", 95 % of further differences within {limits} mm" * (row["found"] > 1)
+        spread = f", 95 % of further differences within {limits} mm" * (row["found"] >= FEWEST_IN_BAND)
         lines.append(
             f"found less annotated diameter, {row['diameter']} ({row['found']}): {row['bias_mm']:+z.2f} mm{spread}"
         )
