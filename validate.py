@@ -923,11 +923,13 @@ def draw_agreement(nodules: pd.DataFrame) -> Figure:
     for row in size_agreement(nodules)[1:]:
         lower, upper = np.clip(AGREEMENT_SIZES_MM[row["diameter"]], true.min(), true.max())
         axes.plot([lower, upper], [row["bias_mm"]] * 2, color="C0", lw=2)
+        top = row["bias_mm"]
         if row["found"] >= FEWEST_IN_BAND:
             axes.fill_between([lower, upper], *row["limits_mm"], color="C0", alpha=0.12, lw=0)
+            top = row["limits_mm"][1]
         axes.annotate(
             f"{row['bias_mm']:+z.2f} mm",
-            ((lower + upper) / 2, np.fmax(row["bias_mm"], row["limits_mm"][1])),  # of one nodule there are no limits
+            ((lower + upper) / 2, top),
             (0, 4),
             textcoords="offset points",
             ha="center",

@@ -29,8 +29,8 @@ def folders(monkeypatch, run_dir, processed_dir, tmp_path) -> dict[str, Path]:
     """Folders of a trial that is trained already; its row goes into a table of its own."""
     uid = read_processed_list(processed_dir)[0]
     luna16 = {uid.rpartition(".")[2]: 0}
-    scans = [examined("cube_000", [0.8], True), examined("cube_001", [0.3], True)]
-    scans.append(examined(uid, [0.9, 0.7, 0.5, 0.4], False))
+    scans = [examined("cube_000", [0.8], True), examined("cube_001", [0.55], True)]
+    scans.append(examined(uid, [0.95, 0.9, 0.7, 0.6], False))
     trained = run_dir / "checkpoints" / "best_model.pth"
     (tmp_path / "annotations_excluded.csv").write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n")
     shutil.copytree(processed_dir, tmp_path / "processed")
@@ -68,4 +68,4 @@ def test_unknown_trial_is_refused(folders):
 def test_trial_names_options_that_there_are(name):
     recipe = str(ROOT / real.RECIPE / "train.yaml")
     [options], _ = parse_command_line(Trainer, argv=["--config", recipe, *screening.TRIALS[name].training])
-    assert options["patches"]["warmup_epochs"] < options["num_epochs"]
+    assert options["patches"].warmup_epochs < options["num_epochs"]
