@@ -1644,7 +1644,7 @@ def _command(argv: list[str] | None) -> int:
         print(f"table and picture: {score_options['output_dir']}")
         return 0
     if tune_options["tune"] is not None:
-        taken = (set(options) | set(tune_options)) - {"min_score", "output_dir"}  # it chooses the one, and writes none
+        taken = (set(options) | set(tune_options)) - {"min_score"}  # which tuning chooses
         refuse_options(given - taken, "they are for scoring; leave them out with tune")
         validator = Validator(**options)
         table = validator.tune(**tune_options)

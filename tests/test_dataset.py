@@ -1262,7 +1262,7 @@ def test_donor_is_all_of_its_nodule_and_no_neighbour():
     box, nodule = _whole_nodule(torch.from_numpy(mask), Box.of_size((5, 5, 6), (12, 12, 12)))
     assert (box.lower, box.upper) == ((9, 9, 7), (15, 14, 39))
     np.testing.assert_array_equal(nodule, mask[9:15, 9:14, 7:39])
-    for at_edge, small in ((mask[9:], (0, 6, 6)), (mask[20:], (0, 6, 6))):  # the scan ends before; nothing is there
+    for at_edge, small in ((mask[10:], (0, 6, 6)), (mask[20:], (0, 6, 6))):  # the scan ends before; nothing is there
         assert not _whole_nodule(torch.from_numpy(at_edge), Box.of_size(small, (6, 12, 12)))[1].any()
 
 
