@@ -253,7 +253,7 @@ class Predictor:
             logits = torch.full_like(image, OUTSIDE_LOGIT, dtype=torch.float32)
             logits[inside] = sliding_window_inference(  # type: ignore[assignment]
                 image[inside].float(),
-                self.settings.window,
+                self._first_window(logits[inside].shape[2:]),
                 WINDOW_BATCH,
                 partial(self._forward, again=self.settings.everywhere),
                 overlap=WINDOW_OVERLAP,
@@ -264,6 +264,20 @@ class Predictor:
             for one, its_logits in zip(image[inside], logits[inside], strict=True):
                 self._refine_spots(one[None], its_logits[0])
             return logits
+
+    def _first_window(self, shape_zyx: Sequence[int]) -> list[int]:
+        """Shape of the windows that slide over an array of this shape.
+
+        They are as small as they can be without being more than windows of ``first_window`` would be, and no larger
+        than the array, so that none holds air from outside of it.
+        """
+        assert self.settings.window is not None
+        widest = np.minimum(self.settings.first_window or self.settings.window, shape_zyx)
+        widest = np.maximum(widest - widest % self.divisor, 1)
+        steps = np.ceil((shape_zyx - widest) / ((1 - WINDOW_OVERLAP) * widest))  # from the first window to the last
+        even = shape_zyx / (1 + (1 - WINDOW_OVERLAP) * steps)
+        even = np.ceil(even / self.divisor).astype(int) * self.divisor
+        return np.maximum(self.settings.window, np.minimum(even, widest)).tolist()
 
     def _refine_spots(self, image: Tensor, logits: Tensor) -> None:
         """Predicts possible nodules again, in the middle of a window and flipped, and averages all predictions.

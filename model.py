@@ -818,7 +818,8 @@ class InferenceSettings:
         threshold: Probability from which a voxel counts as nodule.
         min_score: Score from which a nodule stays in the mask; training chooses it at this threshold.
         mirrors: Number of test-time transforms whose probabilities are averaged with those of the scan itself.
-        window: Shape (z, y, x) of the sliding window; None takes each scan whole.
+        window: Shape (z, y, x) of the patches that the network was trained on, and of its windows; None takes each scan
+            whole.
         grid_spacing: Voxel size (x, y, z) in mm by which size and shape of nodules are judged, the median of the
             training scans; None takes that of each scan, and lets nodules be as small as a voxel.
         cleaning: What is done to the mask besides the threshold.
@@ -826,6 +827,8 @@ class InferenceSettings:
         everywhere: Whether a network trained on patches looks again in each of its windows, instead of in one around
             each spot that may be a nodule.
         learnt_score: What the score of a nodule is computed by; None takes ``Features.score``.
+        first_window: Shape (z, y, x) of the windows of a network trained on patches, where it is larger than ``window``
+            and no larger than the scan: in wide windows, fewer voxels lie at an edge. Further looks keep ``window``.
 
     Raises:
         InputError: A value is out of its range.
@@ -840,6 +843,7 @@ class InferenceSettings:
     scales: tuple[float, ...] = ()
     everywhere: bool = False
     learnt_score: LearntScore | None = None
+    first_window: Shape | None = None
 
     def __post_init__(self) -> None:
         check(0 < self.threshold < 1, f"threshold must be between 0 and 1, not {self.threshold}")
@@ -847,7 +851,7 @@ class InferenceSettings:
         for scale in self.scales:
             check(0.5 <= scale <= 2 and scale != 1, f"scales must each be 0.5 to 2 and not 1, not {scale}")
         check(len(set(self.scales)) == len(self.scales), f"scales must differ, not {self.scales}")
-        for name in ("window", "grid_spacing", "scales"):
+        for name in ("window", "first_window", "grid_spacing", "scales"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))  # of a list, as checkpoints hold it
         if isinstance(self.cleaning, dict):

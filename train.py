@@ -119,6 +119,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 AUGMENTATION = Augmentation()
 LEAST_SHARE = 1e-4  # of voxels that an untrained network takes for nodule; from 1e-5 on, one did not learn in trials
+FIRST_WINDOW = (96, 96, 96)  # voxels, of the first look at a scan; below, more small nodules are missed
 EPOCHS_TIMED = 10  # the last ones, by which the time that is left is estimated
 WARM_UP = 3  # eager steps before capture: cuDNN tries its kernels, AdamW allocates its state
 # Files of a run, and TensorBoard's beside them.
@@ -320,7 +321,12 @@ class Trainer:
     def _first_inference_settings(self, mirrors: int) -> InferenceSettings:
         """How the network looks at scans; the last validation chooses the min_score."""
         spacing = np.median([self.metadata[uid].grid.spacing for uid in self.split.train], axis=0)
-        return InferenceSettings(mirrors=mirrors, window=self.patch_size, grid_spacing=tuple(spacing.tolist()))
+        return InferenceSettings(
+            mirrors=mirrors,
+            window=self.patch_size,
+            grid_spacing=tuple(spacing.tolist()),
+            first_window=FIRST_WINDOW if self.patch_size else None,
+        )
 
     def _build(self) -> None:
         """Network, loss, optimiser and data; leaves the global random states as they were."""
@@ -1030,7 +1036,7 @@ class Trainer:
             self.scaler.load_state_dict(progress["scaler"])
         self.sampler.load_state_dict(progress["sampler"])
         self.epoch, self.best, self.log = done, progress["best"], progress["log"]
-        self.inference = checkpoint.inference
+        self.inference = replace(self.inference, min_score=checkpoint.inference.min_score)
         self.earlier = {uid: entry for uid, entry in checkpoint.seen.items() if entry[1] == "earlier"}
         if len(progress["random"]) == process_count():  # else each keeps what its own seed gave
             self._set_random_state(progress["random"][process_rank()])

@@ -32,6 +32,7 @@ from model import (
 )
 from utils import (
     SeenScans,
+    Shape,
     atomic_path,
     check,
     describe_difference,
@@ -228,10 +229,17 @@ def _scale_of(member: Checkpoint, first: Checkpoint) -> dict[str, list[float]]:
     return {} if factors == [1.0] * 3 else {"scale": factors}
 
 
+def _largest(windows: Sequence[Shape | None], factors: Sequence[np.ndarray]) -> Shape | None:
+    """The smallest window on the first member's grid that holds those of all members on theirs."""
+    on_grid = [np.ceil(np.divide(one, shrunk) - 1e-6) for one, shrunk in zip(windows, factors, strict=False) if one]
+    return tuple(np.max(on_grid, axis=0).astype(int).tolist()) if on_grid else None
+
+
 def _join_settings(members: Sequence[Checkpoint]) -> InferenceSettings:
     first, settings = members[0], [member.inference for member in members]
-    pairs = [(member.inference.window, _factors(member, first)) for member in members]
-    windows = [np.ceil(np.divide(window, factors) - 1e-6) for window, factors in pairs if window is not None]
+    factors = [_factors(member, first) for member in members]
+    windows = [one.window for one in settings]
+    firsts = [one.first_window or one.window for one in settings] if any(one.first_window for one in settings) else []
     grids = [member.inference.grid_spacing for member in members if not _scale_of(member, first)]
     known = [grid for grid in grids if grid is not None]
     scores = [one.learnt_score for one in settings if one.learnt_score is not None]
@@ -239,7 +247,8 @@ def _join_settings(members: Sequence[Checkpoint]) -> InferenceSettings:
         settings[0],
         min_score=float(np.mean([one.min_score for one in settings])),
         mirrors=max(one.mirrors for one in settings),
-        window=tuple(np.max(windows, axis=0).astype(int).tolist()) if windows else None,
+        window=_largest(windows, factors),
+        first_window=_largest(firsts, factors),
         grid_spacing=tuple(np.mean(known, axis=0).tolist()) if len(known) == len(grids) else None,
         learnt_score=mean_score(scores) if scores else None,
     )

@@ -79,7 +79,7 @@ def test_settings_are_joined():
         InferenceSettings(min_score=0.4, mirrors=0, window=(32, 48, 48), grid_spacing=(1.0, 1.0, 1.0)),
     ]
     joined = join_checkpoints([member("unet", inference=one) for one in settings], "ab").inference
-    assert joined.min_score == pytest.approx(0.3)
+    assert joined.min_score == pytest.approx(0.3) and joined.first_window is None
     assert replace(joined, min_score=0.3) == InferenceSettings(0.5, 0.3, 3, (48, 48, 48), (1.0, 1.0, 1.5))
 
 
@@ -197,6 +197,18 @@ def test_window_of_several_voxel_sizes_holds_no_air():
     assert joined.inference.window == (64, 64, 64) and joined.build_network().divisor == 8
     members = [spaced("unet", step, inference=InferenceSettings(window=(96, 96, 96))) for step in (0.6, 0.75)]
     assert join_checkpoints(members, "ab").inference.window == (120, 120, 120)
+
+
+def test_first_window_of_an_ensemble_is_the_largest_of_its_members():
+    settings = {
+        1.0: InferenceSettings(window=(32, 32, 32), first_window=(64, 64, 96)),
+        1.25: InferenceSettings(window=(32, 32, 64)),
+    }
+    members = [spaced("unet", step, inference=one) for step, one in settings.items()]
+    assert join_checkpoints(members, "ab").inference.first_window == (64, 64, 96)
+    settings[1.25] = replace(settings[1.25], first_window=(60, 32, 80))
+    members = [spaced("unet", step, inference=one) for step, one in settings.items()]
+    assert join_checkpoints(members, "ab").inference.first_window == (75, 64, 100)
 
 
 def test_members_of_larger_voxels_look_at_a_shrunk_image():

@@ -31,6 +31,7 @@ from infer import (
     MAX_CANDIDATES,
     WINDOW_BATCH,
     NoduleInferencer,
+    Predictor,
     extract_nodules,
     find_candidates,
     map_scans,
@@ -520,6 +521,41 @@ def test_network_sees_one_window_at_a_time(live):
 
     live(Watching(), window=(4, 6, 8)).predict(np.zeros((9, 10, 11)))
     assert shapes == {(4, 6, 8)}
+
+
+FIRST_LOOKS = [  # array, windows of the first look that are at most 16 wide, for patches of 8
+    ((24, 16, 20), (14, 16, 12)),  # two windows, one, two
+    ((6, 10, 90), (8, 10, 15)),
+]
+
+
+@pytest.mark.parametrize(("shape", "windows"), FIRST_LOOKS)
+def test_first_look_takes_as_few_windows_as_the_widest_would_and_further_looks_those_of_the_patches(shape, windows):
+    network, image = Counting(), np.zeros(shape, np.float32)
+    settings = InferenceSettings(window=(8, 8, 8), mirrors=1, first_window=(16, 16, 16))
+    Predictor(network, settings, "cpu", mixed_precision=False).predict_probability(image)
+    assert {tuple(window.shape) for window in network.seen} == {windows}
+    counts = -(-(np.maximum(shape, 8) - windows) // (0.75 * np.asarray(windows))) + 1
+    assert len(network.seen) == counts.prod()
+    image[2, 3, 4] = 1
+    network.seen.clear()
+    Predictor(network, settings, "cpu", mixed_precision=False).predict_probability(image)
+    assert [tuple(window.shape) for window in network.seen[-2:]] == [(8, 8, 8)] * 2
+
+
+def test_windows_of_the_first_look_are_sizes_that_the_network_takes_and_hold_no_air():
+    network = LungNodule3DUNet(channels=(2, 4, 8, 16), strides=(2, 2, 2), num_res_units=0)
+    settings = InferenceSettings(window=(48, 48, 48), first_window=(96, 96, 96))
+    predictor = Predictor(network, settings, "cpu")
+    assert network.divisor == 8
+    assert predictor._first_window((51, 30, 90)) == [48, 48, 56]
+    assert predictor._first_window((240, 196, 267)) == [96, 80, 88]
+
+
+def test_network_without_a_first_window_looks_in_those_of_its_patches():
+    predictor = Predictor(Bright(), InferenceSettings(window=(4, 6, 8)), "cpu")
+    for shape in ((3, 5, 7), (4, 6, 8), (20, 30, 41)):
+        assert predictor._first_window(shape) == [4, 6, 8]
 
 
 def test_window_slides_over_the_box_alone(live):

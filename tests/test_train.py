@@ -273,6 +273,24 @@ def test_resumed_run_equals_one_that_was_never_stopped(processed_dir, tmp_path, 
     pd.testing.assert_frame_equal(*logs)
 
 
+def test_network_of_patches_looks_first_in_wide_windows_and_so_does_an_older_run_that_is_resumed(
+    processed_dir, tmp_path, run_dir
+):
+    assert load_checkpoint(run_dir / "checkpoints" / "best_model.pth").inference.first_window is None  # whole scans
+    options = {**CPU, **PATCHES, "checkpoint_interval": 1}
+    Trainer(processed_dir, tmp_path, **options | {"num_epochs": 1}).train()
+    path = tmp_path / "checkpoints" / "checkpoint_epoch_1.pth"
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.inference.first_window == train.FIRST_WINDOW
+    older = dataclasses.replace(checkpoint.inference, first_window=None)
+    save_checkpoint(path, dataclasses.replace(checkpoint, inference=older))
+    trainer = Trainer(processed_dir, tmp_path, resume=True, **options | {"num_epochs": 2})
+    trainer.train()
+    assert trainer.validator.inferencer.settings.first_window == train.FIRST_WINDOW
+    written = load_checkpoint(tmp_path / "checkpoints" / "checkpoint_epoch_2.pth").inference
+    assert written == dataclasses.replace(trainer.validator.inferencer.settings, min_score=trainer.inference.min_score)
+
+
 def test_resume_takes_the_threads_of_the_run(processed_dir, run_dir, tmp_path, monkeypatch):
     taken = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
