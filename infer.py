@@ -185,6 +185,7 @@ class Flip:
         return back.transpose(3, 4) if self.exchanged else back
 
 
+AS_IT_IS = Flip(())
 # ``mirrors`` counts how many of them are used, from the first: mirror images, then what has y and x exchanged, of which
 # quarter turns come first.
 TRANSFORMS: list[Transform] = [
@@ -322,19 +323,35 @@ class Predictor:
         inside: Any = (..., *map(slice, shape))
         try:
             image = padded(image.to(self.device).float(), [size + -size % self.divisor for size in shape])
-            logits = self._run(image)[inside]
-            if again and self.more_looks:
-                total = logits.sigmoid()
-                zooms = [Zoom(scale, shape, self.divisor) for scale in self.settings.scales]
-                for look in (*TRANSFORMS[: self.settings.mirrors], *zooms):
-                    total += look.undo(self._run(look.apply(image)))[inside].sigmoid()
-                logits = torch.logit(total / (1 + self.more_looks), eps=PROBABILITY_EPS)
-            return logits
+            if not (again and self.more_looks):
+                return self._run(image)[inside]
+            zooms = [Zoom(scale, shape, self.divisor) for scale in self.settings.scales]
+            total = torch.zeros_like(image[inside])
+            for looks, views in self._views(image, [AS_IT_IS, *TRANSFORMS[: self.settings.mirrors], *zooms]):
+                for look, logits in zip(looks, self._run(views).split(len(image)), strict=True):
+                    total += look.undo(logits)[inside].sigmoid()
+            return torch.logit(total / (1 + self.more_looks), eps=PROBABILITY_EPS)
         except torch.cuda.OutOfMemoryError as error:
             raise UserError(
                 f"CUDA is out of memory for {' x '.join(map(str, shape))} voxels at a time; free the GPU of other "
                 "programs, leave out scales, or set device='cpu' (--device cpu)"
             ) from error
+
+    def _views(self, image: Tensor, looks: Sequence[Transform]) -> Iterator[tuple[list[Transform], Tensor]]:
+        """What the looks see of images (B, 1, Z, Y, X), one after the other along the first axis.
+
+        Of windows, as many go to the network at a time as in the first look, since it takes several times as long for
+        each small one alone. What has another shape goes apart.
+        """
+        most = max(WINDOW_BATCH // len(image), 1) if self.settings.window else 1
+        batch: list[tuple[Transform, Tensor]] = []
+        for look in looks:
+            view = look.apply(image)
+            if batch and (len(batch) == most or view.shape != batch[0][1].shape):
+                yield [look for look, _ in batch], torch.cat([view for _, view in batch])
+                batch = []
+            batch.append((look, view))
+        yield [look for look, _ in batch], torch.cat([view for _, view in batch])
 
     def _run(self, image: Tensor) -> Tensor:
         """float32 logits of images of a size that the network takes."""

@@ -278,6 +278,36 @@ def test_window_looks_again_everywhere_if_told_to(live):
     assert [tuple(window.shape) for window in network.seen[windows:]] == [(8, 8, 8), (4, 4, 4), (12, 12, 12)]
 
 
+@pytest.mark.parametrize(
+    ("settings", "batches"),
+    [
+        ({"window": (8, 8, 8), "mirrors": 3}, [(4, 8, 8, 8)]),
+        ({"window": (8, 8, 8), "mirrors": 5, "scales": (0.5,)}, [(4, 8, 8, 8), (2, 8, 8, 8), (1, 4, 4, 4)]),
+        ({"window": (8, 8, 12), "mirrors": 8}, [(4, 8, 8, 12)] * 2 + [(1, 8, 12, 8)]),  # the last is a quarter turn
+        ({"window": (8, 8, 8), "mirrors": 1, "everywhere": True}, [(4, 8, 8, 8)] * 14),
+        ({"mirrors": 2}, [(1, 24, 24, 24)] * 3),
+    ],
+    ids=["windows", "many", "turned", "everywhere", "whole scans"],
+)
+def test_looks_at_windows_go_to_the_network_in_batches_and_those_at_whole_scans_one_by_one(
+    monkeypatch, settings, batches
+):
+    class Watching(Counting):
+        def forward(self, image):
+            self.seen.append((len(image), *image.shape[2:]))
+            return 10 * image - 8 + torch.linspace(-1, 1, image.shape[-1])
+
+    network = Watching()
+    image, settings = spotted((12, 12, 14)), InferenceSettings(**settings)
+    predictor = Predictor(network, settings, "cpu", mixed_precision=False)
+    probability = predictor.predict_probability(image)
+    assert network.seen[-len(batches) :] == batches
+    monkeypatch.setattr(infer, "WINDOW_BATCH", 1)
+    network.seen.clear()
+    np.testing.assert_allclose(predictor.predict_probability(image), probability, atol=1e-6)
+    assert {count for count, *_ in network.seen} == {1}
+
+
 def test_no_look_goes_beyond_the_box(live):
     network = Counting()
     inferencer = live(network, window=(8, 8, 8), mirrors=1)
@@ -300,14 +330,15 @@ def test_wide_spot_is_looked_at_in_parts_and_no_scan_more_often_than_it_may_have
 
 
 class Changing(nn.Module):
-    """Gives bright voxels another probability each time it looks."""
+    """Gives bright voxels another probability in each image that it looks at."""
 
     def __init__(self, *probabilities):
         super().__init__()
         self.left = list(probabilities)
 
     def forward(self, image):
-        return torch.where(image > 0, torch.logit(torch.tensor(self.left.pop(0))), -10.0)
+        logits = torch.logit(torch.tensor([self.left.pop(0) for _ in image]))[:, None, None, None, None]
+        return torch.where(image > 0, logits, -10.0)
 
 
 @pytest.mark.parametrize("again", [(0.2, 0.4, 0.6), (0.6, 0.2, 0.4)])
