@@ -59,7 +59,6 @@ MEMORY_SHARE = 0.5  # of the free memory, of the device or of the machine, that 
 JITTER = 0.375  # of the patch: how far a nodule may lie from the middle of its patch
 TISSUE_LEVEL = 0.4  # -440 HU; what is brighter is no lung
 MOST_TISSUE = 0.5  # of the voxels under a pasted nodule
-LUNG_LEVEL = 0.1  # of aerated lung, -860 HU in the usual window
 HARD_ERROR = 0.5  # a patch without a nodule in which the probability reaches this is a hard one
 HARD_REPEATS = 2.0  # how often each hard patch is drawn in an epoch on average, at most: few are learnt by heart
 
@@ -70,7 +69,6 @@ RANGES = {  # of the random changes, and the probability without which each has 
     "noise_std": "noise_prob",
     "scale_factor": "scale_prob",
     "shift_offset": "shift_prob",
-    "fade_share": "fade_prob",
 }
 
 
@@ -107,7 +105,6 @@ class AugmentationParameters:
         noise_seed: Seed of the noise.
         scale: Factor of the intensity.
         shift: Offset of the intensity.
-        fade: Share by which the nodules fade into the lung.
         points: (n, 3) voxel (z, y, x) of each nodule after turns and flips, or None.
     """
 
@@ -118,7 +115,6 @@ class AugmentationParameters:
     noise_seed: int = 0
     scale: float = 1.0
     shift: float = 0.0
-    fade: float = 0.0
     points: np.ndarray | None = None
 
 
@@ -138,8 +134,6 @@ class Augmentation:
         scale_factor: Largest relative change of it.
         shift_prob: Probability that the intensity is shifted.
         shift_offset: Largest shift.
-        fade_prob: Probability that the nodules of a sample fade into the lung, as if they were ground glass.
-        fade_share: Largest share by which they fade.
         paste_prob: Probability that a patch without a nodule gets one from elsewhere.
         paste_per_scan: Nodules from elsewhere, near each other in size, that each whole scan gets; the number falls to
             0 in the last quarter of the epochs. A whole scan alone shows a network very few nodules. Patches take
@@ -160,8 +154,6 @@ class Augmentation:
     scale_factor: float = 0.1
     shift_prob: float = 0.3
     shift_offset: float = 0.1
-    fade_prob: float = 0.0
-    fade_share: float = 0.7
     paste_prob: float = 0.0
     paste_per_scan: int = 40
 
@@ -169,7 +161,7 @@ class Augmentation:
         for name, value in asdict(self).items():
             check(value >= 0, f"{name} must not be negative, not {value}")
             check(not name.endswith("_prob") or value <= 1, f"{name} must be at most 1, not {value}")
-        for name in ("zoom", "scale_factor", "fade_share"):
+        for name in ("zoom", "scale_factor"):
             check(getattr(self, name) < 1, f"{name} must be below 1, not {getattr(self, name)}")
         for name, probability in RANGES.items():
             ignored = getattr(self, probability) == 0 and getattr(self, name) != getattr(type(self), name)
@@ -198,7 +190,6 @@ class Augmentation:
             [0, -self.scale_factor, -self.shift_offset], [self.noise_std, self.scale_factor, self.shift_offset]
         )
         noise_seed = int(rng.integers(2**62))
-        fade_chance, fade = rng.random(2)
         points = _turn_points(points, shape_zyx, turns, flips)
         affine = None
         if chance[4] < self.affine_prob:
@@ -215,7 +206,6 @@ class Augmentation:
             noise_seed,
             1 + scale if chance[6] < self.scale_prob else 1.0,
             shift if chance[7] < self.shift_prob else 0.0,
-            fade * self.fade_share if len(points) and fade_chance < self.fade_prob else 0.0,
             points,
         )
 
@@ -273,8 +263,6 @@ def _augment(image: Tensor, mask: Tensor, drawn: AugmentationParameters) -> tupl
     image, mask = (torch.flip(torch.rot90(array, drawn.quarter_turns, (2, 3)), axes) for array in (image, mask))
     if drawn.affine is not None:
         image, mask = _apply_affine(image, mask, drawn.affine, drawn.points)
-    if drawn.fade:
-        image = _fade_nodules(image, mask, drawn.fade)
     if drawn.noise_std:
         generator = torch.Generator(image.device).manual_seed(drawn.noise_seed)
         noise = torch.randn(image.shape, generator=generator, device=image.device, dtype=image.dtype)
@@ -311,13 +299,6 @@ def _apply_affine(image: Tensor, mask: Tensor, affine: np.ndarray, points: np.nd
 def _to_device(numbers: Tensor, device: torch.device) -> Tensor:
     """Numbers on the device; the host does not wait for it."""
     return numbers.to(device, non_blocking=True)
-
-
-def _fade_nodules(image: Tensor, mask: Tensor, share: float) -> Tensor:
-    """Takes nodules that much of the way down to aerated lung, with a soft edge a little outside of their mask."""
-    wide = functional.max_pool3d((mask == 1).to(image), 3, stride=1, padding=1)
-    soft = functional.avg_pool3d(wide, 3, stride=1, padding=1)
-    return image + share * soft * (LUNG_LEVEL - image).clamp(max=0)
 
 
 # --------------------------------------------------------------------------------------------------------- data set

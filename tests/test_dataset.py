@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 
 import dataset
 from dataset import (
-    LUNG_LEVEL,
     Augmentation,
     AugmentationParameters,
     LUNA16Dataset,
@@ -355,37 +354,6 @@ def test_scale_multiplies_and_shift_adds():
     np.testing.assert_array_equal(mask, 1)
 
 
-def test_nothing_fades_unless_asked_to(many_draws):
-    assert {d.fade for d in many_draws} == {0.0}
-
-
-def test_nodules_fade_as_often_and_as_far_as_asked():
-    augmentation = dataclasses.replace(NO_CHANGE, fade_prob=0.3, fade_share=0.5)
-    shares = np.array([draw(augmentation, index, points=[(4, 8, 8)]).fade for index in range(DRAWS)])
-    assert abs((shares > 0).mean() - 0.3) < 0.05
-    assert 0.49 < shares.max() <= 0.5
-
-
-def test_nothing_fades_where_there_is_no_nodule():
-    augmentation = dataclasses.replace(NO_CHANGE, fade_prob=1.0)
-    assert draw(augmentation, 0).fade == 0
-    assert draw(augmentation, 0, points=[(4, 8, 8)]).fade > 0
-
-
-def test_faded_nodule_lies_between_itself_and_lung_and_all_else_stays():
-    image = np.full((11, 11, 11), LUNG_LEVEL)
-    image[4:7, 4:7, 4:7] = 0.9
-    image[5, 5, 0] = 0.8  # a vessel far away
-    image[5, 5, 10] = 0.0  # air
-    mask = np.zeros(image.shape, np.uint8)
-    mask[4:7, 4:7, 4:7] = 1
-    faded, kept = augment(image, AugmentationParameters(fade=0.25), mask)
-    np.testing.assert_allclose(faded[4:7, 4:7, 4:7], 0.9 - 0.25 * (0.9 - LUNG_LEVEL), rtol=1e-6)
-    image[4:7, 4:7, 4:7] = faded[4:7, 4:7, 4:7]
-    np.testing.assert_allclose(faded, image, rtol=1e-6)
-    np.testing.assert_array_equal(kept, mask)
-
-
 @pytest.fixture
 def two_scans(tmp_path):
     """A scan with a 6 mm nodule of 0.8 at (10, 10, 10) and one without, both lung of 0.1 elsewhere; 1 mm voxels."""
@@ -558,7 +526,6 @@ def test_nodules_of_few_voxels_are_not_pasted_beside_larger_ones(two_scans):
         ({"noise_prob": -0.1}, "noise_prob must not be negative"),
         ({"noise_std": math.nan}, "noise_std must not be negative"),
         ({"zoom": 1.0}, "zoom must be below 1"),
-        ({"fade_share": 1.0}, "fade_share must be below 1"),
     ],
 )
 def test_impossible_augmentation_is_refused_by_name(change, message):
@@ -1089,7 +1056,6 @@ def test_quarter_turns_want_equal_spacing(spacing_zyx, turns):
         ("zoom", "affine_prob"),
         ("rotate_degrees", "affine_prob"),
         ("noise_std", "noise_prob"),
-        ("fade_share", "fade_prob"),
     ]
     + [("scale_factor", "scale_prob"), ("shift_offset", "shift_prob")],
 )
@@ -1232,8 +1198,6 @@ def test_turns_and_affines_keep_what_is_ignored():
     image = np.zeros(mask.shape, np.float32)
     _, moved = augment(image, AugmentationParameters(1, (True, False, True), np.eye(3)), mask)
     assert [(moved == value).sum() for value in (1, 2)] == [32, 18]
-    faded, _ = augment(image + 1, AugmentationParameters(fade=0.5), mask)
-    assert faded[3, 5, 5] < 1 and faded[6, 10, 10] == 1  # nodules alone fade
 
 
 def test_background_is_drawn_from_whole_scans_while_there_are_any():

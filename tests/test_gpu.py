@@ -70,7 +70,7 @@ def test_network_gives_what_it_gives_on_a_cpu(exact):
 
 def test_augmentation_gives_what_it_gives_on_a_cpu():
     rng, shape = np.random.default_rng(0), (24, 32, 32)
-    ranges = Augmentation(affine_prob=1, fade_prob=1, noise_prob=0, scale_prob=1, shift_prob=1)
+    ranges = Augmentation(affine_prob=1, noise_prob=0, scale_prob=1, shift_prob=1)
     images = torch.from_numpy(rng.random((4, 1, *shape), np.float32))
     masks = (images > 0.99).to(torch.uint8)
     drawn = [ranges.draw(rng, shape, (2.0, 1.0, 1.0), np.array([[12, 16, 16]])) for _ in images]
@@ -146,7 +146,7 @@ def test_steps_are_not_recorded_where_memory_is_short(processed_dir, tmp_path, m
 
 @pytest.mark.parametrize("cache", ["device", "memory"])
 def test_no_step_waits_for_the_gpu(processed_dir, tmp_path, cache):
-    augmentation = Augmentation(affine_prob=1, noise_prob=1, scale_prob=1, shift_prob=1, fade_prob=1)
+    augmentation = Augmentation(affine_prob=1, noise_prob=1, scale_prob=1, shift_prob=1)
     speed = Speed(cache=cache)
     trainer = Trainer(processed_dir, tmp_path, device="cuda", speed=speed, augmentation=augmentation, **TINY)
     for _ in range(4):

@@ -155,10 +155,10 @@ def test_network_of_another_name_is_trained_kept_and_used(processed_dir, tmp_pat
 
 def test_augmentation_comes_from_the_command_line_and_goes_into_the_checkpoint(processed_dir, tmp_path):
     words = ["--data_dir", str(processed_dir), "--output_dir", str(tmp_path), "--num_epochs", "1", "--device", "cpu"]
-    words += ["--channels", "[4,8]", "--strides", "[2]", "--num_res_units", "0", "--augmentation.fade_prob", "0.5"]
+    words += ["--channels", "[4,8]", "--strides", "[2]", "--num_res_units", "0", "--augmentation.zoom", "0.2"]
     assert train.main(words) == 0
     kept = load_checkpoint(tmp_path / "checkpoints" / "best_model.pth").training["augmentation"]
-    assert (kept["fade_prob"], kept["flip_prob"]) == (0.5, 0.5)
+    assert (kept["zoom"], kept["flip_prob"]) == (0.2, 0.5)
 
 
 def test_impossible_augmentation_ends_with_status_1_and_its_reason(tmp_path, caplog):

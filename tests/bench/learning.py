@@ -121,14 +121,11 @@ SCREENING = 39  # epochs in ten minutes
 TRIALS = {
     "screening": recipe(epochs=SCREENING, **HALVES),
     "screening, no mirrors": recipe(weights_of="screening", scoring=("--mirrors", "0"), **HALVES),
-    "screening, fading": recipe("--augmentation.fade_prob", "0.2", epochs=SCREENING, **HALVES),
     "screening, nothing pasted": recipe("--augmentation.paste_prob", "0", epochs=SCREENING, **HALVES),
-    "screening, fading, nothing pasted": recipe(
-        "--augmentation.fade_prob", "0.2", "--augmentation.paste_prob", "0", epochs=SCREENING, **HALVES
-    ),
     "twelve scans": recipe(*FIVE_MINUTES, epochs=9, **TWELVE),
     "twelve scans, from pretrained": recipe(*FIVE_MINUTES, "--initial_weights", "pretrained", epochs=9, **TWELVE),
     "20 epochs": recipe(epochs=20, seeds=(0, 1, 2)),
+    "20 epochs, nothing pasted": recipe("--augmentation.paste_prob", "0", epochs=20, seeds=(0, 1, 2)),
     "20 epochs, all voxels": recipe(*ALL_VOXELS, epochs=20, seeds=(0, 1, 2)),
     **{
         f"one look, {name}": recipe("--validation.mirrors", "0", *more, epochs=20, scoring=("--mirrors", "0"))
