@@ -60,7 +60,7 @@ JITTER = 0.375  # of the patch: how far a nodule may lie from the middle of its 
 TISSUE_LEVEL = 0.4  # -440 HU; what is brighter is no lung
 MOST_TISSUE = 0.5  # of the voxels under a pasted nodule
 HARD_ERROR = 0.5  # a patch without a nodule in which the probability reaches this is a hard one
-HARD_REPEATS = 2.0  # how often each hard patch is drawn in an epoch on average, at most: few are learnt by heart
+HARD_REPEATS = 2.0  # most draws of each hard patch in an epoch, on average: a few would be learnt by heart
 
 
 RANGES = {  # of the random changes, and the probability without which each has no effect
@@ -309,7 +309,7 @@ class LUNA16Dataset(Dataset):
 
     A sample is a dict of ``image`` (1, Z, Y, X) float16 in [0, 1] and ``mask`` (1, Z, Y, X) uint8, which may be the
     very voxels that are kept, ``seriesuid``, ``key``, and ``augmentation``: parameters for ``augment_batch``, or None.
-    The mask is 1 in nodules and IGNORED in excluded findings beside them.
+    The mask is 1 in nodules, and IGNORED in excluded findings beside them and where the lung mask hides a nodule.
 
     Args:
         data_dir: Folder or folders that preprocess.py wrote.
@@ -474,7 +474,8 @@ class LUNA16Dataset(Dataset):
         target = Box.of_size(start, size).slices
         image[target] = np.where(edge, np.maximum(image[target], pixels), image[target])
         mask[target] = np.maximum(mask[target], nodule)
-        return start + size // 2
+        voxels = np.argwhere(nodule)
+        return start + voxels[((voxels - size // 2) ** 2).sum(axis=1).argmin()]
 
     def __getitem__(self, key: SampleKey | int) -> dict[str, Any]:
         """Sample of a key; a plain index is that scan, whole, in epoch 0."""

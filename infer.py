@@ -244,8 +244,8 @@ class Predictor:
 
         A network trained on patches slides over the image, or over ``box`` alone; the logits
         outside of it are OUTSIDE_LOGIT. The windows go to the device one batch at a time; the logits come to lie where
-        the image does. With ``mirrors`` and ``scales`` it looks again at what may be a nodule, or ``everywhere``. The
-        network's training mode is left as it was.
+        the image does. It looks again at wide spots that may be a nodule, with ``mirrors`` and ``scales`` at all of
+        them, or ``everywhere``. The network's training mode is left as it was.
         """
         with evaluation_mode(self.model), torch.inference_mode():
             if self.settings.window is None:
@@ -269,22 +269,23 @@ class Predictor:
     def _first_window(self, shape_zyx: Sequence[int]) -> list[int]:
         """Shape of the windows that slide over an array of this shape.
 
-        They are as small as they can be without being more than windows of ``first_window`` would be, and no larger
-        than the array, so that none holds air from outside of it.
+        They are as small as they can be without being more than windows of ``first_window`` would be. They are no
+        larger than the array, so that none holds air from outside of it, but no smaller than ``window``.
         """
         assert self.settings.window is not None
         widest = np.minimum(self.settings.first_window or self.settings.window, shape_zyx)
         widest = np.maximum(widest - widest % self.divisor, 1)
         steps = np.ceil((shape_zyx - widest) / ((1 - WINDOW_OVERLAP) * widest))  # from the first window to the last
         even = shape_zyx / (1 + (1 - WINDOW_OVERLAP) * steps)
-        even = np.ceil(even / self.divisor).astype(int) * self.divisor
+        multiple = math.lcm(self.divisor, 4)  # a quarter of it overlaps, and is no fraction of a voxel
+        even = np.ceil(even / multiple).astype(int) * multiple
         return np.maximum(self.settings.window, np.minimum(even, widest)).tolist()
 
     def _refine_spots(self, image: Tensor, logits: Tensor) -> None:
         """Predicts possible nodules again, in the middle of a window and flipped, and averages all predictions.
 
-        A spot that is wider than half a window is looked at in one of WIDEST_WINDOW, also without further looks: none
-        of the first look may have shown all of it.
+        The likeliest spots that are wider than half a window are looked at in one of WIDEST_WINDOW, also without
+        further looks: they may not have fitted into any window of the first one.
 
         Args:
             image: (1, 1, Z, Y, X).
@@ -293,25 +294,31 @@ class Predictor:
         """
         window, whole = np.asarray(self.settings.window), np.asarray(logits.shape)
         widest = np.maximum(window, np.minimum(WIDEST_WINDOW, whole + -whole % self.divisor))
+        is_wider = bool((widest > window).any())
         looks_again = self.more_looks and not self.settings.everywhere
-        total, weights = logits.sigmoid(), torch.ones_like(logits)
+        if not (is_wider or looks_again):
+            return
+        views = 1 + self.more_looks
+        first = views if self.settings.everywhere else 1
+        probability = logits.sigmoid()
+        total, weights = first * probability, torch.full_like(logits, first)
         voxel_mm3 = math.prod(self.settings.grid_spacing or (0.0,))
         wide_left = MOST_WIDE
-        for spot in _spots(total.cpu().numpy(), np.minimum(widest, whole) // 2, voxel_mm3):
-            is_wide = wide_left > 0 and bool((np.asarray(spot.shape_zyx) > window // 2).any())
+        for spot in _spots(probability.cpu().numpy(), np.maximum(window, WIDEST_WINDOW) // 2, voxel_mm3):
+            is_wide = is_wider and wide_left > 0 and bool((np.asarray(spot.shape_zyx) > window // 2).any())
             if not (is_wide or looks_again):
                 continue
             wide_left -= is_wide
             shape = widest if is_wide else window
             size = np.minimum(shape, whole)
-            weight = compute_importance_map(tuple(size), "gaussian", LOOK_SIGMA, logits.device) * (1 + self.more_looks)
-            weight *= WIDE_WEIGHT if is_wide else 1
+            weight = compute_importance_map(tuple(size), "gaussian", LOOK_SIGMA, logits.device)
+            weight *= views * (WIDE_WEIGHT if is_wide else 1)
             middle = np.add(spot.lower, spot.upper) // 2
             crop = Box.of_size(np.clip(middle - size // 2, 0, whole - size), size).slices
             again = self._forward(padded(image[:, :, *crop], shape.tolist()), again=True)[0, 0].to(logits.device)
             total[crop] += weight * again[tuple(map(slice, size))].sigmoid()
             weights[crop] += weight
-        looked = weights > 1
+        looked = weights > first
         logits[looked] = torch.logit(total[looked] / weights[looked], eps=PROBABILITY_EPS)
 
     def _forward(self, image: Tensor, again: bool) -> Tensor:

@@ -27,7 +27,7 @@ from torch.nn import functional
 from data.rescoring import LearntScore
 from utils import IGNORED, InputError, SeenScans, Shape, UserError, Vector, check
 
-CHECKPOINT_FORMAT = 9  # raised whenever older checkpoints can no longer be read or give other results
+CHECKPOINT_FORMAT = 9  # raised whenever older checkpoints can no longer be read
 # What zipfile, zlib and the unpickler raise on flipped or missing bytes, once the file has been read.
 DAMAGE = (
     zipfile.BadZipFile,
@@ -827,8 +827,8 @@ class InferenceSettings:
         everywhere: Whether a network trained on patches looks again in each of its windows, instead of in one around
             each spot that may be a nodule.
         learnt_score: What the score of a nodule is computed by; None takes ``Features.score``.
-        first_window: Shape (z, y, x) of the windows of a network trained on patches, where it is larger than ``window``
-            and no larger than the scan: in wide windows, fewer voxels lie at an edge. Further looks keep ``window``.
+        first_window: Largest shape (z, y, x) of the windows of the first look, which are no smaller than ``window``: in
+            wide ones, fewer voxels lie at an edge. None takes ``window``.
 
     Raises:
         InputError: A value is out of its range.

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from data.command_line import parse_command_line, refuse_options, run_main
 from data.rescoring import Features, LearntScore, fit_score
-from data.validation_page import CHOSEN_HERE, DICE_KINDS, Finding, picture_findings, write_page
+from data.validation_page import CHOSEN_HERE, DICE_KINDS, FEWEST_IN_BAND, Finding, picture_findings, write_page
 from dataset import ignore_excluded
 from infer import (
     REMEDY,
@@ -141,7 +141,6 @@ COUNTS = (
 NODULE_RESULT_COLUMNS = (*ANNOTATION_COLUMNS, "dice", "grid_diameter_mm", "found_diameter_mm")
 AGREEMENT_SIZES_MM = {"all": (0.0, math.inf), "< 6 mm": (0.0, 6.0), "6 mm and more": (6.0, math.inf)}
 SIZES_MM = {"< 6 mm": (0.0, 6.0), "6-10 mm": (6.0, 10.0 + 1e-9), "> 10 mm": (10.0 + 1e-9, math.inf)}
-FEWEST_IN_BAND = 5  # differences, of which limits are shown
 CROP_MARGIN_MM = 5.0  # around an annotated nodule, for its own Dice
 NEARLY_AS_GOOD = 0.005  # of mean Dice, when a score is chosen
 MOST_FINISHERS = 4  # threads that score scans beside the network, one for every four cores
@@ -354,7 +353,7 @@ class Validator:
         parts = self._choose(subset, fold)
         scored = [uid for uid, part in parts.items() if part not in LEARNT_FROM]
         self.inferencer.check_prepared_alike(self.data_dir, scored)
-        excluded = self._excluded(scored, excluded_path)
+        excluded = excluded_findings(self.data_dir, scored, excluded_path if self.writes_files else None)
         provenance: dict[str, Any] = {}
         if self.writes_files:
             provenance = self.inferencer.provenance | {"data_dir": resolve_folders(self.data_dir), "subset": subset}
@@ -410,7 +409,7 @@ class Validator:
         choices = [replace(present, threshold=threshold) for threshold in sorted({*THRESHOLDS, present.threshold})]
         choices += [replace(present, cleaning=cleaning) for cleaning in self._cleanings()]
         choices = list(dict.fromkeys(replace(choice, learnt_score=None) for choice in choices))
-        examine = partial(self._examine_choices, choices, self._excluded(uids, excluded_path))
+        examine = partial(self._examine_choices, choices, excluded_findings(self.data_dir, uids, excluded_path))
         self.failed = {}
         scans: list[list[ExaminedScan]] = map_scans(
             self.data_dir, uids, self._predict, examine, desc="tuning", failed=self.failed
@@ -444,22 +443,6 @@ class Validator:
         probability = predicted[0].cpu().numpy()
         found = [self.inferencer.find_candidates(probability, scan.geometry, scan.image, choice) for choice in choices]
         return [ExaminedScan.of(scan, one, excluded=excluded) for one in found]
-
-    def _excluded(self, seriesuids: Sequence[str], path: str | Path) -> pd.DataFrame | None:
-        """The excluded findings that preprocess.py noted and, with a checkpoint, those of a table; None: neither."""
-        metadata = [scan for uid in seriesuids if (scan := readable_metadata(self.data_dir, uid)) is not None]
-        rows = [(scan.seriesuid, *finding) for scan in metadata for finding in scan.excluded]
-        noted = pd.DataFrame(rows, columns=list(ANNOTATION_COLUMNS))
-        if not self.writes_files:
-            return noted if rows else None
-        if rows and not Path(path).is_file():
-            if Path(path) != Path(EXCLUDED_PATH):
-                logger.warning("%s does not exist: only findings that preprocess.py noted are excluded", path)
-            return noted
-        table = read_excluded(path)
-        if table is None:
-            return noted if rows else None
-        return pd.concat([table, noted]).drop_duplicates(ignore_index=True) if rows else table
 
     def _examine_scans(self, seriesuids: Sequence[str], excluded: pd.DataFrame | None) -> list[ExaminedScan]:
         """Compares each scan with the truth, and tells which cannot be scored or are mostly noise."""
@@ -1330,6 +1313,23 @@ def read_excluded(path: str | Path) -> pd.DataFrame | None:
     return read_table(path, ANNOTATION_COLUMNS)
 
 
+def excluded_findings(data_dir: Folders, seriesuids: Sequence[str], path: str | Path | None) -> pd.DataFrame | None:
+    """The excluded findings that preprocess.py noted of scans, and those of a table; None where there are neither."""
+    metadata = [scan for uid in seriesuids if (scan := readable_metadata(data_dir, uid)) is not None]
+    rows = [(scan.seriesuid, *finding) for scan in metadata for finding in scan.excluded]
+    noted = pd.DataFrame(rows, columns=list(ANNOTATION_COLUMNS)) if rows else None
+    if path is None:
+        return noted
+    if noted is not None and not Path(path).is_file():
+        if Path(path) != Path(EXCLUDED_PATH):
+            logger.warning("%s does not exist: only findings that preprocess.py noted are excluded", path)
+        return noted
+    table = read_excluded(path)
+    if table is None or noted is None:
+        return noted if table is None else table
+    return pd.concat([table, noted]).drop_duplicates(ignore_index=True)
+
+
 def _matching(pattern: str) -> list[Path]:
     """The file or folder of that very name or, where there is none, all that match it as a pattern."""
     if Path(pattern).exists():
@@ -1547,7 +1547,7 @@ class ScoredScans:
 
 
 NUM_DRAWS = 1000
-FALSE_NODULES = "false-positive nodules a scan, none of them on excluded findings"
+FALSE_NODULES = "false-positive nodules a scan (those on excluded findings not counted)"
 FEWER_IS_BETTER = (FALSE_NODULES,)
 
 

@@ -341,6 +341,8 @@ def write_bundle(checkpoint: Checkpoint, folder: Path) -> Path:
         _compare(network, torch.jit.load(str(temporary)))
     settings, inference = Preprocessing.from_dict(checkpoint.preprocessing), checkpoint.inference
     window = list(inference.window or settings.target_size or _example(network).shape[2:])
+    if inference.first_window is not None:
+        window = np.maximum(window, np.asarray(inference.first_window) // network.divisor * network.divisor).tolist()
     values = {"hu_min": settings.hu_min, "hu_max": settings.hu_max, "window": window, "threshold": inference.threshold}
     write_json(folder / "configs" / "inference.json", values | BUNDLE_INFERENCE)
     write_json(folder / "configs" / "metadata.json", _bundle_metadata(checkpoint, window))

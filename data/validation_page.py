@@ -41,6 +41,7 @@ MOST_OTHERS = 30  # findings of a scan that are named without a picture
 ROW_BYTES = 800  # of the markup of a scan
 PAGE_BYTES = 14_000_000
 FEW = 20  # nodules or scans, below which figures say little
+FEWEST_IN_BAND = 5  # differences of diameters, of which limits are shown
 MOST_OPEN = 3  # scans whose pictures are seen at once
 BINS = 10
 DICE_KINDS = {  # of the summary, beside the mean of all scans
@@ -208,6 +209,7 @@ def write_page(
         further=_further(summary),
         by_size=summary.get("by_size", []),
         diameters=summary.get("diameters", []),
+        fewest_in_band=FEWEST_IN_BAND,
         charts=charts,
         key_size=KEY_SIZE,
         reliability=reliable,
@@ -268,8 +270,9 @@ CHARTS = {
     ),
     "diameters": (
         "Diameters",
-        "Each point is a found nodule: its diameter less the annotated one. The line is the mean, and in the band "
-        "a further difference lies with 95 % probability. Grey: what the grid makes of the annotated nodule itself.",
+        "Each point is a found nodule: its diameter less the annotated one. The line is the mean, and in the band, if "
+        "there is one, a further difference lies with 95 % probability. Grey: what the grid makes of the annotated "
+        "nodule itself.",
     ),
     "distribution": ("Scans", "Each point is a scan."),
 }

@@ -395,6 +395,31 @@ def test_spot_wider_than_half_a_window_is_looked_at_in_a_wider_one(live, monkeyp
     assert {tuple(window.shape) for window in network.seen} == {(8, 8, 8)}
 
 
+@pytest.mark.parametrize(("width", "is_wide"), [(24, False), (30, True), (40, True), (50, True)])
+def test_wide_spot_of_a_piece_is_looked_at_in_as_wide_a_window_as_fits(width, is_wide):
+    network, image = Counting(), np.zeros((64, 64, 64), np.float32)
+    image[30:32, 30:32, 4 : 4 + width] = 1
+    Predictor(network, InferenceSettings(window=(48, 48, 48)), "cpu", mixed_precision=False).predict_probability(image)
+    assert ((64, 64, 64) in {tuple(window.shape) for window in network.seen}) == is_wide
+
+
+def test_window_of_a_wide_spot_counts_alike_beside_a_first_look_and_one_everywhere(monkeypatch):
+    monkeypatch.setattr(infer, "LOOK_SIGMA", 1e3)  # a look counts the same all over its window
+    wide = spotted()
+    wide[10:12, 8:14, 4:14] = 1
+
+    class Sized(nn.Module):
+        def forward(self, image):
+            return torch.where(image > 0, torch.logit(torch.tensor(0.3 if image.shape[-1] > 8 else 0.8)), -10.0)
+
+    for settings in ({}, {"mirrors": 3, "everywhere": True}):
+        settings = InferenceSettings(window=(8, 8, 8), **settings)
+        probability = Predictor(Sized(), settings, "cpu", mixed_precision=False).predict_probability(wide)
+        assert probability[11, 11, 9] == pytest.approx(
+            (0.8 + infer.WIDE_WEIGHT * 0.3) / (1 + infer.WIDE_WEIGHT), abs=1e-4
+        )
+
+
 class Cut(nn.Module):
     """Finds what is bright, but for what lies in the outer sixth of its window."""
 
@@ -555,8 +580,8 @@ def test_network_sees_one_window_at_a_time(live):
 
 
 FIRST_LOOKS = [  # array, windows of the first look that are at most 16 wide, for patches of 8
-    ((24, 16, 20), (14, 16, 12)),  # two windows, one, two
-    ((6, 10, 90), (8, 10, 15)),
+    ((26, 16, 20), (16, 16, 12)),  # two windows, one, two
+    ((6, 10, 90), (8, 10, 16)),
 ]
 
 

@@ -26,16 +26,14 @@ from tqdm import tqdm
 from infer import NoduleInferencer
 from model import Cleaning, load_checkpoint
 from utils import (
-    ANNOTATION_COLUMNS,
     LEARNT_FROM,
     check,
     choose_scans,
-    read_metadata,
     read_processed,
     read_processed_list,
     write_csv,
 )
-from validate import NODULE_RESULT_COLUMNS, ExaminedScan, ScoredScans, choose_min_score, read_excluded
+from validate import NODULE_RESULT_COLUMNS, ExaminedScan, ScoredScans, choose_min_score, excluded_findings
 
 RESULTS = Path(__file__).with_name("settings.csv")
 PRESENT = "as the checkpoint says"
@@ -80,14 +78,6 @@ def unseen_scans(inferencer: NoduleInferencer, checkpoint_path: Path, data_dir: 
     check(not learnt, f"{checkpoint_path} may have learnt from {len(learnt)} of these scans; name a data_dir of others")
     inferencer.check_prepared_alike(data_dir, list(parts))
     return list(parts)
-
-
-def excluded_findings(data_dir: Path, seriesuids: Sequence[str], path: Path) -> pd.DataFrame:
-    """Those that preprocess.py noted, and those of a table."""
-    scans = (read_metadata(data_dir, uid) for uid in seriesuids)
-    rows = [(scan.seriesuid, *finding) for scan in scans for finding in scan.excluded]
-    noted, table = pd.DataFrame(rows, columns=ANNOTATION_COLUMNS), read_excluded(path)
-    return noted if table is None else pd.concat([noted, table]) if rows else table
 
 
 def examine(
