@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data import dicom
 from data.phantom import make_phantom
 from dataset import Augmentation, LUNA16Dataset, ScanSampler, augment_batch, make_loader
-from infer import WINDOW_OVERLAP, NoduleInferencer, extract_nodules
+from infer import WINDOW_OVERLAP, NoduleInferencer, Predictor, extract_nodules
 from model import InferenceSettings, LungNodule3DUNet, to_device
 from preprocess import LUNA16Preprocessor, find_scans
 from train import WARM_UP, Trainer, ValidationSettings
@@ -360,6 +360,23 @@ def inference(bench: Bench) -> Iterator[tuple]:
     yield from peak
 
 
+def looks(bench: Bench) -> Iterator[tuple]:
+    """Seconds for a window of 48 x 48 x 48 and three mirror images of it; plain, one after the other."""
+    torch.manual_seed(0)
+    network = to_device(LungNodule3DUNet(**bench.network), bench.device).eval()
+    settings = InferenceSettings(window=(48, 48, 48), mirrors=3, everywhere=True)
+    predictor = Predictor(network, settings, str(bench.device))
+    image = torch.rand(1, 1, *settings.window).to(bench.device)
+
+    def plain() -> torch.Tensor:
+        with torch.inference_mode(), bench.autocast(bench.half):
+            mirrored = ([], [2], [3], [4])
+            views = [network(image.flip(axes)).float().sigmoid().flip(axes) for axes in mirrored]
+            return sum(views) / 4
+
+    yield "window and three mirror images", "s", 1, *bench.compare(lambda: predictor.logits(image), plain)
+
+
 def extraction(bench: Bench) -> Iterator[tuple]:
     """Seconds for the nodules of a mask of 256 x 256 x 256 with 50 balls, scored."""
     rng = np.random.default_rng(0)
@@ -498,6 +515,7 @@ ROWS = {
     "loading": loading,
     "training": training,
     "inference": inference,
+    "looks": looks,
     "extraction": extraction,
     "froc": froc_of_888,
     "sharing": sharing,
