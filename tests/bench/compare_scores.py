@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import pandas as pd
 from jsonargparse import auto_cli
-from settings import excluded_findings, unseen_scans
+from settings import unseen_scans
 from tqdm import tqdm
 
 from data.rescoring import Features
 from infer import NoduleInferencer
 from utils import ANNOTATION_COLUMNS, read_processed
-from validate import ExaminedScan, froc, learn_score
+from validate import ExaminedScan, excluded_findings, froc, learn_score
 
 SCORES: dict[str, Callable[[Features], float]] = {
     "peak": lambda features: features.peak,
