@@ -919,7 +919,7 @@ def draw_agreement(nodules: pd.DataFrame) -> Figure:
         )
     axes.set(xlabel="annotated diameter (mm)", ylabel="found less annotated diameter (mm)")
     axes.grid(color="0.9")
-    axes.legend(frameon=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)  # beside the points
     return figure
 
 
