@@ -311,8 +311,8 @@ class Predictor:
             wide_left -= is_wide
             shape = widest if is_wide else window
             size = np.minimum(shape, whole)
-            weight = compute_importance_map(tuple(size), "gaussian", LOOK_SIGMA, logits.device)
-            weight *= views * (WIDE_WEIGHT if is_wide else 1)
+            counts = views * (WIDE_WEIGHT if is_wide else 1)
+            weight = counts * compute_importance_map(tuple(size), "gaussian", LOOK_SIGMA, logits.device)
             middle = np.add(spot.lower, spot.upper) // 2
             crop = Box.of_size(np.clip(middle - size // 2, 0, whole - size), size).slices
             again = self._forward(padded(image[:, :, *crop], shape.tolist()), again=True)[0, 0].to(logits.device)

@@ -298,13 +298,7 @@ class Trainer:
         self.patch_size: Shape | None = None if patches is None else tuple(patches.size)  # type: ignore[assignment]
         self.augmentation = augmentation
         self.resume, self.overwrite = resume, overwrite
-        self.epoch = 0  # epochs done
-        self.best: dict[str, Any] | None = None  # epoch, Dice, loss and false-positive nodules of the best model
-        self.log: list[dict[str, float]] = []
-        self._unsaved: Checkpoint | None = None  # state after the last epoch, where no checkpoint holds it
-        self._kept_epoch = 0  # of that state, or of the newest checkpoint
-        self._names: list[str] = []  # of the checkpoints of that epoch, the last of which may be half written
-        self._has_started = False  # whether output_dir holds this run's split, and no earlier run
+        self._set_start()
         uids = read_processed_list(self.data_dir)
         self._check_output()
         self.split = self._split(uids)
@@ -317,6 +311,16 @@ class Trainer:
             self._build()
 
     # ---- before training
+
+    def _set_start(self) -> None:
+        """The state of a run that has not begun."""
+        self.epoch = 0  # epochs done
+        self.best: dict[str, Any] | None = None  # epoch, Dice, loss and false-positive nodules of the best model
+        self.log: list[dict[str, float]] = []
+        self._unsaved: Checkpoint | None = None  # state after the last epoch, where no checkpoint holds it
+        self._kept_epoch = 0  # of that state, or of the newest checkpoint
+        self._names: list[str] = []  # of the checkpoints of that epoch, the last of which may be half written
+        self._has_started = False  # whether output_dir holds this run's split, and no earlier run
 
     def _first_inference_settings(self, mirrors: int) -> InferenceSettings:
         """How the network looks at scans; the last validation chooses the min_score."""

@@ -231,7 +231,7 @@ def _scale_of(member: Checkpoint, first: Checkpoint) -> dict[str, list[float]]:
 
 def _largest(windows: Sequence[Shape | None], factors: Sequence[np.ndarray]) -> Shape | None:
     """The smallest window on the first member's grid that holds those of all members on theirs."""
-    on_grid = [np.ceil(np.divide(one, shrunk) - 1e-6) for one, shrunk in zip(windows, factors, strict=False) if one]
+    on_grid = [np.ceil(np.divide(one, shrunk) - 1e-6) for one, shrunk in zip(windows, factors, strict=True) if one]
     return tuple(np.max(on_grid, axis=0).astype(int).tolist()) if on_grid else None
 
 
@@ -239,7 +239,8 @@ def _join_settings(members: Sequence[Checkpoint]) -> InferenceSettings:
     first, settings = members[0], [member.inference for member in members]
     factors = [_factors(member, first) for member in members]
     windows = [one.window for one in settings]
-    firsts = [one.first_window or one.window for one in settings] if any(one.first_window for one in settings) else []
+    is_wider = any(one.first_window for one in settings)
+    firsts = [(one.first_window or one.window) if is_wider else None for one in settings]
     grids = [member.inference.grid_spacing for member in members if not _scale_of(member, first)]
     known = [grid for grid in grids if grid is not None]
     scores = [one.learnt_score for one in settings if one.learnt_score is not None]
