@@ -501,10 +501,7 @@ class LUNA16Dataset(Dataset):
                 points = np.concatenate([points, pasted])
             rng = generator_of("augmentation", self.seed, key.epoch, key.position)
             drawn = self.augmentation.draw(rng, (z, y, x), self.metadata[key.scan].grid.spacing_zyx, points)
-        if any(nodule.cut_by_lungs for nodule in self.metadata[key.scan].nodules):
-            mask = torch.where((mask == 1) & (image == 0), IGNORED, mask)  # what the lung mask hides teaches nothing
-        if self.metadata[key.scan].excluded:
-            mask = ignore_excluded(mask, self.metadata[key.scan].excluded_voxels(box))
+        mask = training_mask(image, mask, self.metadata[key.scan], box)
         return {
             "image": image[None],
             "mask": mask[None],
@@ -566,6 +563,16 @@ def _whole_nodule(mask: Tensor, box: Box) -> tuple[Box, np.ndarray]:
         if (np.asarray(wide.lower) >= search.lower).all() and (np.asarray(wide.upper) <= search.upper).all():
             return wide, np.pad(nodule[around.slices].astype(np.uint8), DONOR_RIM)
         reach = 2 * reach
+
+
+def training_mask(image: Tensor, mask: Tensor, metadata: ScanMetadata, box: Box | None = None) -> Tensor:
+    """The mask (z, y, x) to learn from, of a scan or of a box of it.
+
+    It is IGNORED in excluded findings beside nodules, and in those parts of nodules that the lung mask hides.
+    """
+    if any(nodule.cut_by_lungs for nodule in metadata.nodules):
+        mask = torch.where((mask == 1) & (image == 0), IGNORED, mask)
+    return ignore_excluded(mask, metadata.excluded_voxels(box)) if metadata.excluded else mask
 
 
 def ignore_excluded(mask: Tensor, voxels: np.ndarray) -> Tensor:
@@ -857,7 +864,8 @@ def make_split(
         groups = {patient: uids for patient, uids in groups.items() if not set(uids) & set(test)}
     given = f"from {len(metadata)} scans" if fold is None else f"beside the {len(test)} scans of fold {fold}"
     remedy = "preprocess more scans" if fold is None else "hold out another fold or none"
-    check(len(groups) >= 2, f"a split needs two patients or more, not {len(groups)}, {given}; {remedy}")
+    ids = " (all have the same PatientID; if an anonymiser wrote it, give each patient another)" * (len(groups) == 1)
+    check(len(groups) >= 2, f"a split needs two patients or more, not {len(groups)}, {given}{ids}; {remedy}")
     rng = np.random.default_rng(seed)  # no stream of generator_of, whatever its name
     validation: list[list[str]] = []
     train: list[list[str]] = []

@@ -249,7 +249,7 @@ class Predictor:
         """
         with evaluation_mode(self.model), torch.inference_mode():
             if self.settings.window is None:
-                return self._forward(image, again=True)
+                return _check_finite(self._forward(image, again=True))
             inside: Any = (..., *(box.slices if box else ()))
             logits = torch.full_like(image, OUTSIDE_LOGIT, dtype=torch.float32)
             logits[inside] = sliding_window_inference(  # type: ignore[assignment]
@@ -263,8 +263,9 @@ class Predictor:
                 device=image.device,
             )
             for one, its_logits in zip(image[inside], logits[inside], strict=True):
+                _check_finite(its_logits)
                 self._refine_spots(one[None], its_logits[0])
-            return logits
+            return _check_finite(logits)
 
     def _first_window(self, shape_zyx: Sequence[int]) -> list[int]:
         """Shape of the windows that slide over an array of this shape.
@@ -404,6 +405,16 @@ class Predictor:
         return torch.sigmoid(self.logits(self.to_tensor(image), box))[0, 0].cpu().numpy()
 
 
+def _check_finite(logits: Tensor) -> Tensor:
+    """The logits; raises UserError where one is NaN or infinite, which would look like a scan without nodules."""
+    if not torch.isfinite(logits).all():
+        raise UserError(
+            "the network gives numbers that are not finite; try float32 (mixed_precision=False, --mixed_precision "
+            "false), and if that does not help, another checkpoint"
+        )
+    return logits
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Puts a network into evaluation mode and back into whatever mode it was in."""
@@ -523,6 +534,10 @@ class Segmentation:
         scores[self.numbers] = [found.score for found in self.candidates]
         scores[0] = -1.0
         return scores
+
+    def without_voxels(self) -> Segmentation:
+        """The same without the array, which is too large to be kept of many scans."""
+        return replace(self, labels=np.zeros((1, 1, 1), np.int32))
 
     def keep(self, min_score: float) -> Segmentation:
         """The same with only those nodules in the mask whose score reaches ``min_score``."""
@@ -946,6 +961,23 @@ SHORT_NAME = 34  # letters of a name on the console
 REMEDY = "; name another output_dir, or replace them with overwrite=True (--overwrite true)"
 
 
+def mark_lost_nodules(ranks: sitk.Image, nodules: Sequence[FoundNodule]) -> None:
+    """Gives each nodule without a voxel the one at its middle: a small one may lie between thick slices.
+
+    Args:
+        ranks: Whole numbers on the scan's own grid, changed in place: 1 is the first nodule, 0 is background.
+        nodules: The nodules in this order.
+    """
+    present, geometry = np.unique(sitk.GetArrayViewFromImage(ranks)), Geometry.from_image(ranks)
+    for rank in sorted({*range(1, len(nodules) + 1)} - {*present.tolist()}):
+        index = np.rint(geometry.index(nodules[rank - 1].center_xyz)).astype(int)
+        voxel = np.clip(index, 0, np.subtract(geometry.shape_zyx, 1))[::-1].tolist()
+        if ranks[voxel] == 0:
+            ranks[voxel] = rank
+        else:
+            logger.warning("nodule %d has no voxel in the scan's own grid, since another one lies there", rank)
+
+
 @dataclass(frozen=True)
 class ScanResult:
     """What was found in one scan.
@@ -1078,7 +1110,7 @@ class ResultFolder:
             for name, table in (("inference_summary.csv", rows), ("candidates.csv", marks)):
                 path = self.path / name
                 if is_again and path.is_file():
-                    old = pd.read_csv(path, dtype={"seriesuid": str})
+                    old = pd.read_csv(path, dtype=str, keep_default_na=False)  # a scan may be called NA
                     write_csv(path, pd.concat([old[old["seriesuid"] != uid], table]))
                 elif path.is_file():
                     append_csv(path, table)
@@ -1133,9 +1165,9 @@ def _add_to_summary(output_dir: Path, provenance: dict[str, Any], new: dict[str,
     with folder_lock(output_dir):
         path = output_dir / "inference_summary.json"
         scans = (read_json(path)["scans"] if path.is_file() else {}) | new
-        new.clear()
         # The table may hold rows of other processes that are not in their summary yet, so it stays as it is.
         write_objects(path.with_suffix(".npy"), provenance | {"date": now(), "scans": scans})
+        new.clear()  # not before they are written
         update_index(output_dir, provenance, scans)
         return len(scans)
 
@@ -1647,7 +1679,7 @@ class NoduleInferencer:
             report_scan(self.output_dir, self.provenance, result, measured, [note] if note else [])
         else:
             delete_files(self.output_dir, [pattern.format(uid) for pattern in (*PAGE_FILES, *MEASURE_FILES)])
-        return result
+        return replace(result, found=found.without_voxels())
 
     def infer_scan(self, path: str | Path) -> list[dict[str, Any]]:
         """Finds the nodules of a raw scan, and writes files, picture and the mask in the scan's own grid.
@@ -1712,7 +1744,8 @@ class NoduleInferencer:
             with nullcontext() if len(paths) == 1 else noting(failures, whole.name, whole.hide):
                 archives: dict[str, Exception] = {}
                 own = self.output_dir.resolve()
-                listed = [scan for scan in list_scans(given, archives) if own not in scan.resolve().parents]
+                scans = list_scans(given, archives)
+                listed = [scan for scan in scans if scan == given or own not in scan.resolve().parents]
                 found += [raw_scan(scan, given, names) for scan in listed]
                 for count, error in enumerate(archives.values(), start=1):
                     with noting(failures, f"{whole.name}_archive_{count}", whole.hide):
@@ -1730,12 +1763,13 @@ class NoduleInferencer:
         earlier = {source: name for name, source in (read_json(path)["scans"] if path.is_file() else {}).items()}
         taken = set(earlier.values())
         named: dict[str, RawScan] = {}
-        for scan in scans:
-            name = earlier.get(scan.source, scan.name)
-            if not name:
-                name = next(free for n in itertools.count(1) if (free := f"scan_{n:03d}") not in taken)
-            elif name in named:
-                name = next(free for n in itertools.count(2) if (free := f"{name}_{n}") not in named)
+        for scan in {scan.source: scan for scan in scans}.values():  # a file that is named twice is one scan
+            name = earlier.get(scan.source)
+            if name is None and scan.name and scan.name not in taken:
+                name = scan.name
+            elif name is None:
+                pattern, first = (f"{scan.name}_{{}}", 2) if scan.name else ("scan_{:03d}", 1)
+                name = next(free for n in itertools.count(first) if (free := pattern.format(n)) not in taken)
             named[name] = replace(scan, name=name)
             taken.add(name)
         return list(named.values())
@@ -1768,6 +1802,7 @@ class NoduleInferencer:
         figure = draw_overlay(ct, prepared.grid, found.mask, found.nodules, title=title)
         ranks = prepared.grid.image(found.ranks)
         own_ranks = resample(ranks, Geometry.from_image(scan), linear=False, pixel_type=sitk.sitkUInt16)
+        mark_lost_nodules(own_ranks, found.nodules)
         self.folder.write_scan(result, figure, own_ranks)
         measured = MeasuredScan.of(scan, prepared.grid, found, prepared.own_lungs)
         write_measures(self.output_dir, name, measured.measures)

@@ -77,6 +77,7 @@ from utils import (
     read_processed,
     read_scan,
     read_table,
+    readable_metadata,
     reason_of,
     resample,
     scan_name,
@@ -463,21 +464,36 @@ def draw_contours(
     Returns:
         The voxels; None where no annotation is near or too few readers agree.
     """
-    near = []
+    near: list[tuple[list[Contour], np.ndarray, np.ndarray]] = []
     for contours in annotations:
         points = np.concatenate([np.insert(c.points_yx, 0, c.index_z, axis=1) for c in contours])
-        middle = (points.min(axis=0) + points.max(axis=0)) / 2
-        if np.linalg.norm(geometry.world(middle) - center_xyz) < max(diameter_mm / 2, SAME_NODULE_MM):
-            near.append((contours, points))
+        middle = geometry.world((points.min(axis=0) + points.max(axis=0)) / 2)
+        if np.linalg.norm(middle - center_xyz) < max(diameter_mm / 2, SAME_NODULE_MM):
+            near.append((contours, points, middle))
     if not near:
         return None
-    lower = np.min([points.min(axis=0) for _, points in near], axis=0) - 1  # may lie off the scan
-    upper = np.max([points.max(axis=0) for _, points in near], axis=0) + 2
-    votes = np.sum([_fill_contours(contours, lower, upper) for contours, _ in near], axis=0)
-    agreed = votes >= (readers or len(near) // 2 + 1)
+    lower = np.min([points.min(axis=0) for _, points, _ in near], axis=0) - 1  # may lie off the scan
+    upper = np.max([points.max(axis=0) for _, points, _ in near], axis=0) + 2
+    filled = [_fill_contours(contours, lower, upper) for contours, _, _ in near]
+    mine = _of_one_nodule(filled, np.array([middle for _, _, middle in near]), np.asarray(center_xyz))
+    agreed = np.sum([filled[number] for number in mine], axis=0) >= (readers or len(mine) // 2 + 1)
     if not agreed.any():
         return None
     return _voxels_mostly_covered(agreed, geometry.cropped(Box.between(lower, upper)), grid)
+
+
+def _of_one_nodule(filled: Sequence[np.ndarray], middles_xyz: np.ndarray, center_xyz: np.ndarray) -> list[int]:
+    """Numbers of those outlines that are of the nodule at a place, and not of one beside it.
+
+    Outlines of one nodule share voxels or have their middles within SAME_NODULE_MM, be it by way of others.
+    """
+    distances = np.linalg.norm(middles_xyz - center_xyz, axis=1)
+    mine, rest = [int(distances.argmin())], [*range(len(filled))]
+    for number in mine:  # it grows meanwhile
+        rest = [other for other in rest if other not in mine]
+        near = np.linalg.norm(middles_xyz - middles_xyz[number], axis=1) < SAME_NODULE_MM
+        mine += [other for other in rest if near[other] or (filled[number] & filled[other]).any()]
+    return mine
 
 
 def _fill_contours(contours: list[Contour], lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
@@ -636,7 +652,7 @@ def luna16_cases(raw_data_dir: Path, annotations_path: Path | None, lung_masks_d
                 LUNG_LABELS,
                 tuple((x, y, z, diameter) for x, y, z, diameter in nodules[uid].tolist()) if uid in nodules else (),
                 patients.get(uid) or scan_reader(path).patient(path) or None,
-                _fold_of(origin_of(path).relative_to(raw_data_dir.absolute())),
+                _fold_of(origin_of(path).relative_to(raw_data_dir.absolute().parent)),
             )
         )
     return cases
@@ -1026,17 +1042,34 @@ class LUNA16Preprocessor:
     def _done_elsewhere(self, own: set[str]) -> set[str]:
         """Scans that earlier runs over other raw folders left in the output folder; the log says which are listed."""
         listed: dict[bool, set[str]] = {True: set(), False: set()}
+        gone: list[ScanMetadata] = []
         for path in self.output_dir.glob("*_metadata.json"):
             uid = path.name.removesuffix("_metadata.json")
             if uid in own or is_of_macos(path):
                 continue
             try:
-                scan = read_processed(self.output_dir, uid)
-                listed[scan.metadata.preprocessing == self.settings.to_dict()].add(uid)
+                scan = read_processed(self.output_dir, uid).metadata
+                listed[scan.preprocessing == self.settings.to_dict()].add(uid)
+                if Path(scan.scan_path).is_relative_to(self.raw_data_dir.absolute()):
+                    gone.append(scan)
             except (ValueError, OSError) as error:
                 logger.warning("%s of an earlier run is left out: %s", uid, error)
-        if listed[True]:
-            logger.info("%d scans of earlier runs over other raw folders are listed, too", len(listed[True]))
+        renamed = self._renamed(gone, own)
+        listed[True] -= set(renamed)
+        for uid, name in renamed.items():
+            logger.warning("%s is not listed any more: its scan is now called %s", uid, name)
+        others = [scan.seriesuid for scan in gone if scan.seriesuid in listed[True]]
+        if others:
+            logger.warning(
+                "%d scans that %s no longer has stay in the data set, such as %s; to take one out, delete its "
+                "<seriesuid>_metadata.json in %s and run this again",
+                len(others),
+                self.raw_data_dir,
+                min(others),
+                self.output_dir,
+            )
+        if elsewhere := listed[True] - set(others):
+            logger.info("%d scans of earlier runs over other raw folders are listed, too", len(elsewhere))
         if listed[False]:
             logger.warning(
                 "%d scans of earlier runs in %s were made with other settings and are not listed, such as %s",
@@ -1045,6 +1078,14 @@ class LUNA16Preprocessor:
                 min(listed[False]),
             )
         return listed[True]
+
+    def _renamed(self, gone: Sequence[ScanMetadata], own: set[str]) -> dict[str, str]:
+        """{old name: new name} of scans that are gone, and are there again under another name."""
+        present = [readable_metadata(self.output_dir, uid) for uid in (sorted(own) if gone else ())]
+        # No two scans have the same place, voxel size and noise.
+        names = {(scan.scan_geometry, scan.noise_hu): scan.seriesuid for scan in present if scan is not None}
+        same = {scan.seriesuid: names.get((scan.scan_geometry, scan.noise_hu)) for scan in gone}
+        return {uid: name for uid, name in same.items() if name is not None}
 
     def _warn_of_ignored(self) -> None:
         """Warns of settings that the others leave without effect."""

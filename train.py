@@ -125,6 +125,8 @@ WARM_UP = 3  # eager steps before capture: cuDNN tries its kernels, AdamW alloca
 # Files of a run, and TensorBoard's beside them.
 RUN_FILE = re.compile(rf"checkpoints/(best_model\.pth|checkpoint_epoch_\d+\.pth|{TUNED_FILE})|log\.csv|curves\.png")
 LOG_FILE = re.compile(r"logs_\d{8}-\d{6}/events\.out\.tfevents.*")
+PASTE_SETTINGS = ("augmentation.paste_per_scan",)  # of whole scans
+SPLIT_SETTINGS = ("validation.fraction",)
 GPU_SETTINGS = ("num_workers", "speed.record_steps")
 REPORT_EVERY = 10  # steps between reads of what lies on the device; each read makes the host wait for it
 # Settings that may differ between a run and its continuation: but for num_epochs they do not change the result.
@@ -320,6 +322,7 @@ class Trainer:
         self._unsaved: Checkpoint | None = None  # state after the last epoch, where no checkpoint holds it
         self._kept_epoch = 0  # of that state, or of the newest checkpoint
         self._names: list[str] = []  # of the checkpoints of that epoch, the last of which may be half written
+        self._is_broken = False  # whether an epoch was broken off, and the weights are those in its middle
         self._has_started = False  # whether output_dir holds this run's split, and no earlier run
 
     def _first_inference_settings(self, mirrors: int) -> InferenceSettings:
@@ -593,7 +596,18 @@ class Trainer:
         shapes = {metadata.grid.shape_zyx for metadata in self.metadata.values()}
         for shape in [self.patch_size] if self.patch_size is not None else shapes:
             self.network.check_size(shape)
+            self._check_last_batch(shape)
             self._check_precision(shape[0])
+
+    def _check_last_batch(self, shape_zyx: Shape) -> None:
+        """Batch norm cannot learn from a single voxel, which a last batch of one leaves on the deepest level."""
+        samples = len(self.split.train) * (1 if self.patches is None else self.patches.per_scan)
+        is_single = self.network.arguments["norm"] == "batch" and max(shape_zyx) == self.network.divisor
+        check(
+            not is_single or (samples % self.batch_size or self.batch_size) > 1,
+            f"with a batch_size of {self.batch_size} the last batch holds one array of {list(shape_zyx)}, from which "
+            f"batch norm cannot learn; take some size above {self.network.divisor}, or another batch_size",
+        )
 
     def _check_precision(self, slices: int) -> None:
         """Takes float32 where half precision is known to be wrong."""
@@ -615,7 +629,9 @@ class Trainer:
 
         Raises:
             UserError: CUDA is out of memory (the message names remedies), or no step of an epoch had a finite loss.
+            InputError: An earlier call was broken off.
         """
+        check(not self._is_broken, "this training was broken off within an epoch; make a new Trainer with resume=True")
         busy = f"another training is at work in {self.output_dir}; wait for it, or name another output_dir"
         first = os.environ.get("RANK", "0") == "0"
         with folder_lock(self.output_dir, busy) if first else nullcontext():
@@ -643,7 +659,9 @@ class Trainer:
             with self._memory_advice(), sigterm_as_interrupt():
                 try:
                     for _ in range(self.epoch, self.num_epochs):
+                        self._is_broken = True
                         self._run_epoch()
+                        self._is_broken = False
                 except KeyboardInterrupt as error:
                     text = f"interrupted in epoch {self.epoch + 1}; {self._keep_last_epoch()}"
                     raise Interrupted(text, error) from None
@@ -674,9 +692,15 @@ class Trainer:
         """Names the options that have no effect on a CPU, where a user changed them."""
         signature = inspect.signature(type(self)).parameters
         defaults = _flatten({name: parameter.default for name, parameter in signature.items()})
-        changed = [name for name in GPU_SETTINGS if self.settings[name] != defaults[name]]
-        if changed and self.device.type == "cpu":
-            logger.warning("%s without effect: training is on a CPU", " and ".join(changed))
+        changed = {name for name in defaults if self.settings[name] != defaults[name]}
+        ignored = {
+            "training is on a CPU": GPU_SETTINGS if self.device.type == "cpu" else (),
+            "patches are drawn, and paste_prob is theirs": PASTE_SETTINGS if self.patch_size is not None else (),
+            "validation.data_dir is given": SPLIT_SETTINGS if self._validation_dirs else (),
+        }
+        for reason, names in ignored.items():
+            if found := [name for name in names if name in changed]:
+                logger.warning("%s without effect: %s", " and ".join(found), reason)
 
     def _set_global_states(self) -> None:
         """Random states, and how torch chooses its kernels."""

@@ -25,6 +25,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -110,6 +111,7 @@ def noting(failures: dict[str, Exception], name: str, hide: Callable[[str], str]
         failures[name] = error
         reason = hide(reason_of(error))
         logger.error("%s: %s", name, reason, exc_info=error if reason.startswith("unexpected") else None)
+        traceback.clear_frames(error.__traceback__)  # the error is kept, and the scan's arrays are not
 
 
 def check(condition: bool, message: str) -> None:
@@ -1621,12 +1623,12 @@ def select_device(device: str | torch.device, warn: bool = True) -> torch.device
 
 
 def free_memory(device: torch.device) -> int:
-    """Free memory in bytes: of a GPU, with the blocks that torch caches there unused; else of the machine."""
+    """Free memory in bytes: of a GPU, with the blocks that torch caches there unused; else of machine or container."""
     import psutil
     import torch
 
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        return int(min(psutil.virtual_memory().available, _memory_left()))
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
 
@@ -1654,22 +1656,40 @@ def _core_quota(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sy
         groups: File that names this process's groups, as lines of "number:controllers:path".
         root: Where the kernel shows the groups.
     """
-    quota = math.inf
+    return min(map(_quota_of, _control_groups("cpu", groups, root)), default=math.inf)
+
+
+def _memory_left(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that this process's control groups (containers, batch jobs) may still take; infinite without a limit."""
+    return min(map(_memory_left_of, _control_groups("memory", groups, root)), default=math.inf)
+
+
+def _control_groups(controller: str, groups: Path, root: Path) -> Iterator[Path]:
+    """Folders of this process's groups and of all that they lie in, to whose limits it is held."""
     try:
         lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
     except OSError:
-        return quota
+        return
     for _, controllers, path in lines:
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        folder = root / controllers / path.strip("/") if controllers else root / path.strip("/")
-        # A group is held to the limits of all that it lies in. In a container its path may lead nowhere: the root then
-        # is its own group.
-        for group in [folder, *folder.parents]:
-            quota = min(quota, _quota_of(group))
-            if group == root:
-                break
-    return quota
+        top = root / controllers if controllers else root
+        folder = top / path.strip("/")
+        # In a container the path may lead nowhere: the top then is its own group.
+        yield from (group for group in [folder, *folder.parents] if group.is_relative_to(root))
+
+
+def _memory_left_of(group: Path) -> float:
+    """Bytes that one control group may still take, by the files of its version 2 or 1; cached files can be dropped."""
+    names = ("memory.max", "memory.current", "inactive_file")
+    if not (group / names[0]).is_file():
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in names[:2])
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines()).get(names[2], "0")
+        return math.inf if limit == "max" else max(int(limit) - int(used) + int(cached), 0)
+    except (OSError, ValueError):
+        return math.inf
 
 
 def _quota_of(group: Path) -> float:

@@ -1373,7 +1373,13 @@ def score_predictions(
         twice = pd.Index(uids)[pd.Index(uids).duplicated()]
         check(twice.empty, f"two files have {what} the scan {next(iter(twice), None)}; each fold must be there once")
     annotations = _annotations_of(annotations_path, scans)
-    curve = froc(pd.concat(tables), annotations, read_excluded(excluded_path), scans)
+    # Beside marks that validate.py wrote stands what they were scored with, of which a table may know nothing.
+    beside = {} if seriesuids_path is not None else {path.with_name("excluded_findings.csv") for path in paths}
+    own = [read_table(path, ANNOTATION_COLUMNS) for path in sorted(beside) if path.is_file()]
+    table = None if own and not Path(excluded_path).is_file() else read_excluded(excluded_path)
+    own += [] if table is None else [table]
+    excluded = pd.concat(own).drop_duplicates(ignore_index=True) if own else None
+    curve = froc(pd.concat(tables), annotations, excluded, scans)
     write_froc(curve, output_dir)
     provenance = {"predictions": [str(path.resolve()) for path in paths], "annotations": str(annotations_path)}
     provenance |= {"excluded": str(excluded_path), "seriesuids": str(seriesuids_path or "beside the predictions")}
@@ -1603,7 +1609,7 @@ def check_same_scans(first: ScoredScans, second: ScoredScans, *names: str) -> No
             "the same scans",
         )
     for kind in ("nodules", "excluded"):
-        places = [getattr(scored, kind)[["seriesuid", *_XYZ]].round(2) for scored in (first, second)]
+        places = [getattr(scored, kind)[list(ANNOTATION_COLUMNS)].round(2) for scored in (first, second)]
         same = {frozenset(map(tuple, table.to_numpy())) for table in places}
         what = "annotated nodules" if kind == "nodules" else "excluded findings"
         check(len(same) == 1, f"{' and '.join(names)} differ in their {what}; score both with the same")

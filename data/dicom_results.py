@@ -103,7 +103,7 @@ def _images_of(stack: Stack, ranks: np.ndarray) -> tuple[list[Any], np.ndarray]:
 
     labels = _on_slices(stack, ranks)
     paths = list(dict.fromkeys(image.path for image in stack.slices))
-    images = [pydicom.dcmread(path, stop_before_pixels=True) for path in paths]
+    images = [pydicom.dcmread(path, stop_before_pixels=True, force=True) for path in paths]
     for image in images:
         for name in PATIENT_AND_STUDY:
             if name not in image:

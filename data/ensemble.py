@@ -192,8 +192,9 @@ def _average(
     """Name, arguments and weights of the network whose weights are the mean of theirs; counters are the first's."""
     first = members[0]
     for member, name in zip(members, names, strict=True):
+        alike = [{"network": one.network} | one.arguments | {"dropout": None} for one in (member, first)]
         check(
-            (member.network, member.arguments) == (first.network, first.arguments) and not _scale_of(member, first),
+            alike[0] == alike[1] and not _scale_of(member, first),
             f"{name} has another network or voxel size than {names[0]}, so their weights have no mean; without shares "
             "their probabilities are averaged",
         )

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from data.command_line import parse_command_line, run_main
+from dataset import training_mask
 from model import Checkpoint, SegmentationNetwork, checkpoint_file, load_checkpoint
 from preprocess import Preprocessing
 from utils import (
+    IGNORED,
     Folders,
     Progress,
     UserError,
@@ -40,7 +42,6 @@ from utils import (
 )
 
 Target = Literal["nnunet", "onnx", "torch", "bundle"]
-IGNORED_LABEL = 2  # the highest one, as nnU-Net wants it
 MOST_APART = 1e-3  # of probabilities, between a network and what was made of it
 EXAMPLE_VOXELS = 32  # smallest edge of the image that a network is traced with; others may be fed
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -119,13 +120,13 @@ def write_nnunet(data_dir: Folders, folder: Path) -> Path:
             own = scan.metadata.preprocessing
             check(own == settings, f"{uid} was prepared otherwise than {uids[0]}: {describe_difference(own, settings)}")
             hu = np.rint(Preprocessing.from_dict(own).to_hu(scan.image)).astype(np.int16)
-            labels, where = np.array(scan.mask), tuple(scan.metadata.excluded_voxels().T)
-            labels[where] = np.where(labels[where] == 0, IGNORED_LABEL, labels[where])
-            has_ignored |= bool((labels == IGNORED_LABEL).any())
+            image, mask = (torch.from_numpy(np.array(array)) for array in (scan.image, scan.mask))
+            labels = training_mask(image, mask, scan.metadata).numpy()
+            has_ignored |= bool((labels == IGNORED).any())
             for part, name, array in (("imagesTr", f"{uid}_0000", hu), ("labelsTr", uid, labels)):
                 write_image(folder / part / f"{name}.nii.gz", scan.geometry.image(array))
             progress.advance()
-    names = {"background": 0, "nodule": 1} | ({"ignore": IGNORED_LABEL} if has_ignored else {})
+    names = {"background": 0, "nodule": 1} | ({"ignore": IGNORED} if has_ignored else {})
     about = {"channel_names": {"0": "CT"}, "labels": names, "numTraining": len(uids), "file_ending": ".nii.gz"}
     write_json(folder / "dataset.json", about | {"preprocessing": settings})
     tell(f"{len(uids)} scans" + (", with excluded findings under the label to be ignored" if has_ignored else ""))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,15 @@ import SimpleITK as sitk
 from utils import GZIP_MAGIC, InputError, ScanHeader, ScanReader, Shape, Vector, check, decode, first_bytes
 
 SEGMENTATION = ".seg.nrrd"  # of 3D Slicer
+ANATOMICAL_SPACES = {  # of NRRD, whose axes point left or right, to the back or front, and up
+    name
+    for long, short in (
+        ("right-anterior-superior", "ras"),
+        ("left-anterior-superior", "las"),
+        ("left-posterior-superior", "lps"),
+    )
+    for name in (long, short)
+}
 MAX_NIFTI_GAP = 0.1  # between a voxel's two places, in the header's unit
 # By the length of a NIfTI header, formats and places of: dim, bitpix, pixdim, vox_offset, slope and intercept,
 # qform_code and sform_code, quaternion and offset, sform (nifti.nimh.nih.gov: NIfTI-1, NIfTI-2).
@@ -277,10 +287,18 @@ class NrrdReader(ScanReader):
             f"{path} keeps its voxels in another file; convert it to one self-contained .nrrd",
         )
         missing = [name for name in ("space", "space directions", "space origin") if name not in fields]
+        units = {unit.lower() for unit in re.findall(r'"([^"]*)"', fields.get("space units", ""))}
+        check(units <= {"mm", "millimeter", "millimeters", ""}, f"{path} measures in {units}, not mm; convert it to mm")
         check(
             not missing,
             f"{path} has no {' and no '.join(missing)}: positions in mm would be a guess; convert it from its source "
             "again, or add the fields that you know",
+        )
+        space = fields["space"].lower()
+        check(
+            space in ANATOMICAL_SPACES,
+            f"{path} has the space {fields['space']!r}, which does not say where left and right are; convert it from "
+            "its source again, or write the space that you know, such as left-posterior-superior",
         )
 
     def check_voxels(self, path: Path, expected: int) -> None:

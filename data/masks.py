@@ -537,12 +537,6 @@ def _on_grid(segment: Segment, geometry: Geometry, grid: Geometry) -> Segment | 
     return None if moved is None else moved.moved(box.lower)
 
 
-def _is_same(one: Geometry, other: Geometry) -> bool:
-    """Whether two grids have the same voxels."""
-    corners = np.vstack([np.zeros(3), np.diag(np.asarray(one.shape_zyx) - 1)])
-    return one.shape_zyx == other.shape_zyx and np.allclose(one.world(corners), other.world(corners), atol=0.01)
-
-
 def read_mask(path: Path) -> Mask:
     """Reads one mask with all its labels.
 
