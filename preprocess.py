@@ -491,7 +491,7 @@ def _of_one_nodule(filled: Sequence[np.ndarray], middles_xyz: np.ndarray, center
     mine, rest = [int(distances.argmin())], [*range(len(filled))]
     for number in mine:  # it grows meanwhile
         rest = [other for other in rest if other not in mine]
-        near = np.linalg.norm(middles_xyz - middles_xyz[number], axis=1) < SAME_NODULE_MM
+        near = np.linalg.norm(middles_xyz - middles_xyz[number], axis=1) <= SAME_NODULE_MM
         mine += [other for other in rest if near[other] or (filled[number] & filled[other]).any()]
     return mine
 
@@ -1081,11 +1081,18 @@ class LUNA16Preprocessor:
 
     def _renamed(self, gone: Sequence[ScanMetadata], own: set[str]) -> dict[str, str]:
         """{old name: new name} of scans that are gone, and are there again under another name."""
-        present = [readable_metadata(self.output_dir, uid) for uid in (sorted(own) if gone else ())]
-        # No two scans have the same place, voxel size and noise.
-        names = {(scan.scan_geometry, scan.noise_hu): scan.seriesuid for scan in present if scan is not None}
-        same = {scan.seriesuid: names.get((scan.scan_geometry, scan.noise_hu)) for scan in gone}
-        return {uid: name for uid, name in same.items() if name is not None}
+        alike: dict[Any, list[str]] = {}
+        for uid in sorted(own) if gone else ():
+            if (scan := readable_metadata(self.output_dir, uid)) is not None:
+                alike.setdefault((scan.scan_geometry, scan.noise_hu), []).append(uid)
+        names = {}
+        for scan in gone:
+            image = read_processed(self.output_dir, scan.seriesuid).image
+            for uid in alike.get((scan.scan_geometry, scan.noise_hu), []):
+                with suppress(ValueError, OSError):  # it failed in this run
+                    if np.array_equal(image, read_processed(self.output_dir, uid).image):
+                        names[scan.seriesuid] = uid
+        return names
 
     def _warn_of_ignored(self) -> None:
         """Warns of settings that the others leave without effect."""

@@ -689,17 +689,16 @@ class Trainer:
         return f"epoch {self._kept_epoch} is kept in {self.checkpoint_dir}: go on with resume=True (--resume true)"
 
     def _tell_ignored(self) -> None:
-        """Names the options that have no effect on a CPU, where a user changed them."""
+        """Names the options that have no effect here, where a user changed them."""
         signature = inspect.signature(type(self)).parameters
         defaults = _flatten({name: parameter.default for name, parameter in signature.items()})
-        changed = {name for name in defaults if self.settings[name] != defaults[name]}
         ignored = {
             "training is on a CPU": GPU_SETTINGS if self.device.type == "cpu" else (),
             "patches are drawn, and paste_prob is theirs": PASTE_SETTINGS if self.patch_size is not None else (),
             "validation.data_dir is given": SPLIT_SETTINGS if self._validation_dirs else (),
         }
         for reason, names in ignored.items():
-            if found := [name for name in names if name in changed]:
+            if found := [name for name in names if self.settings.get(name) != defaults.get(name)]:
                 logger.warning("%s without effect: %s", " and ".join(found), reason)
 
     def _set_global_states(self) -> None:

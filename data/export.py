@@ -129,7 +129,7 @@ def write_nnunet(data_dir: Folders, folder: Path) -> Path:
     names = {"background": 0, "nodule": 1} | ({"ignore": IGNORED} if has_ignored else {})
     about = {"channel_names": {"0": "CT"}, "labels": names, "numTraining": len(uids), "file_ending": ".nii.gz"}
     write_json(folder / "dataset.json", about | {"preprocessing": settings})
-    tell(f"{len(uids)} scans" + (", with excluded findings under the label to be ignored" if has_ignored else ""))
+    tell(f"{len(uids)} scans" + (", what training ignores is under the label to be ignored" if has_ignored else ""))
     return folder
 
 

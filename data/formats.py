@@ -287,8 +287,8 @@ class NrrdReader(ScanReader):
             f"{path} keeps its voxels in another file; convert it to one self-contained .nrrd",
         )
         missing = [name for name in ("space", "space directions", "space origin") if name not in fields]
-        units = {unit.lower() for unit in re.findall(r'"([^"]*)"', fields.get("space units", ""))}
-        check(units <= {"mm", "millimeter", "millimeters", ""}, f"{path} measures in {units}, not mm; convert it to mm")
+        units = ", ".join(sorted({unit.lower() for unit in re.findall(r'"([^"]+)"', fields.get("space units", ""))}))
+        check(units in ("", "mm"), f"{path} measures in {units}, not mm; convert it to mm")
         check(
             not missing,
             f"{path} has no {' and no '.join(missing)}: positions in mm would be a guess; convert it from its source "

@@ -198,3 +198,21 @@ def test_further_options_and_a_single_folder_are_refused(tmp_path, caplog):
     assert "leave them out with compare" in caplog.text
     assert validate.main(["--compare", "a"]) == 1
     assert "compare takes two folders" in caplog.text
+
+
+def test_results_by_other_diameters_are_refused(tmp_path):
+    first, second = (write_result(tmp_path / name, [0.8, 0.6]) for name in "ab")
+    path = second / "nodule_results.csv"
+    pd.read_csv(path).assign(diameter_mm=5.0).to_csv(path, index=False)
+    with pytest.raises(InputError, match="differ in their annotated nodules"):
+        compare_results([first, second])
+
+
+def test_marks_are_scored_with_the_excluded_findings_that_stand_beside_them(tmp_path):
+    folder = write_result(tmp_path / "a", [0.8, 0.6], false=1)
+    nodules = pd.read_csv(folder / "nodule_results.csv").drop(columns="dice")
+    nodules.to_csv(tmp_path / "annotations.csv", index=False)
+    nodules.assign(coordX=50.0).to_csv(folder / "excluded_findings.csv", index=False)
+    options = {"annotations_path": tmp_path / "annotations.csv", "excluded_path": tmp_path / "none.csv"}
+    curve = validate.score_predictions(str(folder / "candidates.csv"), output_dir=tmp_path / "out", **options)
+    assert curve.fps.max() == 0  # false marks a scan

@@ -260,3 +260,10 @@ def test_learnt_scores_are_averaged_and_all_or_none_have_one():
     assert joined == LearntScore((2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0), 0.5, 80)
     with pytest.raises(InputError, match="name checkpoints that are all tuned, or none of them"):
         join_checkpoints([tuned[0], member("unet")], "ab")
+
+
+def test_weights_have_a_mean_whatever_the_dropout():
+    first, second = member("unet"), member("unet", seed=1)
+    second = replace(second, arguments=second.arguments | {"dropout": 0.1})
+    joined = join_checkpoints([first, second], "ab", [0.5, 0.5])
+    assert joined.network == "unet"

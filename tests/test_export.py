@@ -250,3 +250,20 @@ def test_command_prints_what_it_wrote(checkpoint_path, tmp_path, capsys):
 def test_unknown_target_is_refused(tmp_path):
     with pytest.raises(InputError, match="to must be one of nnunet, onnx, torch, bundle, not 'tensorrt'"):
         Exporter("tensorrt", output_dir=tmp_path)
+
+
+def test_what_the_lung_mask_hides_of_a_nodule_is_ignored(processed_dir, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(processed_dir, data)
+    uid = read_processed_list(data)[0]
+    metadata, mask = read_metadata(data, uid), np.asarray(read_processed(data, uid).mask)
+    first = replace(metadata.nodules[0], cut_by_lungs=True)
+    write_metadata(data, replace(metadata, nodules=(first, *metadata.nodules[1:])))
+    path = data / "images" / f"{uid}.npy"
+    image, hidden = np.load(path), tuple(np.argwhere(mask)[0])
+    image[hidden] = 0
+    np.save(path, image)
+    folder = Exporter("nnunet", data, output_dir=tmp_path / "Dataset500_Test").export()
+    labels = nibabel.load(folder / "labelsTr" / f"{uid}.nii.gz").get_fdata().T
+    assert labels[hidden] == 2
+    assert (labels == 1).sum() == ((mask == 1) & (image != 0)).sum()

@@ -596,3 +596,28 @@ def test_damage_in_a_compressed_nrrd_is_noticed(tmp_path, share):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"scan\.nrrd"):
         read_scan(path)
+
+
+def changed_nrrd(path: Path, old: bytes, new: bytes) -> Path:
+    """The flipped scan with other bytes in its header."""
+    header, voxels = saved(path).read_bytes().split(b"\n\n", 1)
+    assert old in header
+    path.write_bytes(header.replace(old, new) + b"\n\n" + voxels)
+    return path
+
+
+def test_nrrd_whose_axes_point_nowhere_is_refused(tmp_path):
+    path = changed_nrrd(tmp_path / "scan.nrrd", b"space: left-posterior-superior", b"space: scanner-xyz")
+    with pytest.raises(ValueError, match="does not say where left and right are"):
+        read_scan(path)
+
+
+@pytest.mark.parametrize(("unit", "is_taken"), [(b"mm", True), (b"cm", False)])
+def test_nrrd_measures_in_mm(tmp_path, unit, is_taken):
+    units = b'space units: "%b" "%b" "%b"\nspace origin:' % (unit, unit, unit)
+    path = changed_nrrd(tmp_path / "scan.nrrd", b"space origin:", units)
+    if is_taken:
+        read_scan(path)
+    else:
+        with pytest.raises(ValueError, match="measures in cm, not mm"):
+            read_scan(path)

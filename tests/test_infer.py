@@ -44,6 +44,7 @@ from utils import (
     Box,
     Geometry,
     InputError,
+    UserError,
     choose_scans,
     read_metadata,
     read_processed,
@@ -2132,3 +2133,85 @@ def test_image_that_could_not_be_written_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="could not be written"):
         write_image(tmp_path / "mask.nii.gz", flipped_scan())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("window", [None, (16, 16, 16)])
+def test_network_that_gives_nan_is_an_error_and_no_scan_without_nodules(live, window):
+    class Overflows(nn.Module):
+        def forward(self, image):
+            return torch.where(image > 0.99, torch.nan, -image)
+
+    image = np.full((24, 24, 24), 0.5, np.float32)
+    image[2, 2, 2] = 1.0
+    with pytest.raises(UserError, match="numbers that are not finite; try float32"):
+        live(Overflows(), window).predict_probability(image)
+
+
+def test_scan_that_is_named_is_used_also_below_the_output_folder(trained, tmp_path):
+    path = write_chest(tmp_path / "mine.mha")
+    inferencer = trained(Bright(HALF))
+    (inferencer.output_dir / "sub").mkdir(parents=True)
+    beside, below = inferencer.output_dir / "named.mha", inferencer.output_dir / "sub" / "found.mha"
+    for copy in (beside, below):
+        shutil.copyfile(path, copy)
+    scans, failed = inferencer._name_scans([beside, inferencer.output_dir / "sub"], None, True)
+    assert [scan.path for scan in scans] == [beside] and not failed
+
+
+def test_name_of_an_earlier_run_goes_to_its_scan_alone(trained, tmp_path):
+    paths = [write_chest(tmp_path / folder / "scan.mha") for folder in "ab" if not (tmp_path / folder).mkdir()]
+    inferencer = trained(Bright(HALF))
+    for _ in range(2):
+        scans, _ = inferencer._name_scans(paths[1:], None, False)
+        inferencer.folder.claim(None, None, {scan.name: scan.source for scan in scans})
+        scans, _ = inferencer._name_scans([*paths, paths[0]], None, False)
+        assert {scan.source: scan.name for scan in scans} == {str(paths[0]): "scan_2", str(paths[1]): "scan"}
+        inferencer.folder.claim(None, None, {scan.name: scan.source for scan in scans})
+
+
+def test_scan_may_be_called_na(trained, tmp_path):
+    first, second = write_chest(tmp_path / "NA.mha"), write_chest(tmp_path / "b.mha")
+    for path in (first, second, second):
+        inferencer = trained(Bright(HALF))
+        inferencer.infer_scan(path)
+    for name in ("candidates.csv", "inference_summary.csv"):
+        table = pd.read_csv(inferencer.output_dir / name, keep_default_na=False)
+        assert sorted(table["seriesuid"]) == ["NA", "b"]
+
+
+def test_row_of_the_summary_waits_until_it_is_written(trained, tmp_path, monkeypatch):
+    folder = trained(Bright(HALF)).folder
+    folder._new_scans["a"] = {"nodules": []}
+    write = infer.write_objects
+
+    def full(*given, **named):
+        raise OSError(28, "No space left on device")
+
+    folder.path.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr(infer, "write_objects", full)
+    with pytest.raises(OSError, match="No space"):
+        folder.flush_summary()
+    monkeypatch.setattr(infer, "write_objects", write)
+    folder.flush_summary()
+    assert list(json.loads((folder.path / "inference_summary.json").read_text())["scans"]) == ["a"]
+
+
+def test_arrays_of_a_data_set_are_not_kept(trained, processed_dir, monkeypatch):
+    inferencer, kept = trained(Bright(HALF)), []
+    monkeypatch.setattr(inferencer.folder, "write_tables", lambda results, failed: kept.extend(results))
+    inferencer.infer_dataset(processed_dir, "train")
+    assert kept and all(result.found.labels.size == 1 and result.found.nodules for result in kept)
+
+
+def test_nodule_between_thick_slices_has_a_voxel_of_its_own():
+    fine = Geometry((20, 20, 20), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    mask = np.zeros(fine.shape_zyx, np.uint8)
+    mask[7:9, 9:12, 9:12] = 1
+    nodules = extract_nodules(mask, fine)
+    ranks = sitk.Image(20, 20, 4, sitk.sitkUInt16)
+    ranks.SetSpacing((1.0, 1.0, 5.0))
+    infer.mark_lost_nodules(ranks, nodules)
+    array = sitk.GetArrayFromImage(ranks)
+    assert np.argwhere(array == 1).tolist() == [[2, 10, 10]]
+    infer.mark_lost_nodules(ranks, nodules)  # it is not lost any more
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(ranks), array)

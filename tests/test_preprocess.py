@@ -1905,3 +1905,31 @@ def test_scheduler_that_does_not_answer_is_an_error(phantom_dir, tmp_path, monke
     monkeypatch.setattr(preprocess, "CLUSTER_TIMEOUT_S", 1)
     with pytest.raises(OSError, match=r"127\.0\.0\.1:1"):
         prepare_phantoms(phantom_dir, tmp_path, scheduler="tcp://127.0.0.1:1")
+
+
+def test_contours_of_a_nodule_beside_it_are_of_no_reader_of_this_one():
+    beside = [[outline(z, (20, 23), (11, 15)) for z in (10, 11, 12)]] * 4  # its middle is 5 mm away
+    alone = drawn(THREE_READERS, diameter_mm=14.0)
+    assert alone is not None and drawn([*THREE_READERS, *beside], diameter_mm=14.0) == alone
+
+
+def test_fold_is_that_of_the_raw_folder_itself_too(tmp_path):
+    folder = tmp_path / "subset3"
+    folder.mkdir()
+    sitk.WriteImage(image_of(np.zeros((4, 8, 8), np.int16)), str(folder / "1.2.mhd"))
+    assert [case.fold for case in luna16_cases(folder, None, None)] == [3]
+
+
+def test_scan_that_is_renamed_is_listed_once_and_one_that_is_gone_is_told(tmp_path, caplog):
+    raw, out, rng = tmp_path / "raw", tmp_path / "out", np.random.default_rng(0)
+    raw.mkdir()
+    for name in ("a", "b"):
+        sitk.WriteImage(image_of(rng.normal(-300, 300, (12, 16, 16)).astype(np.int16)), str(raw / f"{name}.mha"))
+    options = {"target_size": (8, 8, 8), "num_processes": 1, "excluded_path": None}
+    LUNA16Preprocessor(raw, None, tmp_path / "none", out, **options).process_all()
+    (raw / "a.mha").rename(raw / "c.mha")
+    (raw / "b.mha").unlink()
+    LUNA16Preprocessor(raw, None, tmp_path / "none", out, **options).process_all()
+    assert (out / "processed_files.txt").read_text().split() == ["b", "c"]
+    assert "a is not listed any more: its scan is now called c" in caplog.text
+    assert "no longer has stay in the data set, such as b; to take one out, delete its" in caplog.text

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +38,7 @@ from dataset import Augmentation, Patches
 from infer import NoduleInferencer
 from model import DiceBCELoss, SegmentationNetwork, SubpixelUNet, load_checkpoint, save_checkpoint
 from preprocess import LUNA16Preprocessor
-from train import LossSettings, Speed, Trainer, ValidationSettings, seed_everything
+from train import AUGMENTATION, LossSettings, Speed, Trainer, ValidationSettings, seed_everything
 from utils import (
     IGNORED,
     InputError,
@@ -1130,3 +1131,39 @@ def test_patch_with_a_nodule_is_reported_as_neither_hard_nor_easy(processed_dir,
     mask[1] = IGNORED
     _, with_nodule, unknown, background = trainer._learn(image, mask).tolist()
     assert math.isnan(with_nodule) and unknown == 0 < background < 1
+
+
+def test_training_that_was_broken_off_does_not_go_on_from_the_middle_of_an_epoch(processed_dir, tmp_path, monkeypatch):
+    run_epoch = Trainer._run_epoch
+
+    def run(self: Trainer) -> None:
+        if self.epoch == 1:
+            raise KeyboardInterrupt
+        run_epoch(self)
+
+    monkeypatch.setattr(Trainer, "_run_epoch", run)
+    trainer = Trainer(processed_dir, tmp_path, num_epochs=3, **CPU)
+    with pytest.raises(KeyboardInterrupt, match="epoch 1 is kept"):
+        trainer.train()
+    monkeypatch.setattr(Trainer, "_run_epoch", run_epoch)
+    with pytest.raises(InputError, match="make a new Trainer with resume=True"):
+        trainer.train()
+    assert len(Trainer(processed_dir, tmp_path, num_epochs=3, resume=True, **CPU).train()) == 3
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_last_batch_from_which_batch_norm_cannot_learn_is_refused(processed_dir, tmp_path, is_alone):
+    number = len(Trainer(processed_dir, tmp_path, **CPU).split.train)
+    options = CPU | {"patches": Patches(size=(2, 2, 2), per_scan=3), "batch_size": 3 * number - 1 if is_alone else 3}
+    options |= {"channels": (4, 8), "strides": (2,)}
+    if is_alone:
+        with pytest.raises(InputError, match="the last batch holds one array"):
+            Trainer(processed_dir, tmp_path, **options)
+    else:
+        Trainer(processed_dir, tmp_path, **options)
+
+
+def test_options_that_others_leave_without_effect_are_told(processed_dir, tmp_path, caplog):
+    options = CPU | {"patches": Patches(size=(8, 8, 8), per_scan=1), "num_epochs": 1}
+    Trainer(processed_dir, tmp_path, augmentation=replace(AUGMENTATION, paste_per_scan=3), **options).train()
+    assert "augmentation.paste_per_scan without effect: patches are drawn, and paste_prob is theirs" in caplog.text

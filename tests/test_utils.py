@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -980,3 +981,53 @@ def test_ranges_are_those_of_all_scans():
 )
 def test_time_is_told_as_a_person_says_it(seconds, text):
     assert utils.describe_time(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "left"),
+    [
+        ("0::/", {}, math.inf),
+        ("0::/", {"memory.max": "max", "memory.current": "5", "memory.stat": "anon 1"}, math.inf),
+        ("0::/a", {"a/memory.max": "100", "a/memory.current": "60", "a/memory.stat": "anon 9\ninactive_file 20"}, 60),
+        ("0::/a", {"a/memory.max": "100", "a/memory.current": "160", "a/memory.stat": "inactive_file 20"}, 0),
+        ("0::/a/b", {"a/memory.max": "100", "a/memory.current": "60", "a/memory.stat": "anon 1"}, 40),
+        (
+            "7:memory:/a",
+            {
+                "memory/a/memory.limit_in_bytes": "100",
+                "memory/a/memory.usage_in_bytes": "30",
+                "memory/a/memory.stat": "total_inactive_file 10",
+            },
+            80,
+        ),
+        ("0::/", {"memory.max": "what", "memory.current": "is", "memory.stat": "this one"}, math.inf),
+    ],
+)
+def test_memory_of_a_container_is_read(tmp_path, line, files, left):
+    root = tmp_path / "root"
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{text}\n")
+    (tmp_path / "cgroup").write_text(f"3:cpu:/m\n{line}\n")
+    assert utils._memory_left(tmp_path / "cgroup", root) == left
+    assert utils._memory_left(tmp_path / "missing", root) == math.inf
+
+
+def test_container_limits_the_free_memory(monkeypatch):
+    monkeypatch.setattr(utils, "_memory_left", lambda: 12345.0)
+    assert utils.free_memory(torch.device("cpu")) == 12345
+
+
+def test_array_of_a_scan_that_failed_is_let_go():
+    class Array:
+        pass
+
+    def work():
+        array = Array()
+        held.append(weakref.ref(array))
+        raise ValueError("disk full")
+
+    held, failures = [], {}
+    with utils.noting(failures, "a"):
+        work()
+    assert held[0]() is None and str(failures["a"]) == "disk full"
