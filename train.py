@@ -692,13 +692,15 @@ class Trainer:
         """Names the options that have no effect here, where a user changed them."""
         signature = inspect.signature(type(self)).parameters
         defaults = _flatten({name: parameter.default for name, parameter in signature.items()})
+        given = self.settings | {"augmentation.paste_per_scan": getattr(self.augmentation, "paste_per_scan", None)}
+        defaults |= {"augmentation.paste_per_scan": AUGMENTATION.paste_per_scan}
         ignored = {
             "training is on a CPU": GPU_SETTINGS if self.device.type == "cpu" else (),
-            "patches are drawn, and paste_prob is theirs": PASTE_SETTINGS if self.patch_size is not None else (),
+            "patches are drawn, and paste_prob is theirs": PASTE_SETTINGS if self.patches and self.augmentation else (),
             "validation.data_dir is given": SPLIT_SETTINGS if self._validation_dirs else (),
         }
         for reason, names in ignored.items():
-            if found := [name for name in names if self.settings.get(name) != defaults.get(name)]:
+            if found := [name for name in names if given[name] != defaults[name]]:
                 logger.warning("%s without effect: %s", " and ".join(found), reason)
 
     def _set_global_states(self) -> None:
