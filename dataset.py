@@ -864,7 +864,8 @@ def make_split(
         groups = {patient: uids for patient, uids in groups.items() if not set(uids) & set(test)}
     given = f"from {len(metadata)} scans" if fold is None else f"beside the {len(test)} scans of fold {fold}"
     remedy = "preprocess more scans" if fold is None else "hold out another fold or none"
-    ids = " (all have the same PatientID; if an anonymiser wrote it, give each patient another)" * (len(groups) == 1)
+    is_one = fold is None and len(groups) == 1 < len(metadata)
+    ids = " (all have the same PatientID; if an anonymiser wrote it, give each patient another)" if is_one else ""
     check(len(groups) >= 2, f"a split needs two patients or more, not {len(groups)}, {given}{ids}; {remedy}")
     rng = np.random.default_rng(seed)  # no stream of generator_of, whatever its name
     validation: list[list[str]] = []
