@@ -263,7 +263,6 @@ class Predictor:
                 device=image.device,
             )
             for one, its_logits in zip(image[inside], logits[inside], strict=True):
-                _check_finite(its_logits)
                 self._refine_spots(one[None], its_logits[0])
             return _check_finite(logits)
 
@@ -969,8 +968,10 @@ def mark_lost_nodules(ranks: sitk.Image, nodules: Sequence[FoundNodule]) -> None
         nodules: The nodules in this order.
     """
     present, geometry = np.unique(sitk.GetArrayViewFromImage(ranks)), Geometry.from_image(ranks)
-    for rank in sorted({*range(1, len(nodules) + 1)} - {*present.tolist()}):
-        index = np.rint(geometry.index(nodules[rank - 1].center_xyz)).astype(int)
+    for rank, nodule in enumerate(nodules, start=1):
+        if rank in present:
+            continue
+        index = np.rint(geometry.index(nodule.center_xyz)).astype(int)
         voxel = np.clip(index, 0, np.subtract(geometry.shape_zyx, 1))[::-1].tolist()
         if ranks[voxel] == 0:
             ranks[voxel] = rank

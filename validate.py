@@ -1317,7 +1317,11 @@ def excluded_findings(data_dir: Folders, seriesuids: Sequence[str], path: str | 
     """The excluded findings that preprocess.py noted of scans, and those of a table; None where there are neither."""
     metadata = [scan for uid in seriesuids if (scan := readable_metadata(data_dir, uid)) is not None]
     rows = [(scan.seriesuid, *finding) for scan in metadata for finding in scan.excluded]
-    noted = pd.DataFrame(rows, columns=list(ANNOTATION_COLUMNS)) if rows else None
+    return _with_excluded(pd.DataFrame(rows, columns=list(ANNOTATION_COLUMNS)) if rows else None, path)
+
+
+def _with_excluded(noted: pd.DataFrame | None, path: str | Path | None) -> pd.DataFrame | None:
+    """Excluded findings that are known of scans, and those of a table; None where there are neither."""
     if path is None:
         return noted
     if noted is not None and not Path(path).is_file():
@@ -1375,10 +1379,8 @@ def score_predictions(
     annotations = _annotations_of(annotations_path, scans)
     # Beside marks that validate.py wrote stands what they were scored with, of which a table may know nothing.
     beside = {} if seriesuids_path is not None else {path.with_name("excluded_findings.csv") for path in paths}
-    own = [read_table(path, ANNOTATION_COLUMNS) for path in sorted(beside) if path.is_file()]
-    table = None if own and not Path(excluded_path).is_file() else read_excluded(excluded_path)
-    own += [] if table is None else [table]
-    excluded = pd.concat(own).drop_duplicates(ignore_index=True) if own else None
+    noted = [read_table(path, ANNOTATION_COLUMNS) for path in sorted(beside) if path.is_file()]
+    excluded = _with_excluded(pd.concat(noted, ignore_index=True) if noted else None, excluded_path)
     curve = froc(pd.concat(tables), annotations, excluded, scans)
     write_froc(curve, output_dir)
     provenance = {"predictions": [str(path.resolve()) for path in paths], "annotations": str(annotations_path)}

@@ -20,15 +20,11 @@ import SimpleITK as sitk
 from utils import GZIP_MAGIC, InputError, ScanHeader, ScanReader, Shape, Vector, check, decode, first_bytes
 
 SEGMENTATION = ".seg.nrrd"  # of 3D Slicer
-ANATOMICAL_SPACES = {  # of NRRD, whose axes point left or right, to the back or front, and up
-    name
-    for long, short in (
-        ("right-anterior-superior", "ras"),
-        ("left-anterior-superior", "las"),
-        ("left-posterior-superior", "lps"),
-    )
-    for name in (long, short)
-}
+# Of NRRD (teem.sourceforge.net/nrrd/format.html#space), those that say where left, back and up are.
+ANATOMICAL_SPACES = (
+    *("right-anterior-superior", "left-anterior-superior", "left-posterior-superior"),
+    *("ras", "las", "lps"),
+)
 MAX_NIFTI_GAP = 0.1  # between a voxel's two places, in the header's unit
 # By the length of a NIfTI header, formats and places of: dim, bitpix, pixdim, vox_offset, slope and intercept,
 # qform_code and sform_code, quaternion and offset, sform (nifti.nimh.nih.gov: NIfTI-1, NIfTI-2).

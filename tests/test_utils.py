@@ -816,6 +816,15 @@ def test_what_is_told_reaches_who_has_set_up_logging_for_warnings_alone():
 # ------------------------------------------------------------------------------------------------------------ threads
 
 
+def write_groups(folder, lines, files):
+    """Control groups as Linux shows them; returns their root, and the file of the process's groups is ``cgroup``."""
+    for name, text in files.items():
+        (folder / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "root" / name).write_text(f"{text}\n")
+    (folder / "cgroup").write_text(lines)
+    return folder / "root"
+
+
 @pytest.mark.parametrize(
     ("line", "files", "cores"),
     [
@@ -835,11 +844,7 @@ def test_what_is_told_reaches_who_has_set_up_logging_for_warnings_alone():
     ],
 )
 def test_quota_of_a_container_is_read(tmp_path, line, files, cores):
-    root = tmp_path / "root"
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(f"{text}\n")
-    (tmp_path / "cgroup").write_text(f"4:memory:/m\n{line}\n")
+    root = write_groups(tmp_path, f"4:memory:/m\n{line}\n", files)
     assert utils._core_quota(tmp_path / "cgroup", root) == cores
     assert utils._core_quota(tmp_path / "missing", root) == math.inf
 
@@ -1004,11 +1009,7 @@ def test_time_is_told_as_a_person_says_it(seconds, text):
     ],
 )
 def test_memory_of_a_container_is_read(tmp_path, line, files, left):
-    root = tmp_path / "root"
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(f"{text}\n")
-    (tmp_path / "cgroup").write_text(f"3:cpu:/m\n{line}\n")
+    root = write_groups(tmp_path, f"3:cpu:/m\n{line}\n", files)
     assert utils._memory_left(tmp_path / "cgroup", root) == left
     assert utils._memory_left(tmp_path / "missing", root) == math.inf
 
