@@ -135,6 +135,7 @@ TRIALS = {
     "20 epochs, subpixel": recipe("--network", "subpixel", epochs=20),
     "20 epochs, subpixel, dropout 0.1": recipe("--dropout", "0.1", "--network", "subpixel", epochs=20),
     "recipe": recipe(epochs=76, tests=NAMED_BEFOREHAND, seeds=(0, 1, 2)),
+    "recipe, 20 epochs": recipe(epochs=20, tests=NAMED_BEFOREHAND, seeds=(0, 1, 2)),
     "defaults, subpixel": defaults("--network", "subpixel"),
     PLAIN: defaults(),
     "defaults": defaults(seeds=(0, 1, 2)),
