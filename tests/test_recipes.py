@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,14 @@ def test_training_of_a_recipe_is_one_that_a_trainer_takes(recipe, processed_dir,
     [options], _ = parse_command_line(Trainer, argv=words)
     trainer = Trainer(**options | {"channels": (2, 2, 4), "strides": (2, 2)})
     assert trainer.settings["network"] == "unet"
+
+
+def test_python_example_trains_as_the_recipe_does(monkeypatch):
+    [example] = re.findall(r"```python\n(.*?)```", (ROOT / "data" / "README.md").read_text(), re.DOTALL)
+    [options], given = parse_command_line(Trainer, argv=["--config", str(ROOT / "data/full_resolution/train.yaml")])
+    made = []
+    monkeypatch.setattr(Trainer, "__init__", lambda self, **options: made.append(options))
+    monkeypatch.setattr(Trainer, "train", lambda self: None)
+    exec(example, {})
+    assert set(made[0]) == given
+    assert made[0] == {name: options[name] for name in given}
