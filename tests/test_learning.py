@@ -26,7 +26,11 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(learning, "GRIDS", {"default": ["--target_size", "[32,48,48]"]})
     first = Trial("default", TINY, tests=("test8",), seeds=(3,))
     other = Trial("default", [], tests=("test8",), seeds=(3,), weights_of="first", scoring=("--min_score", "0.2"))
-    monkeypatch.setattr(learning, "TRIALS", {"first": first, "other": other})
+    twice = Trial("default", TINY, seeds=(3, 4))
+    tuned = Trial("default", TINY, weights_of="twice", tuned=True, seeds=(3, 4))
+    joined = Trial("default", TINY, weights_of="twice", joined=True)
+    trials = {"first": first, "other": other, "twice": twice, "tuned": tuned, "joined": joined}
+    monkeypatch.setattr(learning, "TRIALS", trials)
     monkeypatch.setattr(learning, "RESULTS", tmp_path / "results.csv")
     return tmp_path
 
@@ -57,6 +61,32 @@ def test_rows_are_made_once_and_compared(tiny, monkeypatch, capsys):
     assert "first over other, seed 3 on test8:" in printed and "CPM +0.0000" in printed
 
 
+def test_joined_networks_are_held_against_each_of_their_trainings(tiny, capsys):
+    main(["twice", "joined"], compare=["joined", "twice"], work_dir=tiny / "work", device="cpu")
+    rows = pd.read_csv(tiny / "results.csv").set_index(["trial", "seed"])
+    assert rows.index.tolist() == [("twice", 3), ("twice", 4), ("joined", 0)]
+    assert rows.loc[("joined", 0), "minutes"] == pytest.approx(rows.loc["twice", "minutes"].sum(), abs=0.11)
+    assert "joined over twice, seed 3 on test8, seed 4 on test8:" in capsys.readouterr().out
+
+
+def test_network_is_tuned_once(tiny, monkeypatch):
+    bench, commands = Bench(tiny / "work", "cpu"), []
+    best = bench.folder("twice", 4) / "checkpoints" / "best_model.pth"
+    best.parent.mkdir(parents=True)
+    (bench.folder("twice", 4) / "done").touch()
+
+    def run(bench: Bench, script: str, *words: object) -> None:
+        commands.append((script, *words))
+        if "--tune" in words:
+            Path(words[words.index("--tune") + 1]).touch()
+
+    monkeypatch.setattr(Bench, "run", run)
+    for _ in range(2):
+        assert bench.checkpoint("tuned", 4) == best.with_name("tuned.pth")
+    [tuning] = [words for words in commands if words[0] == "validate.py"]
+    assert tuning[tuning.index("--checkpoint_path") + 1] == best
+
+
 def test_grid_sets_a_ceiling(tiny):
     ceiling = learning.ceiling(Bench(tiny / "work", "cpu"), "test8", "default")
     assert 0.5 < ceiling < 1
@@ -68,7 +98,7 @@ def test_plain_code_is_scored_like_the_others(tiny):
 
 
 def test_unknown_trials_and_pairs_without_a_row_are_refused(tiny):
-    with pytest.raises(ValueError, match="trials must be among first, other, not secnd"):
+    with pytest.raises(ValueError, match="trials must be among first, other, twice, tuned, joined, not secnd"):
         main(["secnd"], work_dir=tiny / "work")
     with pytest.raises(ValueError, match="compare takes two names, not 1"):
         main(compare=["first"], work_dir=tiny / "work")

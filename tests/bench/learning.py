@@ -88,6 +88,8 @@ class Trial:
         tests: Sets of phantoms to be scored on.
         seeds: Seeds of the training.
         weights_of: Trial whose weights it takes instead of training.
+        tuned: Whether ``validate.py --tune`` chooses threshold, cleaning and score of these weights.
+        joined: Whether the networks of all seeds of ``weights_of`` are joined to one; its only row has the first seed.
         scoring: Options of validate.py.
     """
 
@@ -97,6 +99,8 @@ class Trial:
     tests: tuple[str, ...] = ("test8",)
     seeds: tuple[int, ...] = (0,)
     weights_of: str = ""
+    tuned: bool = False
+    joined: bool = False
     scoring: tuple[str, ...] = ()
 
 
@@ -110,6 +114,11 @@ def recipe(*changes: str, epochs: int = 86, **more: Any) -> Trial:
     """The recipe for two cores; 120 steps an epoch."""
     options = ["--config", f"{RECIPE}/train.yaml", "--num_epochs", str(epochs), "--validation.interval", str(epochs)]
     return Trial("1 mm", [*options, *changes], **more)
+
+
+def same_weights(of: str, **more: Any) -> Trial:
+    """The networks of a recipe's trial, scored on what was named beforehand."""
+    return recipe(weights_of=of, tests=NAMED_BEFOREHAND, **more)
 
 
 HALVES = {"train": "train A", "tests": ("test A", "test B")}
@@ -136,6 +145,9 @@ TRIALS = {
     "20 epochs, subpixel, dropout 0.1": recipe("--dropout", "0.1", "--network", "subpixel", epochs=20),
     "recipe": recipe(epochs=76, tests=NAMED_BEFOREHAND, seeds=(0, 1, 2)),
     "recipe, 20 epochs": recipe(epochs=20, tests=NAMED_BEFOREHAND, seeds=(0, 1, 2)),
+    "20 epochs, tuned": same_weights("recipe, 20 epochs", tuned=True, seeds=(0, 1, 2)),
+    "20 epochs, three joined": same_weights("recipe, 20 epochs", joined=True),
+    "20 epochs, three tuned and joined": same_weights("20 epochs, tuned", joined=True),
     "defaults, subpixel": defaults("--network", "subpixel"),
     PLAIN: defaults(),
     "defaults": defaults(seeds=(0, 1, 2)),
@@ -189,8 +201,6 @@ class Bench:
     def train(self, name: str, seed: int) -> Path:
         """Trains a trial, or goes on with it; returns its folder."""
         trial, folder = TRIALS[name], self.folder(name, seed)
-        if trial.weights_of:
-            return self.train(trial.weights_of, seed)
         if not (folder / "done").is_file():
             data = ["--data_dir", self.processed(trial.train, trial.grid), "--output_dir", folder]
             keep = ["--checkpoint_interval", 5, "--resume", "true"]
@@ -198,13 +208,38 @@ class Bench:
             (folder / "done").touch()
         return folder
 
-    def validate(self, name: str, seed: int, test: str, run: Path) -> Path:
-        """Scores a trained trial on a set; returns the folder of its results."""
+    def runs(self, name: str, seed: int) -> list[Path]:
+        """Folders of the trainings whose weights a trial takes; trains what is missing."""
+        trial = TRIALS[name]
+        if trial.joined:
+            return [run for one in TRIALS[trial.weights_of].seeds for run in self.runs(trial.weights_of, one)]
+        return self.runs(trial.weights_of, seed) if trial.weights_of else [self.train(name, seed)]
+
+    def checkpoint(self, name: str, seed: int) -> Path:
+        """The checkpoint of a trial; makes it where it is missing."""
+        trial, source = TRIALS[name], TRIALS[name].weights_of
+        if trial.joined:
+            path = self.folder(name, seed) / "joined.pth"
+            if not path.is_file():
+                members = [self.checkpoint(source, one) for one in TRIALS[source].seeds]
+                self.run("data/ensemble.py", "--output_path", path, "--checkpoint_paths", *members)
+            return path
+        best = self.checkpoint(source, seed) if source else self.train(name, seed) / "checkpoints" / "best_model.pth"
+        if not trial.tuned:
+            return best
+        path = best.with_name("tuned.pth")
+        if not path.is_file():
+            data = ["--data_dir", self.processed(trial.train, trial.grid), "--device", self.device]
+            excluded = self.phantoms(trial.train) / "annotations_excluded.csv"
+            self.run("validate.py", "--checkpoint_path", best, "--tune", path, *data, "--excluded_path", excluded)
+        return path
+
+    def validate(self, name: str, seed: int, test: str) -> Path:
+        """Scores a trial on a set; returns the folder of its results."""
         trial, results = TRIALS[name], self.folder(name, seed) / test
         if not (results / "done").is_file():
-            checkpoint = run / "checkpoints" / "best_model.pth"
             words = ["--data_dir", self.processed(test, trial.grid), "--output_dir", results, "--subset", "new"]
-            words += ["--checkpoint_path", checkpoint, "--device", self.device, *trial.scoring]
+            words += ["--checkpoint_path", self.checkpoint(name, seed), "--device", self.device, *trial.scoring]
             words += ["--overwrite", "true"]  # of scans that failed
             self.run("validate.py", *words, "--excluded_path", self.phantoms(test) / "annotations_excluded.csv")
             (results / "done").touch()
@@ -339,22 +374,20 @@ def gain(bench: Bench, better: str, than: str) -> str:
     """Paired gains in mean Dice per scan and CPM with 95 % intervals, over the trainings and test sets of both.
 
     Each draw takes scans with replacement, the same of both trials; nodules count with their scans. The trainings are
-    those that both have in results.csv; how much they differ among themselves is not in the interval.
+    those that both have in results.csv, and a network that joins several is held against each training of the other;
+    how much they differ among themselves is not in the interval.
 
     Raises:
         InputError: They have no row in common.
     """
     done = rows_done()
-    rows = [
-        done.loc[done["trial"] == name, ["seed", "test"]].itertuples(index=False, name=None) for name in (better, than)
-    ]
-    common = sorted(set(rows[0]) & set(rows[1]))
-    check(
-        bool(common), f"{better} and {than} have no training and test set in common in {RESULTS.name}; run both first"
-    )
+    rows = [sorted(map(tuple, done.loc[done["trial"] == name, ["test", "seed"]].values)) for name in (better, than)]
+    joined = TRIALS[better].joined or TRIALS[than].joined
+    pairs = [(a, b) for a in rows[0] for b in rows[1] if a == b or (joined and a[0] == b[0])]
+    check(bool(pairs), f"{better} and {than} have no training and test set in common in {RESULTS.name}; run both first")
     draws: dict[str, list[np.ndarray]] = {"Dice per scan": [], "CPM": []}
-    for seed, test in common:
-        folders = [bench.folder(name, seed) / test for name in (better, than)]
+    for (test, mine), (_, theirs) in pairs:
+        folders = [bench.folder(better, mine) / test, bench.folder(than, theirs) / test]
         for folder in folders:
             check(
                 folder.is_dir(),
@@ -367,7 +400,8 @@ def gain(bench: Bench, better: str, than: str) -> str:
         pair = [first.draws(), second.draws()]
         for kind in draws:
             draws[kind].append(pair[0][kind] - pair[1][kind])
-    lines = [f"{better} over {than}, {', '.join(f'seed {seed} on {test}' for seed, test in common)}:"]
+    told = ", ".join(f"seed {max(mine, theirs)} on {test}" for (test, mine), (_, theirs) in pairs)
+    lines = [f"{better} over {than}, {told}:"]
     for kind, values in draws.items():
         total = np.mean(values, axis=0)
         low, high = np.nanquantile(total[1:], [0.025, 0.975])
@@ -407,12 +441,12 @@ def main(
                 if name == PLAIN:
                     add_row(plain_row(bench, seed))
                     continue
-                run = bench.train(name, seed)
-                log = pd.read_csv(run / "log.csv")
-                minutes = float(log[["training_seconds", "validation_seconds"]].to_numpy().sum()) / 60
-                summary = read_json(bench.validate(name, seed, test, run) / "validation_summary.json")
-                threads = load_checkpoint(run / "checkpoints" / "best_model.pth").progress["threads"]
-                add_row(row_of(name, seed, test, len(log), minutes, threads, summary))
+                runs = bench.runs(name, seed)
+                logs = [pd.read_csv(run / "log.csv") for run in runs]
+                minutes = sum(log[["training_seconds", "validation_seconds"]].to_numpy().sum() for log in logs) / 60
+                summary = read_json(bench.validate(name, seed, test) / "validation_summary.json")
+                threads = load_checkpoint(runs[0] / "checkpoints" / "best_model.pth").progress["threads"]
+                add_row(row_of(name, seed, test, len(logs[0]), float(minutes), threads, summary))
     for grid in GRIDS if ceilings else ():
         print(f"grid {grid}: a Dice per scan of {ceiling(bench, 'test8', grid):.3f} at best")
     if compare:
