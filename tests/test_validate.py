@@ -302,6 +302,15 @@ def test_score_chosen_on_a_few_scans_is_better_for_others_than_that_of_their_hig
     assert for_others.max() - np.mean(chosen) < 0.75 * (for_others.max() - np.mean(highest))
 
 
+@pytest.mark.parametrize("truth_voxels", [0, 10])
+def test_dice_with_more_and_more_candidates_is_that_of_their_scores(truth_voxels):
+    scan = examined(truth_voxels, *((score, 4, 2 * (truth_voxels > 0)) for score in (0.3, 0.9, 0.5)))
+    scores, dice = scan.dice_by_kept()
+    assert scores.tolist() == [0.9, 0.5, 0.3]
+    np.testing.assert_allclose(dice, [scan.row(score)["dice"] for score in (1, *scores)])
+    assert np.isnan(dice[0]) == (truth_voxels == 0)
+
+
 def test_chosen_score_leaves_room_below_the_lowest_where_nothing_is_false():
     assert choose_min_score([examined(10, (0.8, 10, 10)), examined(10, (0.6, 10, 10)), examined(0)]) == 0.3
 
