@@ -698,7 +698,7 @@ class ExaminedScan:
         Candidates on excluded findings are left out.
         """
         scores = self.found.scores
-        own = np.array([number for number in self.found.numbers if not self.on_excluded[number]], int)
+        own = np.array([number for number in self.found.numbers if number and not self.on_excluded[number]], int)
         own = own[np.argsort(-scores[own], kind="stable")]
         hits, voxels = (np.append(0, counts[own]).cumsum() for counts in (self.whole.hits, self.whole.voxels))
         with np.errstate(invalid="ignore"):  # 0 / 0 without a nodule and a candidate

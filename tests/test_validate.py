@@ -305,7 +305,8 @@ def test_score_chosen_on_a_few_scans_is_better_for_others_than_that_of_their_hig
 @pytest.mark.parametrize("truth_voxels", [0, 10])
 def test_dice_with_more_and_more_candidates_is_that_of_their_scores(truth_voxels):
     scan = examined(truth_voxels, *((score, 4, 2 * (truth_voxels > 0)) for score in (0.3, 0.9, 0.5)))
-    scores, dice = scan.dice_by_kept()
+    faint = replace(scan.found, candidates=[*scan.found.candidates, scan.found.candidates[0]], numbers=[1, 2, 3, 0])
+    scores, dice = replace(scan, found=faint).dice_by_kept()  # one that is not in the mask
     assert scores.tolist() == [0.9, 0.5, 0.3]
     np.testing.assert_allclose(dice, [scan.row(score)["dice"] for score in (1, *scores)])
     assert np.isnan(dice[0]) == (truth_voxels == 0)
