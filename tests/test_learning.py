@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -61,12 +62,50 @@ def test_rows_are_made_once_and_compared(tiny, monkeypatch, capsys):
     assert "first over other, seed 3 on test8:" in printed and "CPM +0.0000" in printed
 
 
-def test_joined_networks_are_held_against_each_of_their_trainings(tiny, capsys):
-    main(["twice", "joined"], compare=["joined", "twice"], work_dir=tiny / "work", device="cpu")
-    rows = pd.read_csv(tiny / "results.csv").set_index(["trial", "seed"])
-    assert rows.index.tolist() == [("twice", 3), ("twice", 4), ("joined", 0)]
-    assert rows.loc[("joined", 0), "minutes"] == pytest.approx(rows.loc["twice", "minutes"].sum(), abs=0.11)
-    assert "joined over twice, seed 3 on test8, seed 4 on test8:" in capsys.readouterr().out
+def test_joined_network_is_held_against_each_of_its_trainings(tiny, monkeypatch):
+    bench, rows = Bench(tiny / "work", "cpu"), [("twice", 3), ("twice", 4), ("joined", 0)]
+    pd.DataFrame([(*row, "test8") for row in rows], columns=["trial", "seed", "test"]).to_csv(learning.RESULTS)
+    for name, seed in rows:
+        (bench.folder(name, seed) / "test8").mkdir(parents=True)
+
+    class Scored:
+        @staticmethod
+        def read(folder: Path, excluded: object) -> Scored:
+            scored = Scored()
+            scored.seed = int(folder.parent.name)
+            return scored
+
+        def draws(self):
+            return {"Dice per scan": np.full(9, self.seed / 10), "CPM": np.full(9, 0.5)}
+
+    monkeypatch.setattr(learning, "ScoredScans", Scored)
+    monkeypatch.setattr(learning, "check_same_scans", lambda *words: None)
+    monkeypatch.setattr(learning, "read_excluded", lambda path: None)
+    monkeypatch.setattr(Bench, "phantoms", lambda bench, name: bench.work_dir / name)
+    told = learning.gain(bench, "twice", "joined")
+    assert "twice over joined, seed 3 on test8, seed 4 on test8:" in told
+    assert "Dice per scan +0.3500 (95 % interval +0.3500 to +0.3500)" in told
+
+
+def test_networks_are_joined_once(tiny, monkeypatch):
+    bench, commands = Bench(tiny / "work", "cpu"), []
+    for seed in (3, 4):
+        bench.folder("twice", seed).mkdir(parents=True)
+        (bench.folder("twice", seed) / "done").touch()
+
+    def run(bench: Bench, script: str, *words: object) -> None:
+        commands.append(words)
+        path = Path(words[words.index("--output_path") + 1])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    monkeypatch.setattr(Bench, "run", run)
+    for _ in range(2):
+        joined = bench.checkpoint("joined", 0)
+    [words] = commands
+    members = [bench.folder("twice", seed) / "checkpoints" / "best_model.pth" for seed in (3, 4)]
+    assert words == ("--output_path", joined, "--checkpoint_paths", *members)
+    assert bench.runs("joined", 0) == [bench.folder("twice", 3), bench.folder("twice", 4)]
 
 
 def test_network_is_tuned_once(tiny, monkeypatch):
