@@ -34,7 +34,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from data.command_line import parse_command_line, refuse_options, run_main
-from data.rescoring import Features, LearntScore, fit_logistic, fit_score
+from data.rescoring import Features, LearntScore, fit_score
 from data.validation_page import CHOSEN_HERE, DICE_KINDS, FEWEST_IN_BAND, Finding, picture_findings, write_page
 from dataset import ignore_excluded
 from infer import (
@@ -142,8 +142,7 @@ NODULE_RESULT_COLUMNS = (*ANNOTATION_COLUMNS, "dice", "grid_diameter_mm", "found
 AGREEMENT_SIZES_MM = {"all": (0.0, math.inf), "< 6 mm": (0.0, 6.0), "6 mm and more": (6.0, math.inf)}
 SIZES_MM = {"< 6 mm": (0.0, 6.0), "6-10 mm": (6.0, 10.0 + 1e-9), "> 10 mm": (10.0 + 1e-9, math.inf)}
 CROP_MARGIN_MM = 5.0  # around an annotated nodule, for its own Dice
-NEARLY_AS_GOOD = 0.005  # of mean Dice, when settings are chosen
-SCORE_PENALTY = 0.05  # ridge of the regression that chooses min_score
+NEARLY_AS_GOOD = 0.005  # of mean Dice, when a score is chosen
 MOST_FINISHERS = 4  # threads that score scans beside the network, one for every four cores
 FROC_FILES = ("froc.csv", "froc.png")
 FP_PER_SCAN = 2.0 ** np.arange(-3, 4)  # 1/8 ... 8, where LUNA16 reads the curve
@@ -692,18 +691,6 @@ class ExaminedScan:
         on_excluded[0] = False
         return on_excluded
 
-    def dice_by_kept(self) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (n,) of the candidates, highest first, and the Dice (n + 1,) with none of them in the mask, one, ...
-
-        Candidates on excluded findings are left out.
-        """
-        scores = self.found.scores
-        own = np.array([number for number in self.found.numbers if number and not self.on_excluded[number]], int)
-        own = own[np.argsort(-scores[own], kind="stable")]
-        hits, voxels = (np.append(0, counts[own]).cumsum() for counts in (self.whole.hits, self.whole.voxels))
-        with np.errstate(invalid="ignore"):  # 0 / 0 without a nodule and a candidate
-            return scores[own], 2 * hits / (voxels + self.whole.hits.sum())
-
     def rescored(self, score: Callable[[Features], float]) -> ExaminedScan:
         """The same with other scores."""
         return replace(self, found=self.found.rescored(score))
@@ -746,23 +733,14 @@ class ExaminedScan:
 
 
 def choose_min_score(scans: Sequence[ExaminedScan]) -> float:
-    """The score from which nodules should stay in the mask, for a high mean Dice per scan; 0 without any Dice.
+    """The score from which nodules should stay in the mask: best for the mean Dice per scan where it is defined.
 
-    The highest mean Dice of a few scans is a matter of the few candidates next to it. Instead a logistic regression on
-    all of them tells by the score which raise the Dice of their scans, each counting as much as it changes it beside
-    those of higher scores; the choice is the score at which the chances are even.
+    It is the middle of the range in which that mean is within NEARLY_AS_GOOD of its best; without any Dice it is 0.
     """
-    scores, dice = zip(*(scan.dice_by_kept() for scan in scans), strict=True)
-    best = [values.max() for values in dice if np.isfinite(values[0])]
-    if not any(best):
-        return 0.0
-    # A false candidate in a scan without nodules adds a Dice of 0 to the mean of the others.
-    changes = np.concatenate([np.diff(np.nan_to_num(values, nan=np.mean(best))) for values in dice])
-    known, raises = np.concatenate(scores), changes > 0
-    if raises.all():
-        return float(known.min() / 2)
-    [slope], intercept = fit_logistic(known[:, None], raises, np.abs(changes), SCORE_PENALTY)
-    return float(np.clip(-intercept / slope, 0, known[raises].max())) if slope > 0 else 0.0
+    scores = np.linspace(0, 1, 101)
+    dice = np.array([[scan.dice_without_excluded(score) for scan in scans] for score in scores])
+    means = np.nan_to_num(dice).sum(axis=1) / np.maximum(np.isfinite(dice).sum(axis=1), 1)
+    return float(scores[middle_of_best(means)]) if means.any() else 0.0
 
 
 def choose_settings(
@@ -842,6 +820,14 @@ def fit_candidates(scans: Sequence[ExaminedScan]) -> LearntScore | None:
     if min(nodules, len(judged) - nodules) < FEWEST_LEARNT:
         return None
     return fit_score(known, [is_nodule for _, is_nodule in judged])
+
+
+def middle_of_best(values: np.ndarray) -> int:
+    """Middle of the range around the highest value in which all are nearly as high."""
+    best = int(values.argmax())
+    poor = np.flatnonzero(values < values[best] - NEARLY_AS_GOOD)
+    first, last = max(poor[poor < best], default=-1) + 1, min(poor[poor > best], default=len(values)) - 1
+    return (first + last) // 2
 
 
 def nodule_crop(geometry: Geometry, nodule: Nodule) -> Box:

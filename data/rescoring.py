@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize, special
+from scipy import optimize
 
 from utils import check
 
@@ -110,41 +110,23 @@ def fit_score(candidates: Sequence[Features], is_nodule: npt.ArrayLike) -> Learn
     Raises:
         InputError: All are nodules, or none is; or it is not known what lies around one.
     """
-    truth = np.asarray(is_nodule, bool)
+    truth = np.asarray(is_nodule, float)
     check(len(truth) == len(candidates) and 0 < truth.sum() < len(truth), "candidates must be of both kinds")
     terms = np.array([features.terms for features in candidates])
     check(bool(np.isfinite(terms).all()), "a learnt score needs candidates of a map whose image was given")
-    weights, intercept = fit_logistic(terms, truth)
-    return LearntScore(tuple(weights.tolist()), intercept, len(terms))
-
-
-def fit_logistic(
-    terms: np.ndarray, truth: np.ndarray, counts: np.ndarray | float = 1.0, penalty: float = RIDGE
-) -> tuple[np.ndarray, float]:
-    """Logistic regression of the log-odds on some terms, with a ridge.
-
-    Args:
-        terms: (n, k).
-        truth: (n,) bool, both kinds.
-        counts: (n,) how many times each counts.
-        penalty: Of the squared weights of the terms in multiples of their standard deviations.
-
-    Returns:
-        Weights (k,) and intercept of the log-odds.
-    """
     mean, spread = terms.mean(axis=0), np.maximum(terms.std(axis=0), 1e-6)
     inputs = np.column_stack([(terms - mean) / spread, np.ones(len(terms))])
-    ridge = np.append(np.full(terms.shape[1], penalty), 0.0)
+    ridge = np.append(np.full(terms.shape[1], RIDGE), 0.0)
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         log_odds = inputs @ weights
-        errors = counts * (special.expit(log_odds) - truth)
-        value = np.sum(counts * (np.logaddexp(0, log_odds) - truth * log_odds)) + ridge @ weights**2 / 2
+        errors = 1 / (1 + np.exp(-log_odds)) - truth
+        value = np.logaddexp(0, log_odds).sum() - truth @ log_odds + ridge @ weights**2 / 2
         return float(value), inputs.T @ errors + ridge * weights
 
     fitted = optimize.minimize(loss, np.zeros(inputs.shape[1]), jac=True, method="L-BFGS-B").x
     weights = fitted[:-1] / spread
-    return weights, float(fitted[-1] - weights @ mean)
+    return LearntScore(tuple(weights.tolist()), float(fitted[-1] - weights @ mean), len(terms))
 
 
 def mean_score(scores: Sequence[LearntScore]) -> LearntScore:

@@ -259,15 +259,14 @@ def examined(truth_voxels, *spots):
     return ExaminedScan("1.2.3", [], found, overlap, [], [], np.zeros((0, 4)), math.nan)
 
 
-def test_chosen_score_lies_between_false_and_true_spots():
+def test_chosen_score_lies_in_the_middle_between_false_and_true_spots():
     scans = [examined(10, (0.8, 10, 10), (0.2, 5, 0)), examined(10, (0.8, 10, 10), (0.4, 3, 0))] * 6
-    assert 0.45 < choose_min_score(scans) < 0.7
+    assert choose_min_score(scans) == pytest.approx(0.6, abs=0.011)
 
 
-def test_spots_count_as_much_as_they_change_the_dice():
+def test_chosen_score_lies_in_the_middle_of_all_that_are_nearly_best():
     clear, odd = examined(10, (0.8, 10, 10), (0.2, 5, 0)), examined(1000, (0.8, 1000, 1000), (0.7, 1, 0))
-    assert choose_min_score([clear] * 9 + [odd]) == pytest.approx(choose_min_score([clear] * 10), abs=0.03)
-    assert choose_min_score([clear] * 9 + [examined(1000, (0.8, 1000, 1000), (0.7, 1000, 0))]) > 0.47
+    assert choose_min_score([clear] * 9 + [odd]) == pytest.approx(0.5, abs=0.011)  # the one voxel costs 0.00005
 
 
 def test_chosen_score_gives_up_a_nodule_that_would_cost_more_than_it_brings():
@@ -281,49 +280,6 @@ def test_chosen_score_is_no_mean_of_two_that_exclude_each_other():
     chosen = choose_min_score(scans)
     means = [np.nanmean([scan.dice_without_excluded(score) for scan in scans]) for score in (0.1, chosen, 0.8)]
     assert means[1] == max(means)
-
-
-def test_score_chosen_on_a_few_scans_is_better_for_others_than_that_of_their_highest_dice():
-    rng, scores = np.random.default_rng(0), np.linspace(0, 1, 101)
-
-    def draw(count):
-        """Scans of which half have a nodule, and the others something that is none."""
-        pairs = zip(rng.normal(0.57, 0.1, count), rng.normal(0.4, 0.06, count), strict=True)
-        return [examined(*scan) for nodule, false in pairs for scan in ((10, (nodule, 9, 9)), (0, (false, 5, 0)))]
-
-    def means(scans):
-        return np.array([np.nanmean([scan.dice_without_excluded(score) for scan in scans]) for score in scores])
-
-    for_others, chosen, highest = means(draw(300)), [], []
-    for _ in range(30):
-        few = draw(12)
-        chosen.append(for_others[round(100 * choose_min_score(few))])
-        highest.append(for_others[means(few).argmax()])
-    assert for_others.max() - np.mean(chosen) < 0.75 * (for_others.max() - np.mean(highest))
-
-
-@pytest.mark.parametrize("truth_voxels", [0, 10])
-def test_dice_with_more_and_more_candidates_is_that_of_their_scores(truth_voxels):
-    scan = examined(truth_voxels, *((score, 4, 2 * (truth_voxels > 0)) for score in (0.3, 0.9, 0.5)))
-    faint = replace(scan.found, candidates=[*scan.found.candidates, scan.found.candidates[0]], numbers=[1, 2, 3, 0])
-    scores, dice = replace(scan, found=faint).dice_by_kept()  # one that is not in the mask
-    assert scores.tolist() == [0.9, 0.5, 0.3]
-    np.testing.assert_allclose(dice, [scan.row(score)["dice"] for score in (1, *scores)])
-    assert np.isnan(dice[0]) == (truth_voxels == 0)
-
-
-def test_chosen_score_leaves_room_below_the_lowest_where_nothing_is_false():
-    assert choose_min_score([examined(10, (0.8, 10, 10)), examined(10, (0.6, 10, 10)), examined(0)]) == 0.3
-
-
-def test_score_that_tells_nothing_keeps_all():
-    scans = [examined(10, (0.3, 10, 10), (0.8, 5, 0)), examined(10, (0.4, 10, 10), (0.9, 5, 0))]
-    assert choose_min_score(scans) == 0
-
-
-def test_chosen_score_keeps_the_likeliest_where_most_are_false():
-    scans = [examined(10, (0.5, 10, 10)), *[examined(0, (score, 5, 0)) for score in (0.2, 0.3, 0.4, 0.45, 0.48)]]
-    assert choose_min_score(scans) == 0.5
 
 
 def test_chosen_score_without_any_dice_keeps_all():
