@@ -142,7 +142,8 @@ NODULE_RESULT_COLUMNS = (*ANNOTATION_COLUMNS, "dice", "grid_diameter_mm", "found
 AGREEMENT_SIZES_MM = {"all": (0.0, math.inf), "< 6 mm": (0.0, 6.0), "6 mm and more": (6.0, math.inf)}
 SIZES_MM = {"< 6 mm": (0.0, 6.0), "6-10 mm": (6.0, 10.0 + 1e-9), "> 10 mm": (10.0 + 1e-9, math.inf)}
 CROP_MARGIN_MM = 5.0  # around an annotated nodule, for its own Dice
-NEARLY_AS_GOOD = 0.005  # of mean Dice, when a score is chosen
+NEARLY_AS_GOOD = 0.005  # of mean Dice, when a score or settings are chosen
+EXPECTED_MIN_SCORE = 0.5  # where the validation scans leave open which is best
 MOST_FINISHERS = 4  # threads that score scans beside the network, one for every four cores
 FROC_FILES = ("froc.csv", "froc.png")
 FP_PER_SCAN = 2.0 ** np.arange(-3, 4)  # 1/8 ... 8, where LUNA16 reads the curve
@@ -733,14 +734,23 @@ class ExaminedScan:
 
 
 def choose_min_score(scans: Sequence[ExaminedScan]) -> float:
-    """The score from which nodules should stay in the mask: best for the mean Dice per scan where it is defined.
+    """The score from which nodules should stay in the mask, for a high mean Dice per scan where it is defined.
 
-    It is the middle of the range in which that mean is within NEARLY_AS_GOOD of its best; without any Dice it is 0.
+    The highest mean Dice of a few scans is a matter of a few candidates. Of all scores whose mean is within a standard
+    error of it (paired by scan; Breiman et al. 1984), or within NEARLY_AS_GOOD, the choice is the one nearest to
+    EXPECTED_MIN_SCORE; without any Dice it is 0.
     """
     scores = np.linspace(0, 1, 101)
     dice = np.array([[scan.dice_without_excluded(score) for scan in scans] for score in scores])
-    means = np.nan_to_num(dice).sum(axis=1) / np.maximum(np.isfinite(dice).sum(axis=1), 1)
-    return float(scores[middle_of_best(means)]) if means.any() else 0.0
+    numbers = np.maximum(np.isfinite(dice).sum(axis=1, keepdims=True), 1)
+    means = np.nansum(dice, axis=1, keepdims=True) / numbers
+    if not means.any():
+        return 0.0
+    best = means.argmax()
+    shares = np.nan_to_num(dice - means) / numbers  # of each scan in the error of the mean
+    errors = np.linalg.norm(shares - shares[best], axis=1)
+    good = scores[means[:, 0] >= means[best] - np.maximum(errors, NEARLY_AS_GOOD)]
+    return float(good[np.abs(good - EXPECTED_MIN_SCORE).argmin()])
 
 
 def choose_settings(
@@ -820,14 +830,6 @@ def fit_candidates(scans: Sequence[ExaminedScan]) -> LearntScore | None:
     if min(nodules, len(judged) - nodules) < FEWEST_LEARNT:
         return None
     return fit_score(known, [is_nodule for _, is_nodule in judged])
-
-
-def middle_of_best(values: np.ndarray) -> int:
-    """Middle of the range around the highest value in which all are nearly as high."""
-    best = int(values.argmax())
-    poor = np.flatnonzero(values < values[best] - NEARLY_AS_GOOD)
-    first, last = max(poor[poor < best], default=-1) + 1, min(poor[poor > best], default=len(values)) - 1
-    return (first + last) // 2
 
 
 def nodule_crop(geometry: Geometry, nodule: Nodule) -> Box:

@@ -259,14 +259,23 @@ def examined(truth_voxels, *spots):
     return ExaminedScan("1.2.3", [], found, overlap, [], [], np.zeros((0, 4)), math.nan)
 
 
-def test_chosen_score_lies_in_the_middle_between_false_and_true_spots():
-    scans = [examined(10, (0.8, 10, 10), (0.2, 5, 0)), examined(10, (0.8, 10, 10), (0.4, 3, 0))] * 6
-    assert choose_min_score(scans) == pytest.approx(0.6, abs=0.011)
+@pytest.mark.parametrize(("true", "false", "chosen"), [(0.8, 0.2, 0.5), (0.8, 0.6, 0.61), (0.4, 0.2, 0.4)])
+def test_chosen_score_lies_between_false_and_true_spots_nearest_to_the_expected_one(true, false, chosen):
+    scans = [examined(10, (true, 10, 10), (false, 5, 0)), examined(10, (true, 10, 10), (false, 3, 0))] * 6
+    assert choose_min_score(scans) == pytest.approx(chosen)
 
 
-def test_chosen_score_lies_in_the_middle_of_all_that_are_nearly_best():
+def test_chosen_score_passes_over_what_hardly_changes_the_dice():
     clear, odd = examined(10, (0.8, 10, 10), (0.2, 5, 0)), examined(1000, (0.8, 1000, 1000), (0.7, 1, 0))
-    assert choose_min_score([clear] * 9 + [odd]) == pytest.approx(0.5, abs=0.011)  # the one voxel costs 0.00005
+    assert choose_min_score([clear] * 9 + [odd]) == pytest.approx(0.5)  # the one voxel costs 0.00005
+
+
+@pytest.mark.parametrize(("repeats", "chosen"), [(1, 0.5), (40, 0.61)])
+def test_chosen_score_leaves_the_expected_one_where_enough_scans_say_so(repeats, chosen):
+    """With the spots of 0.6 the mean Dice is 3 / 5, without them 2 / 3; the error is 0.35 for six scans."""
+    scans = [examined(10, (0.8, 10, 10)), examined(10, (0.9, 10, 10)), examined(10, (0.6, 10, 10)), examined(0)]
+    scans += [examined(0, (0.6, 5, 0))] * 2
+    assert choose_min_score(scans * repeats) == pytest.approx(chosen)
 
 
 def test_chosen_score_gives_up_a_nodule_that_would_cost_more_than_it_brings():
@@ -277,9 +286,11 @@ def test_chosen_score_gives_up_a_nodule_that_would_cost_more_than_it_brings():
 def test_chosen_score_is_no_mean_of_two_that_exclude_each_other():
     low, high, empty = examined(10, (0.2, 10, 10)), examined(10, (0.9, 10, 10)), examined(0, (0.6, 5, 0))
     scans = [low] * 7 + [high] * 9 + [empty] * 10
-    chosen = choose_min_score(scans)
-    means = [np.nanmean([scan.dice_without_excluded(score) for scan in scans]) for score in (0.1, chosen, 0.8)]
-    assert means[1] == max(means)
+    scores = (0.1, 0.4, choose_min_score(scans), 0.8)
+    first, middle, chosen, last = (
+        np.nanmean([scan.dice_without_excluded(score) for scan in scans]) for score in scores
+    )
+    assert middle < min(first, last) <= chosen
 
 
 def test_chosen_score_without_any_dice_keeps_all():

@@ -1,4 +1,4 @@
-"""CPM of the nodule score beside those of plainer and learnt ones, on the same candidates of scans never seen.
+"""The nodule score beside plainer and learnt ones, and ways to choose min_score, on candidates of scans never seen.
 
 python tests/bench/compare_scores.py --checkpoint_path experiments/phantom/checkpoints/best_model.pth
 """
@@ -6,7 +6,7 @@ python tests/bench/compare_scores.py --checkpoint_path experiments/phantom/check
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,19 +15,44 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import pandas as pd
 from jsonargparse import auto_cli
+from real import middle_of_best
 from settings import unseen_scans
 from tqdm import tqdm
 
 from data.rescoring import Features
 from infer import NoduleInferencer
 from utils import ANNOTATION_COLUMNS, read_processed
-from validate import ExaminedScan, excluded_findings, froc, learn_score
+from validate import ExaminedScan, choose_min_score, excluded_findings, froc, learn_score
 
 SCORES: dict[str, Callable[[Features], float]] = {
     "peak": lambda features: features.peak,
     "certainty": lambda features: features.certainty,
     "as it is": lambda features: features.score,
 }
+
+FEW, DRAWS = 24, 100  # scans that choose a min_score, and how often they are drawn
+
+
+def compare_choices(scans: Sequence[ExaminedScan]) -> pd.DataFrame:
+    """What min_scores that FEW random scans choose are worth on the others, by the mean Dice without excluded findings.
+
+    "As it is" is the choice of ``choose_min_score``, "highest Dice" the middle of those min_scores with nearly the
+    highest mean Dice of the few, "best possible" the best for the others.
+    """
+    limits, rng, rows = np.linspace(0, 1, 101), np.random.default_rng(0), []
+    dice = pd.DataFrame([[scan.dice_without_excluded(limit) for limit in limits] for scan in scans])
+    for _ in range(DRAWS):
+        order = rng.permutation(len(scans))
+        few, others = order[:FEW], order[FEW:]
+        means = dice.iloc[others].mean().fillna(0)
+        chosen = {
+            "as it is": choose_min_score([scans[number] for number in few]),
+            "highest Dice": limits[middle_of_best(dice.iloc[few].mean().fillna(0).to_numpy())],
+            "best possible": limits[means.argmax()],
+        }
+        rows += [(name, limit, np.interp(limit, limits, means)) for name, limit in chosen.items()]
+    table = pd.DataFrame(rows, columns=["min_score", "chosen", "Dice of the others"])
+    return table.groupby("min_score", sort=False).agg(["mean", "std"])
 
 
 def compare(
@@ -37,6 +62,8 @@ def compare(
     device: str = "cuda",
 ) -> None:
     """Prints CPM and sensitivities of each score, and how the score as it is differs on the same draws of scans.
+
+    Then it prints what each way to choose min_score is worth.
 
     "As it is" is the plain score, also where the checkpoint carries a learnt one. The learnt score of each half of the
     scans is that of the candidates of the other half.
@@ -73,6 +100,10 @@ def compare(
         if curve is not used:
             low, high = np.quantile(used.cpm_draws - curve.cpm_draws, [0.025, 0.975])
             print(f"{'':<20} the score as it is has {used.cpm - curve.cpm:.4f} ({low:.4f} to {high:.4f}, paired) more")
+    if len(scans) >= 2 * FEW:
+        print(compare_choices(scans).round(4).to_string())
+    else:
+        print(f"ways to choose min_score are compared on {2 * FEW} scans or more, not on {len(scans)}")
 
 
 if __name__ == "__main__":
