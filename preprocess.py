@@ -1,7 +1,7 @@
 """Raw LUNA16 scans to network-ready arrays, nodule masks and metadata.
 
 python preprocess.py
-python preprocess.py --raw_data_dir data/phantom/raw --target_size '[48,192,192]'
+python preprocess.py --config data/full_resolution_small/preprocess.yaml --target_spacing '[0.8,0.8,0.8]'
 """
 
 from __future__ import annotations
@@ -821,7 +821,7 @@ class LUNA16Preprocessor:
     Args:
         raw_data_dir: Folder of scans: LUNA16's ``subset*/*.mhd``, or other formats (data/README.md).
         annotations_path: LUNA16's annotations.csv, or a table of its kind. null: nodule_masks_dir alone says where
-            nodules are; so it is where the default is not there.
+            nodules are, or no scan has any; with nodule_masks_dir the default counts as null where it is not there.
         lung_masks_dir: Folder of seg-lungs-LUNA16; a scan without a mask there gets its lungs by threshold.
         output_dir: Where the processed data set goes.
         target_spacing: Voxel size (x, y, z) in mm; takes effect when target_size is null.

@@ -260,7 +260,7 @@ class Validator:
         device: 'cuda', 'cuda:<n>' or 'cpu'.
         threshold: Probability from which a voxel counts as nodule; null takes the checkpoint's, 0.5 unless it is tuned.
         min_score: Score from which a nodule stays in the mask, 0 to 1; null takes the checkpoint's, and 0 (all stay)
-            for another threshold than the checkpoint's; for a live network it is chosen anew, for the best Dice.
+            for another threshold than the checkpoint's; for a live network ``choose_min_score`` chooses it.
         mirrors: Mirror images, and from the 8th on quarter turns, 0 to 15, whose probabilities are averaged with those
             of the scan itself; null takes the training's, and 0 for a live network.
         mixed_precision: Compute in half precision where the hardware gains by it.
@@ -747,7 +747,9 @@ def choose_min_score(scans: Sequence[ExaminedScan]) -> float:
     if not means.any():
         return 0.0
     best = means.argmax()
-    shares = np.nan_to_num(dice - means) / numbers  # of each scan in the error of the mean
+    # Shares of each scan in the error of the mean. They are not corrected by n / (n - 1), by which one scan that says
+    # otherwise would lie just within the error.
+    shares = np.nan_to_num(dice - means) / numbers
     errors = np.linalg.norm(shares - shares[best], axis=1)
     good = scores[means[:, 0] >= means[best] - np.maximum(errors, NEARLY_AS_GOOD)]
     return float(good[np.abs(good - EXPECTED_MIN_SCORE).argmin()])
@@ -809,9 +811,7 @@ def learn_score(scans: Sequence[ExaminedScan]) -> tuple[LearntScore, list[Examin
         It, and the scans rescored, those of every other patient by what was learnt from the rest; None where either
         half has fewer than FEWEST_LEARNT candidates that are nodules, or that are none.
     """
-    owners = [scan.patient or scan.seriesuid for scan in scans]
-    is_odd = {owner: bool(number % 2) for number, owner in enumerate(dict.fromkeys(owners))}
-    half_of = [is_odd[owner] for owner in owners]
+    half_of = halves_by_patient(scans)
     even, odd = (
         fit_candidates([scan for scan, own in zip(scans, half_of, strict=True) if own == half])
         for half in (False, True)
@@ -820,6 +820,13 @@ def learn_score(scans: Sequence[ExaminedScan]) -> tuple[LearntScore, list[Examin
     if even is None or odd is None or learnt is None:
         return None
     return learnt, [scan.rescored(even if half else odd) for scan, half in zip(scans, half_of, strict=True)]
+
+
+def halves_by_patient(scans: Sequence[ExaminedScan]) -> list[bool]:
+    """Whether each scan is of the second half, that of every other patient."""
+    owners = [scan.patient or scan.seriesuid for scan in scans]
+    is_odd = {owner: bool(number % 2) for number, owner in enumerate(dict.fromkeys(owners))}
+    return [is_odd[owner] for owner in owners]
 
 
 def fit_candidates(scans: Sequence[ExaminedScan]) -> LearntScore | None:
@@ -1532,13 +1539,13 @@ class ScoredScans:
             excluded,
         )
 
-    def draws(self) -> dict[str, np.ndarray]:
+    def draws(self, seed: int = 0) -> dict[str, np.ndarray]:
         """(1 + n,) values of each figure: of all scans, then of n draws of them with replacement.
 
-        Two results of the same scans draw the same ones.
+        Two results of the same scans draw the same ones with the same seed.
         """
         count = len(self.table)
-        drawn = np.random.default_rng(0).integers(count, size=(NUM_DRAWS, count))
+        drawn = np.random.default_rng(seed).integers(count, size=(NUM_DRAWS, count))
         drawn = np.vstack([np.arange(count), drawn])
         dice, fair, nodules, found, false, excluded = (
             self.table[name].to_numpy(float)[drawn] for name in COMPARED_COLUMNS
@@ -1551,7 +1558,7 @@ class ScoredScans:
                 FALSE_NODULES: (false - excluded).mean(axis=1),
             }
         if len(self.nodules):
-            curve = froc(self.candidates, self.nodules, self.excluded, list(self.table["seriesuid"]))
+            curve = froc(self.candidates, self.nodules, self.excluded, list(self.table["seriesuid"]), seed=seed)
             values["CPM"] = np.array([curve.cpm, *curve.cpm_draws])
         return values
 

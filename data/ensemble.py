@@ -103,7 +103,8 @@ def join_checkpoints(
     """One checkpoint whose probabilities, or with shares whose weights, are the mean of those of the members.
 
     It has seen what any of them has seen. Its grid is the finest, its ``min_score`` and learnt score are the means of
-    theirs, its window is the largest, and it looks at as many mirror images as the one that looks at most.
+    theirs, by the same shares. Its window is the largest, and it looks at as many mirror images as the one that looks
+    at most.
 
     Args:
         members: Checkpoints.
@@ -125,7 +126,7 @@ def join_checkpoints(
         arguments=arguments,
         weights=weights,
         preprocessing=first.preprocessing,
-        inference=_join_settings(members),
+        inference=_join_settings(members, shares),
         training={},
         epoch=max(member.epoch for member in members),
         progress={},
@@ -162,6 +163,11 @@ def _check_that_fits(member: Checkpoint, first: Checkpoint, name: str, first_nam
         (theirs.learnt_score is None) == (ours.learnt_score is None),
         f"one of {name} and {first_name} has a score that was learnt, the other one has none; name checkpoints that "
         "are all tuned, or none of them",
+    )
+    check(
+        theirs.learnt_score is None or not _scale_of(member, first),
+        f"{name} has another voxel size than {first_name}, and both have scores that were learnt, which have no mean "
+        "then; name the checkpoints that they had before they were tuned",
     )
     for option in EXTRAS.keys() - {"learnt_score"}:
         values = getattr(theirs, option), getattr(ours, option)
@@ -236,7 +242,7 @@ def _largest(windows: Sequence[Shape | None], factors: Sequence[np.ndarray]) -> 
     return tuple(np.max(on_grid, axis=0).astype(int).tolist()) if on_grid else None
 
 
-def _join_settings(members: Sequence[Checkpoint]) -> InferenceSettings:
+def _join_settings(members: Sequence[Checkpoint], shares: Sequence[float] | None) -> InferenceSettings:
     first, settings = members[0], [member.inference for member in members]
     factors = [_factors(member, first) for member in members]
     windows = [one.window for one in settings]
@@ -247,12 +253,12 @@ def _join_settings(members: Sequence[Checkpoint]) -> InferenceSettings:
     scores = [one.learnt_score for one in settings if one.learnt_score is not None]
     return replace(
         settings[0],
-        min_score=float(np.mean([one.min_score for one in settings])),
+        min_score=float(np.average([one.min_score for one in settings], weights=shares)),
         mirrors=max(one.mirrors for one in settings),
         window=_largest(windows, factors),
         first_window=_largest(firsts, factors),
         grid_spacing=tuple(np.mean(known, axis=0).tolist()) if len(known) == len(grids) else None,
-        learnt_score=mean_score(scores) if scores else None,
+        learnt_score=mean_score(scores, shares) if scores else None,
     )
 
 

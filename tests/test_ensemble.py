@@ -81,6 +81,8 @@ def test_settings_are_joined():
     joined = join_checkpoints([member("unet", inference=one) for one in settings], "ab").inference
     assert joined.min_score == pytest.approx(0.3) and joined.first_window is None
     assert replace(joined, min_score=0.3) == InferenceSettings(0.5, 0.3, 3, (48, 48, 48), (1.0, 1.0, 1.5))
+    averaged = join_checkpoints([member("unet", inference=one) for one in settings], "ab", [0.75, 0.25]).inference
+    assert averaged.min_score == pytest.approx(0.25)
 
 
 def test_what_one_has_seen_all_have_seen():
@@ -260,6 +262,12 @@ def test_learnt_scores_are_averaged_and_all_or_none_have_one():
     assert joined == LearntScore((2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0), 0.5, 80)
     with pytest.raises(InputError, match="name checkpoints that are all tuned, or none of them"):
         join_checkpoints([tuned[0], member("unet")], "ab")
+    averaged = join_checkpoints(tuned, "ab", [1.0, 0.0]).inference.learnt_score
+    assert averaged is not None and averaged.weights == scores[0].weights and averaged.intercept == 1
+    grids = [{"target_size": None, "target_spacing": [step] * 3} for step in (1.0, 2.0)]
+    coarse = [replace(one, preprocessing=grid) for one, grid in zip(tuned, grids, strict=True)]
+    with pytest.raises(InputError, match="b has another voxel size than a, and both have scores that were learnt"):
+        join_checkpoints(coarse, "ab")
 
 
 def test_weights_have_a_mean_whatever_the_dropout():

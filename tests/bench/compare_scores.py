@@ -30,29 +30,29 @@ SCORES: dict[str, Callable[[Features], float]] = {
     "as it is": lambda features: features.score,
 }
 
-FEW, DRAWS = 24, 100  # scans that choose a min_score, and how often they are drawn
+FEW, DRAWS = (3, 24), 100  # scans that choose a min_score, and how often they are drawn
 
 
-def compare_choices(scans: Sequence[ExaminedScan]) -> pd.DataFrame:
-    """What min_scores that FEW random scans choose are worth on the others, by the mean Dice without excluded findings.
+def compare_choices(scans: Sequence[ExaminedScan], number: int) -> pd.DataFrame:
+    """What min_scores that some random scans choose are worth on the others, by mean Dice without excluded findings.
 
-    "As it is" is the choice of ``choose_min_score``, "highest Dice" the middle of those min_scores with nearly the
-    highest mean Dice of the few, "best possible" the best for the others.
+    "As it is" is the choice of ``choose_min_score``, "highest Dice" the middle of those min_scores whose mean Dice is
+    within NEARLY_AS_GOOD of the highest, "best possible" the best for the others.
     """
     limits, rng, rows = np.linspace(0, 1, 101), np.random.default_rng(0), []
     dice = pd.DataFrame([[scan.dice_without_excluded(limit) for limit in limits] for scan in scans])
     for _ in range(DRAWS):
         order = rng.permutation(len(scans))
-        few, others = order[:FEW], order[FEW:]
+        few, others = order[:number], order[number:]
         means = dice.iloc[others].mean().fillna(0)
         chosen = {
-            "as it is": choose_min_score([scans[number] for number in few]),
+            "as it is": choose_min_score([scans[which] for which in few]),
             "highest Dice": limits[middle_of_best(dice.iloc[few].mean().fillna(0).to_numpy())],
             "best possible": limits[means.argmax()],
         }
         rows += [(name, limit, np.interp(limit, limits, means)) for name, limit in chosen.items()]
-    table = pd.DataFrame(rows, columns=["min_score", "chosen", "Dice of the others"])
-    return table.groupby("min_score", sort=False).agg(["mean", "std"])
+    table = pd.DataFrame(rows, columns=[f"min_score by {number} scans", "chosen", "Dice of the others"])
+    return table.groupby(table.columns[0], sort=False).agg(["mean", "std"])
 
 
 def compare(
@@ -100,10 +100,9 @@ def compare(
         if curve is not used:
             low, high = np.quantile(used.cpm_draws - curve.cpm_draws, [0.025, 0.975])
             print(f"{'':<20} the score as it is has {used.cpm - curve.cpm:.4f} ({low:.4f} to {high:.4f}, paired) more")
-    if len(scans) >= 2 * FEW:
-        print(compare_choices(scans).round(4).to_string())
-    else:
-        print(f"ways to choose min_score are compared on {2 * FEW} scans or more, not on {len(scans)}")
+    for number in FEW:
+        if len(scans) >= 2 * number:
+            print(compare_choices(scans, number).round(4).to_string())
 
 
 if __name__ == "__main__":

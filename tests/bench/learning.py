@@ -41,6 +41,7 @@ from utils import (
     autocast_dtype,
     check,
     read_json,
+    read_metadata,
     read_processed,
     read_processed_list,
     read_scan,
@@ -312,7 +313,8 @@ def plain_row(bench: Bench, seed: int, epochs: int = 86, rate: float = 1e-3) -> 
         state = {name: part.state_dict() for name, part in parts.items()}
         with atomic_path(state_path) as temporary:
             torch.save(state | {"epochs": epoch + 1, "seconds": seconds}, temporary)
-    settings, minutes = InferenceSettings(), seconds / 60
+    spacing = np.median([read_metadata(data_dir, uid).grid.spacing for uid in split.train], axis=0)
+    settings, minutes = InferenceSettings(grid_spacing=tuple(spacing.tolist())), seconds / 60
     chosen = Validator(data_dir, device=bench.device, model=network, settings=settings, seriesuids=split.validation)
     score, uids = chosen.run_validation().min_score, read_processed_list(test_dir)
     scored = Validator(
@@ -397,7 +399,8 @@ def gain(bench: Bench, better: str, than: str) -> str:
         excluded = read_excluded(bench.phantoms(test) / "annotations_excluded.csv")
         first, second = (ScoredScans.read(folder, excluded) for folder in folders)
         check_same_scans(first, second, *map(str, folders))
-        pair = [first.draws(), second.draws()]
+        seed = list(PHANTOMS).index(test)  # scans of other sets are drawn apart
+        pair = [first.draws(seed), second.draws(seed)]
         for kind in draws:
             draws[kind].append(pair[0][kind] - pair[1][kind])
     told = ", ".join(f"seed {max(mine, theirs)} on {test}" for (test, mine), (_, theirs) in pairs)

@@ -33,7 +33,14 @@ from utils import (
     read_processed_list,
     write_csv,
 )
-from validate import NODULE_RESULT_COLUMNS, ExaminedScan, ScoredScans, choose_min_score, excluded_findings
+from validate import (
+    NODULE_RESULT_COLUMNS,
+    ExaminedScan,
+    ScoredScans,
+    choose_min_score,
+    excluded_findings,
+    halves_by_patient,
+)
 
 RESULTS = Path(__file__).with_name("settings.csv")
 PRESENT = "as the checkpoint says"
@@ -105,8 +112,12 @@ def examine(
 
 def score(scans: Sequence[ExaminedScan], excluded: pd.DataFrame) -> ScoredScans:
     """Results at a min_score that each scan has no part in."""
-    halves = [choose_min_score(scans[1::2]), choose_min_score(scans[::2])]
-    min_scores = [halves[number % 2] for number in range(len(scans))]
+    half_of = halves_by_patient(scans)
+    chosen = {
+        half: choose_min_score([scan for scan, own in zip(scans, half_of, strict=True) if own != half])
+        for half in (False, True)
+    }
+    min_scores = [chosen[half] for half in half_of]
     table = [{"seriesuid": s.seriesuid} | s.row(least) for s, least in zip(scans, min_scores, strict=True)]
     nodules = [row for s, least in zip(scans, min_scores, strict=True) for row in s.nodule_rows(least)]
     return ScoredScans(
