@@ -75,7 +75,7 @@ def test_joined_network_is_held_against_each_of_its_trainings(tiny, monkeypatch)
             scored.seed = int(folder.parent.name)
             return scored
 
-        def draws(self):
+        def draws(self, seed: int):
             return {"Dice per scan": np.full(9, self.seed / 10), "CPM": np.full(9, 0.5)}
 
     monkeypatch.setattr(learning, "ScoredScans", Scored)

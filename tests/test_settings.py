@@ -74,18 +74,21 @@ def test_unknown_setting_is_named(bench):
         bench("sharper")
 
 
-def examined(score):
+def examined(score, uid="a"):
     """A scan with a nodule of this score, and a spot beside it of half of it."""
     probability = np.zeros((10, 10, 30), np.float32)
     probability[2:7, 2:7, 2:7], probability[2:7, 2:7, 22:27] = score, score / 2
     mask = (probability == np.float32(score)).astype(np.uint8)
     metadata = metadata_of(nodule_at(4, 4, 4, voxels=125), shape_zyx=mask.shape)
     return ExaminedScan.of(
-        ProcessedScan("a", probability, mask, metadata), find_candidates(probability, metadata.grid, 0.1)
+        ProcessedScan(uid, probability, mask, metadata), find_candidates(probability, metadata.grid, 0.1)
     )
 
 
 def test_min_score_of_each_half_comes_from_the_other():
-    scored = settings.score([examined(0.9), examined(0.4)], pd.DataFrame(columns=ANNOTATION_COLUMNS))
-    assert scored.table["nodules_found"].tolist() == [1, 0]  # above 0.2 to 0.4; above 0.45 to 0.9
+    none = pd.DataFrame(columns=ANNOTATION_COLUMNS)
+    scored = settings.score([examined(0.9), examined(0.4, "b")], none)
+    assert scored.table["nodules_found"].tolist() == [1, 0]  # by 0.4; by 0.5
     assert scored.table["false_positive_nodules"].tolist() == [1, 0]
+    with pytest.raises(InputError, match="one patient's scans cannot choose a min_score for each other"):
+        settings.score([examined(0.9), examined(0.4)], none)

@@ -113,6 +113,7 @@ def examine(
 def score(scans: Sequence[ExaminedScan], excluded: pd.DataFrame) -> ScoredScans:
     """Results at a min_score that each scan has no part in."""
     half_of = halves_by_patient(scans)
+    check(len(set(half_of)) == 2, "one patient's scans cannot choose a min_score for each other; name more scans")
     chosen = {
         half: choose_min_score([scan for scan, own in zip(scans, half_of, strict=True) if own != half])
         for half in (False, True)
