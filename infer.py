@@ -1821,7 +1821,12 @@ class NoduleInferencer:
         names = DICOM_FILES[0].format(raw.name), DICOM_FILES[1].format(raw.name)
         delete_files(self.output_dir, names)  # of an earlier run
         reader = scan_reader(raw.path)
-        if not isinstance(reader, DicomReader) or not measures or not has_highdicom():
+        if not isinstance(reader, DicomReader):
+            return
+        if not measures:
+            tell(f"{raw.name}: without a nodule there is no DICOM segmentation and no DICOM report")
+            return
+        if not has_highdicom():
             return
         segmentation, report = (self.output_dir / name for name in names)
         ranks, stack = sitk.GetArrayFromImage(own_ranks), reader.stack(raw.path)

@@ -741,17 +741,17 @@ def choose_min_score(scans: Sequence[ExaminedScan]) -> float:
     EXPECTED_MIN_SCORE; without any Dice it is 0.
     """
     scores = np.linspace(0, 1, 101)
-    dice = np.array([[scan.dice_without_excluded(score) for scan in scans] for score in scores])
-    numbers = np.maximum(np.isfinite(dice).sum(axis=1, keepdims=True), 1)
-    means = np.nansum(dice, axis=1, keepdims=True) / numbers
+    dice = np.array([[scan.dice_without_excluded(score) for score in scores] for scan in scans])
+    numbers = np.maximum(np.isfinite(dice).sum(axis=0), 1)
+    means = np.nansum(dice, axis=0) / numbers
     if not means.any():
         return 0.0
     best = means.argmax()
     # Shares of each scan in the error of the mean. They are not corrected by n / (n - 1), by which one scan that says
     # otherwise would lie just within the error.
     shares = np.nan_to_num(dice - means) / numbers
-    errors = np.linalg.norm(shares - shares[best], axis=1)
-    good = scores[means[:, 0] >= means[best] - np.maximum(errors, NEARLY_AS_GOOD)]
+    errors = np.linalg.norm(shares - shares[:, [best]], axis=0)
+    good = scores[means >= means[best] - np.maximum(errors, NEARLY_AS_GOOD)]
     return float(good[np.abs(good - EXPECTED_MIN_SCORE).argmin()])
 
 
