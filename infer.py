@@ -217,7 +217,8 @@ class Predictor:
         mixed_precision: Compute in half precision where the hardware gains by it.
 
     Raises:
-        InputError: ``settings.mirrors`` is larger than the number of TRANSFORMS.
+        InputError: ``settings.mirrors`` is larger than the number of TRANSFORMS, or they exchange axes whose voxels are
+            not as long.
     """
 
     def __init__(
@@ -226,6 +227,12 @@ class Predictor:
         check(
             settings.mirrors in range(len(TRANSFORMS) + 1),
             f"mirrors must be 0 to {len(TRANSFORMS)} or null, not {settings.mirrors}",
+        )
+        x, y = (settings.grid_spacing or (1.0, 1.0))[:2]
+        turns = any(getattr(transform, "exchanged", False) for transform in TRANSFORMS[: settings.mirrors])
+        check(
+            not turns or math.isclose(x, y, rel_tol=1e-3),
+            f"mirrors above 7 exchange x and y, along which voxels are {x:g} and {y:g} mm here; take 7 at most",
         )
         self.settings = settings
         self.asked_device = device
@@ -679,14 +686,15 @@ def find_candidates(
     parts, is_noise = _main_components(marked, threshold, voxel_mm3)
     if not is_noise:
         parts = _nodule_voxels(_fill_holes(parts, probability.shape, grid), grid)
-    parts = uncleaned = [voxels for voxels in parts if len(voxels) * voxel_mm3 >= smallest_mm3]
+    parts = [voxels for voxels in parts if len(voxels) * voxel_mm3 >= smallest_mm3]
+    left_out: list[np.ndarray] = []
     if cleaning and not is_noise and array is not None:
-        parts = reshape_nodules(parts, array, grid.spacing_zyx, cleaning, smallest_mm3)
+        parts, left_out = reshape_nodules(parts, array, grid.spacing_zyx, cleaning, smallest_mm3)
     labels = np.zeros(probability.shape, np.int32)
     for number, voxels in enumerate(parts, start=1):
         labels[tuple(voxels.T)] = number
     found = _describe(parts, geometry, probability, grid, array)
-    faint = _describe(_faint_parts(spots, uncleaned if cleaning else [], labels), geometry, probability, grid, array)
+    faint = _describe(_faint_parts(spots, left_out, labels), geometry, probability, grid, array)
     numbers = [number for number, _ in found] + [0] * len(faint)
     whole = Segmentation(labels, [nodule for _, nodule in found + faint], numbers, is_noise or spots_are_noise)
     whole = whole if score is None else whole.rescored(score)
@@ -708,15 +716,15 @@ def _along_edges(
     return follow_edges(probability, image, grid.spacing_zyx, may_be_marked, device)
 
 
-def _faint_parts(spots: Sequence[np.ndarray], uncleaned: Sequence[np.ndarray], labels: np.ndarray) -> list[np.ndarray]:
+def _faint_parts(spots: Sequence[np.ndarray], left_out: Sequence[np.ndarray], labels: np.ndarray) -> list[np.ndarray]:
     """The spots in which no nodule is, and what cleaning left out of the others, each as voxels (m, 3)."""
     faint = [voxels for voxels in spots if not labels[tuple(voxels.T)].any()]
-    if not uncleaned:
+    if not left_out:
         return faint
     listed = labels > 0
     for voxels in faint:
         listed[tuple(voxels.T)] = True
-    return faint + [voxels for voxels in uncleaned if not listed[tuple(voxels.T)].any()]
+    return faint + [voxels for voxels in left_out if not listed[tuple(voxels.T)].any()]
 
 
 def _main_components(probability: np.ndarray, threshold: float, voxel_mm3: float) -> tuple[list[np.ndarray], bool]:
@@ -1526,6 +1534,8 @@ class NoduleInferencer:
         given |= {"cleaning": cleaning, "scales": scales, "everywhere": everywhere}
         self.settings = _override(settings or InferenceSettings(), given)
         self.by_hand = _describe_by_hand(settings or self.settings, self.settings)
+        if everywhere and not self.settings.looks_everywhere:
+            logger.warning("everywhere without effect: it needs mirrors or scales, and a network trained on patches")
         check(
             not self.settings.cleaning.in_lungs or self.preprocessing is None or self.preprocessing.mask_lungs,
             "cleaning.in_lungs needs scans prepared with mask_lungs, where all around the lungs is air; leave it out",
@@ -1947,11 +1957,10 @@ def _describe_by_hand(trained: InferenceSettings, used: InferenceSettings) -> tu
 
 def _describe_extras(settings: InferenceSettings) -> dict[str, str]:
     """What of EXTRAS is done, in words; empty where it is not."""
-    looks_again = settings.mirrors or settings.scales
     return {
         "cleaning": "" if settings.cleaning == Cleaning() else str(settings.cleaning),
         "scales": ", ".join(f"{scale:g}" for scale in settings.scales),
-        "everywhere": "all windows" if settings.everywhere and settings.window and looks_again else "",
+        "everywhere": "all windows" if settings.looks_everywhere else "",
         "learnt_score": str(settings.learnt_score or ""),
     }
 

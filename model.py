@@ -859,6 +859,11 @@ class InferenceSettings:
         if isinstance(self.learnt_score, dict):
             object.__setattr__(self, "learnt_score", LearntScore(**self.learnt_score))
 
+    @property
+    def looks_everywhere(self) -> bool:
+        """Whether there are further looks, and they are at all windows."""
+        return bool(self.everywhere and self.window and (self.mirrors or self.scales))
+
     def to_dict(self) -> dict[str, Any]:
         """Built-in types, for checkpoints."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}

@@ -127,6 +127,7 @@ RUN_FILE = re.compile(rf"checkpoints/(best_model\.pth|checkpoint_epoch_\d+\.pth|
 LOG_FILE = re.compile(r"logs_\d{8}-\d{6}/events\.out\.tfevents.*")
 PASTE_SETTINGS = ("augmentation.paste_per_scan",)  # of whole scans
 SPLIT_SETTINGS = ("validation.fraction",)
+DICE_SETTINGS = ("loss.per_sample", "smooth")
 GPU_SETTINGS = ("num_workers", "speed.record_steps")
 REPORT_EVERY = 10  # steps between reads of what lies on the device; each read makes the host wait for it
 # Settings that may differ between a run and its continuation: but for num_epochs they do not change the result.
@@ -698,6 +699,7 @@ class Trainer:
             "training is on a CPU": GPU_SETTINGS if self.device.type == "cpu" else (),
             "patches are drawn, and paste_prob is theirs": PASTE_SETTINGS if self.patches and self.augmentation else (),
             "validation.data_dir is given": SPLIT_SETTINGS if self._validation_dirs else (),
+            "the focal loss has no Dice": DICE_SETTINGS if self.settings["loss.name"] == "focal" else (),
         }
         for reason, names in ignored.items():
             if found := [name for name in names if given[name] != defaults[name]]:
@@ -1048,8 +1050,8 @@ class Trainer:
         check(checkpoint.preprocessing == self.preprocessing, "the data was preprocessed anew with other settings")
         if theirs["num_epochs"] != self.num_epochs and done < self.num_epochs:
             logger.warning(
-                "the run had %d epochs and now has %d: learning rate and pasted nodules go on as in the new length, "
-                "so this is not the run that would have had %d from the start",
+                "the run had %d epochs and now has %d: learning rate, pasted nodules and share of a boundary loss go "
+                "on as in the new length, so this is not the run that would have had %d from the start",
                 theirs["num_epochs"],
                 self.num_epochs,
                 self.num_epochs,

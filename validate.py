@@ -1566,6 +1566,13 @@ class ScoredScans:
 NUM_DRAWS = 1000
 FALSE_NODULES = "false-positive nodules a scan (those on excluded findings not counted)"
 FEWER_IS_BETTER = (FALSE_NODULES,)
+FIGURE_COLUMNS = {  # of validation_results.csv
+    "Dice per scan": ["dice"],
+    "Dice without excluded findings": ["dice_without_excluded"],
+    "sensitivity of the masks": ["nodules_found"],
+    FALSE_NODULES: ["false_positive_nodules", "on_excluded_findings"],
+}
+FEWEST_DIFFERENT = 6  # scans, without which no sign test reaches 5 %
 
 
 def compare_results(compare: list[Path] | None = None) -> pd.DataFrame:
@@ -1576,8 +1583,10 @@ def compare_results(compare: list[Path] | None = None) -> pd.DataFrame:
             'a/fold*/validation', to join those of several folds.
 
     Returns:
-        One row a figure: first, second, difference (first less second), lower and upper end of its interval. Scans are
-        drawn anew, the same of both; how much trainings differ among themselves is not in the interval.
+        One row a figure: first, second, difference (first less second), lower and upper end of its interval, and the
+        number of scans that differ in it (of the CPM all scans). Scans are drawn anew, the same of both; how much
+        trainings differ among themselves is not in the interval. Of few scans it is wider than the draws are (the
+        expanded percentile interval of Hesterberg 2015, doi 10.1080/00031305.2015.1089789).
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -1590,12 +1599,18 @@ def compare_results(compare: list[Path] | None = None) -> pd.DataFrame:
     for name, scored in zip(names, (first, second), strict=True):
         if (scored.table["part"] == "validation").any():
             logger.warning("%s: the network was chosen on these very scans, so its figures are too good", name)
-    rows = []
+    rows, count = [], len(first.table)
+    tail = stats.norm.cdf(stats.t.ppf(0.025, count - 1) * math.sqrt(count / (count - 1))) if count > 1 else 0.0
     for (figure, ours), theirs in zip(first.draws().items(), second.draws().values(), strict=True):
         drawn = (ours - theirs)[1:]
-        interval = np.nanquantile(drawn, [0.025, 0.975]) if np.isfinite(drawn).any() else (math.nan, math.nan)
-        rows.append((figure, ours[0], theirs[0], ours[0] - theirs[0], *interval))
-    return pd.DataFrame(rows, columns=["figure", "first", "second", "difference", "lower", "upper"])
+        interval = np.nanquantile(drawn, [tail, 1 - tail]) if np.isfinite(drawn).any() else (math.nan, math.nan)
+        columns = FIGURE_COLUMNS.get(figure)
+        one, other = (scored.table[columns or []].fillna(-1).to_numpy() for scored in (first, second))
+        different = int((one != other).any(axis=1).sum()) if columns else count
+        rows.append((figure, ours[0], theirs[0], ours[0] - theirs[0], *interval, different))
+    return pd.DataFrame(
+        rows, columns=["figure", "first", "second", "difference", "lower", "upper", "scans_that_differ"]
+    )
 
 
 def format_tuning(table: pd.DataFrame, path: str | Path) -> str:
@@ -1624,22 +1639,37 @@ def check_same_scans(first: ScoredScans, second: ScoredScans, *names: str) -> No
         same = {frozenset(map(tuple, table.to_numpy())) for table in places}
         what = "annotated nodules" if kind == "nodules" else "excluded findings"
         check(len(same) == 1, f"{' and '.join(names)} differ in their {what}; score both with the same")
+    # Files of earlier versions do not say the diameters on the grid.
+    ours, theirs = (scored.nodules.get("grid_diameter_mm", scored.nodules["diameter_mm"]) for scored in (first, second))
+    if not np.allclose(ours, theirs, atol=0.01, equal_nan=True):
+        logger.warning(
+            "%s were scored on other true masks, or on other grids: their Dice are not of the same", " and ".join(names)
+        )
 
 
 def format_comparison(table: pd.DataFrame, names: Sequence[str]) -> str:
     """The table of ``compare_results`` and what it means, in plain words."""
     lines = [f"first:  {names[0]}", f"second: {names[1]}", table.round(4).to_string(index=False)]
-    better: dict[str, list[str]] = {"first": [], "second": [], "": [], "undefined": []}
+    told: dict[str, list[str]] = {"first": [], "second": [], "same": [], "few": [], "undefined": []}
     for row in table.to_dict("records"):
         is_first = (row["difference"] > 0) != (row["figure"] in FEWER_IS_BETTER)
-        winner = "first" if is_first else "second"
-        shown = "" if row["lower"] <= 0 <= row["upper"] else winner
-        better[shown if np.isfinite([row["lower"], row["upper"]]).all() else "undefined"].append(row["figure"])
-    lines += [f"The {name} is better in {', '.join(better[name])}." for name in ("first", "second") if better[name]]
-    if better[""]:
-        lines.append(f"No difference is shown in {', '.join(better[''])}: the interval holds 0.")
-    if better["undefined"]:
-        lines.append(f"Nothing can be said of {', '.join(better['undefined'])}: too few scans have a nodule.")
+        if not np.isfinite([row["lower"], row["upper"]]).all():
+            kind = "undefined"
+        elif row["lower"] <= 0 <= row["upper"]:
+            kind = "same"
+        elif row["scans_that_differ"] < FEWEST_DIFFERENT:
+            kind = "few"
+        else:
+            kind = "first" if is_first else "second"
+        told[kind].append(row["figure"])
+    sentences = {
+        "first": "The first is better in {}.",
+        "second": "The second is better in {}.",
+        "same": "No difference is shown in {}: the interval holds 0.",
+        "few": f"No difference is shown in {{}}: fewer than {FEWEST_DIFFERENT} scans differ.",
+        "undefined": "Nothing can be said of {}: too few scans have a nodule.",
+    }
+    lines += [sentence.format(", ".join(told[kind])) for kind, sentence in sentences.items() if told[kind]]
     lines.append("The intervals draw scans anew. They do not hold how much trainings differ among themselves.")
     return "\n".join(lines)
 

@@ -116,11 +116,11 @@ def reshape_nodules(
     spacing_zyx: Sequence[float],
     cleaning: Cleaning,
     smallest_mm3: float = 0.0,
-) -> list[np.ndarray]:
-    """Voxels (m, 3) (z, y, x) of each nodule after opening, closing, and leaving out what is too small or air.
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Nodules after opening, closing, and leaving out what is too small or air, and what is left out.
 
-    Each nodule stays in one piece, and no voxel comes to lie in two. A nodule that the opening would leave too little
-    of stays as it is.
+    No voxel comes to lie in two nodules. One that the opening takes apart is several, and one that it would leave too
+    little of stays as it is.
 
     Args:
         parts: Voxels (m, 3) of each nodule.
@@ -128,12 +128,18 @@ def reshape_nodules(
         spacing_zyx: Voxel size in mm.
         cleaning: What is done.
         smallest_mm3: Volume below which there is no nodule, whatever ``cleaning`` says.
+
+    Returns:
+        Voxels (m, 3) (z, y, x) of each nodule, and of each part that would be one but for ``cleaning``.
     """
     voxel_mm3 = math.prod(spacing_zyx)
     smallest = max(1.0, max(smallest_mm3, math.pi / 6 * cleaning.smallest_mm**3) / voxel_mm3)
     if cleaning.opening_mm:
-        opened = [_opened(voxels, image.shape, spacing_zyx, cleaning.opening_mm) for voxels in parts]
-        parts = [new if len(new) >= smallest else old for new, old in zip(opened, parts, strict=True)]
+        opened = []
+        for voxels in parts:
+            pieces = _opened(voxels, image.shape, spacing_zyx, cleaning.opening_mm)
+            opened += pieces if max(map(len, pieces), default=0) >= smallest else [voxels]
+        parts = opened
     if cleaning.closing_mm:
         taken = np.zeros(image.shape, bool)
         for voxels in parts:
@@ -145,23 +151,28 @@ def reshape_nodules(
             taken[tuple(gaps.T)] = True
             closed.append(np.concatenate([voxels, gaps]))
         parts = closed
-    parts = [voxels for voxels in parts if len(voxels) >= smallest]
-    if cleaning.in_lungs:
-        parts = [voxels for voxels in parts if np.mean(image[tuple(voxels.T)] > AIR) >= 0.5]
-    return list(parts)
+    kept, left_out = [], []
+    for voxels in parts:
+        is_air = cleaning.in_lungs and np.mean(image[tuple(voxels.T)] > AIR) < 0.5
+        if len(voxels) >= smallest and not is_air:
+            kept.append(voxels)
+        elif len(voxels) * voxel_mm3 >= smallest_mm3:
+            left_out.append(voxels)
+    return kept, left_out
 
 
-def _opened(voxels: np.ndarray, shape: Sequence[int], spacing_zyx: Sequence[float], radius_mm: float) -> np.ndarray:
-    """The voxels that a ball reaches without leaving them, of the largest piece; none, where it fits in nowhere."""
+def _opened(
+    voxels: np.ndarray, shape: Sequence[int], spacing_zyx: Sequence[float], radius_mm: float
+) -> list[np.ndarray]:
+    """The pieces (m, 3) of a nodule that a ball reaches without leaving it."""
     part, lower, _ = _surroundings(voxels, shape, spacing_zyx, radius_mm)
     middles = ndimage.distance_transform_edt(part, spacing_zyx) > radius_mm
     if not middles.any():
-        return voxels[:0]
+        return []
     reached = part & (ndimage.distance_transform_edt(~middles, spacing_zyx) <= radius_mm)
-    pieces = ndimage.label(reached, np.ones((3, 3, 3)))[0][tuple((voxels - lower).T)]
-    sizes = np.bincount(pieces)
-    sizes[0] = 0  # what no ball reaches
-    return voxels[pieces == sizes.argmax()] if sizes.any() else voxels[:0]
+    labels, count = ndimage.label(reached, np.ones((3, 3, 3)))
+    labels = labels[tuple((voxels - lower).T)]
+    return [voxels[labels == number] for number in range(1, count + 1)]
 
 
 def _gaps(voxels: np.ndarray, shape: Sequence[int], spacing_zyx: Sequence[float], radius_mm: float) -> np.ndarray:

@@ -102,9 +102,9 @@ def join_checkpoints(
 ) -> Checkpoint:
     """One checkpoint whose probabilities, or with shares whose weights, are the mean of those of the members.
 
-    It has seen what any of them has seen. Its grid is the finest, its ``min_score`` and learnt score are the means of
-    theirs, by the same shares. Its window is the largest, and it looks at as many mirror images as the one that looks
-    at most.
+    It has seen what any of them has seen. Its grid is the finest, its window the largest, and it looks at as many
+    mirror images as the one that looks at most. Its ``min_score`` and learnt score are the means of theirs. With shares
+    threshold, scores, cleaning and further looks are those of the member with the largest one.
 
     Args:
         members: Checkpoints.
@@ -112,9 +112,13 @@ def join_checkpoints(
         shares: Share of each in the mean of their weights, all together 1; None keeps all networks.
 
     Raises:
-        InputError: They were prepared differently, but for the voxel size, have other thresholds, do not say what they
-            have seen, or are ensembles themselves; or weights of different networks were to be averaged.
+        InputError: They were prepared differently, but for the voxel size, do not say what they have seen, or are
+            ensembles themselves; without shares they have other thresholds, cleaning or looks; or weights of different
+            networks were to be averaged.
     """
+    if shares is not None:
+        leader = members[int(np.argmax(shares))].inference
+        members = [replace(member, inference=_with_windows(leader, member.inference)) for member in members]
     finest = min(range(len(members)), key=lambda number: _voxel_mm3(members[number]))
     members, names = ([given[finest], *given[:finest], *given[finest + 1 :]] for given in (members, names))
     first = members[0]
@@ -126,7 +130,7 @@ def join_checkpoints(
         arguments=arguments,
         weights=weights,
         preprocessing=first.preprocessing,
-        inference=_join_settings(members, shares),
+        inference=_join_settings(members),
         training={},
         epoch=max(member.epoch for member in members),
         progress={},
@@ -242,7 +246,12 @@ def _largest(windows: Sequence[Shape | None], factors: Sequence[np.ndarray]) -> 
     return tuple(np.max(on_grid, axis=0).astype(int).tolist()) if on_grid else None
 
 
-def _join_settings(members: Sequence[Checkpoint], shares: Sequence[float] | None) -> InferenceSettings:
+def _with_windows(settings: InferenceSettings, of: InferenceSettings) -> InferenceSettings:
+    """Settings with windows and grid of others."""
+    return replace(settings, window=of.window, first_window=of.first_window, grid_spacing=of.grid_spacing)
+
+
+def _join_settings(members: Sequence[Checkpoint]) -> InferenceSettings:
     first, settings = members[0], [member.inference for member in members]
     factors = [_factors(member, first) for member in members]
     windows = [one.window for one in settings]
@@ -250,15 +259,15 @@ def _join_settings(members: Sequence[Checkpoint], shares: Sequence[float] | None
     firsts = [(one.first_window or one.window) if is_wider else None for one in settings]
     grids = [member.inference.grid_spacing for member in members if not _scale_of(member, first)]
     known = [grid for grid in grids if grid is not None]
-    scores = [one.learnt_score for one in settings if one.learnt_score is not None]
+    scores = list(dict.fromkeys(one.learnt_score for one in settings if one.learnt_score is not None))
     return replace(
         settings[0],
-        min_score=float(np.average([one.min_score for one in settings], weights=shares)),
+        min_score=float(np.mean([one.min_score for one in settings])),
         mirrors=max(one.mirrors for one in settings),
         window=_largest(windows, factors),
         first_window=_largest(firsts, factors),
         grid_spacing=tuple(np.mean(known, axis=0).tolist()) if len(known) == len(grids) else None,
-        learnt_score=mean_score(scores, shares) if scores else None,
+        learnt_score=mean_score(scores) if scores else None,
     )
 
 

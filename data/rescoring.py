@@ -129,8 +129,8 @@ def fit_score(candidates: Sequence[Features], is_nodule: npt.ArrayLike) -> Learn
     return LearntScore(tuple(weights.tolist()), float(fitted[-1] - weights @ mean), len(terms))
 
 
-def mean_score(scores: Sequence[LearntScore], shares: Sequence[float] | None = None) -> LearntScore:
-    """The score whose log-odds are the mean of those of several, which have equal shares in it, or other ones."""
-    weights = np.average([score.weights for score in scores], axis=0, weights=shares)
-    intercept = float(np.average([score.intercept for score in scores], weights=shares))
+def mean_score(scores: Sequence[LearntScore]) -> LearntScore:
+    """The score whose log-odds are the mean of those of several."""
+    weights = np.mean([score.weights for score in scores], axis=0)
+    intercept = float(np.mean([score.intercept for score in scores]))
     return LearntScore(tuple(weights.tolist()), intercept, sum(score.candidates for score in scores))

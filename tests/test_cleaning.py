@@ -30,7 +30,7 @@ def block(*slices, shape=(20, 20, 20)):
 def reshaped(parts, image=None, spacing=UNIT, **cleaning):
     """The masks of nodules, given by bool arrays, after a cleaning."""
     image = np.ones(parts[0].shape) if image is None else image
-    voxels = reshape_nodules([np.argwhere(part) for part in parts], image, spacing, Cleaning(**cleaning))
+    voxels, _ = reshape_nodules([np.argwhere(part) for part in parts], image, spacing, Cleaning(**cleaning))
     masks = [np.zeros(image.shape, int) for _ in voxels]
     for mask, those in zip(masks, voxels, strict=True):
         np.add.at(mask, tuple(those.T), 1)
@@ -48,10 +48,21 @@ def test_opening_takes_off_what_is_thinner_than_its_ball():
     np.testing.assert_array_equal(opened, ball)
 
 
-def test_opened_nodule_stays_in_one_piece():
+def test_opening_makes_two_nodules_of_two_lumps_with_a_bridge():
     ball = np.sum((np.indices((20, 20, 20)) - 7) ** 2, axis=0) <= 25
     bridge, lump = block((7, 8), (7, 8), (12, 15)), block((6, 9), (6, 9), (15, 18))
-    np.testing.assert_array_equal(reshaped([ball | bridge | lump], opening_mm=1.2)[0], ball)
+    first, second = reshaped([ball | bridge | lump], opening_mm=1.2)
+    np.testing.assert_array_equal(first, ball)
+    assert second[7, 7, 15:18].all() and not (second & ~lump & ~bridge).any()
+
+
+def test_lump_that_opening_takes_off_and_is_too_small_is_left_out():
+    ball = np.sum((np.indices((20, 20, 20)) - 7) ** 2, axis=0) <= 25
+    bridge, lump = block((7, 8), (7, 8), (12, 15)), block((6, 9), (6, 9), (15, 18))
+    parts, image = [np.argwhere(ball | bridge | lump)], np.ones(ball.shape)
+    (kept,), (left,) = reshape_nodules(parts, image, UNIT, Cleaning(opening_mm=1.2, smallest_mm=5.0))
+    assert len(kept) == ball.sum() and lump[tuple(left.T)].sum() >= 7
+    assert reshape_nodules(parts, image, UNIT, Cleaning(opening_mm=1.2), smallest_mm3=60.0)[1] == []
 
 
 def test_opening_takes_nothing_off_at_the_edge_of_the_array():
@@ -62,7 +73,7 @@ def test_opening_takes_nothing_off_at_the_edge_of_the_array():
 
 def test_opening_leaves_a_nodule_whose_middle_lies_beyond_the_array():
     ball = np.linalg.norm(np.indices((48, 48, 48)) - np.array([-1, -2, 24])[:, None, None, None], axis=0) <= 3
-    (left,) = reshape_nodules([np.argwhere(ball)], np.ones(ball.shape), (1.0,) * 3, Cleaning(opening_mm=2.0))
+    ((left,), _) = reshape_nodules([np.argwhere(ball)], np.ones(ball.shape), UNIT, Cleaning(opening_mm=2.0))
     assert len(left) == ball.sum()
 
 
@@ -97,8 +108,8 @@ def test_opening_that_leaves_less_than_a_nodule_is_not_done():
     ball, plate = np.sum((np.indices((20, 20, 20)) - 10) ** 2, axis=0) <= 5, block((10, 11), (2, 19), (2, 19))
     voxels = [np.argwhere(ball | plate)]
     image, cleaning, half = np.ones((20, 20, 20)), Cleaning(opening_mm=1.0), (0.5, 0.5, 0.5)
-    assert len(reshape_nodules(voxels, image, half, cleaning)[0]) < 40
-    assert len(reshape_nodules(voxels, image, half, cleaning, smallest_mm3=10.0)[0]) == len(voxels[0])
+    assert len(reshape_nodules(voxels, image, half, cleaning)[0][0]) < 40
+    assert len(reshape_nodules(voxels, image, half, cleaning, smallest_mm3=10.0)[0][0]) == len(voxels[0])
 
 
 def test_closing_stays_inside_the_array():

@@ -128,8 +128,8 @@ def test_folds_are_joined_by_a_pattern(tmp_path):
 
 
 def test_what_is_said_names_the_better_one_and_what_is_not_shown(tmp_path):
-    first = write_result(tmp_path / "a", [0.8, 0.6, 0.7, 0.9])
-    second = write_result(tmp_path / "b", [0.7, 0.5, 0.6, 0.8], false=1)
+    first = write_result(tmp_path / "a", [0.8, 0.6, 0.7, 0.9] * 2)
+    second = write_result(tmp_path / "b", [0.7, 0.5, 0.6, 0.8] * 2, false=1)
     text = format_comparison(compare_results([first, second]), ["A", "B"])
     better = f"Dice per scan, Dice without excluded findings, {validate.FALSE_NODULES}"
     assert f"The first is better in {better}" in text
@@ -137,6 +137,44 @@ def test_what_is_said_names_the_better_one_and_what_is_not_shown(tmp_path):
     assert "do not hold how much trainings differ" in text
     swapped = format_comparison(compare_results([second, first]), ["B", "A"])
     assert f"The second is better in {better}" in swapped
+
+
+@pytest.mark.parametrize("different", [5, 6])
+def test_few_scans_that_differ_show_nothing(tmp_path, different):
+    dice = np.full(12, 0.6)
+    better = dice + 0.1 * (np.arange(12) < different)
+    names = [write_result(tmp_path / "a", better), write_result(tmp_path / "b", dice)]
+    table = compare_results(names)
+    row = row_of(table, "Dice per scan")
+    assert row["lower"] > 0 and row["scans_that_differ"] == different
+    text = format_comparison(table, names)
+    assert ("fewer than 6 scans differ" in text) == (different == 5)
+    assert ("The first is better in Dice per scan" in text) == (different == 6)
+
+
+def test_nothing_can_be_said_of_a_single_scan(tmp_path):
+    names = [write_result(tmp_path / "a", [0.8]), write_result(tmp_path / "b", [0.7])]
+    assert "is better" not in format_comparison(compare_results(names), names)
+
+
+def test_interval_of_few_scans_is_wider_than_its_draws(tmp_path):
+    dice = np.random.default_rng(0).uniform(0.4, 0.6, (2, 8))
+    folders = [write_result(tmp_path / name, values) for name, values in zip("ab", dice, strict=True)]
+    row = row_of(compare_results(folders), "Dice per scan")
+    first, second = (ScoredScans.read(folder).draws()["Dice per scan"][1:] for folder in folders)
+    low, high = np.quantile(first - second, [0.025, 0.975])
+    assert 1.1 < (row["upper"] - row["lower"]) / (high - low) < 1.5
+
+
+def test_other_true_masks_are_told(tmp_path, caplog):
+    folders = [write_result(tmp_path / name, [0.8, 0.6]) for name in "ab"]
+    for folder, diameter in zip(folders, (8.0, 9.4), strict=True):
+        path = folder / "nodule_results.csv"
+        pd.read_csv(path).assign(grid_diameter_mm=diameter).to_csv(path, index=False)
+    compare_results(folders[:1] * 2)
+    assert "other true masks" not in caplog.text
+    compare_results(folders)
+    assert "other true masks" in caplog.text
 
 
 def test_other_scans_are_refused(tmp_path):

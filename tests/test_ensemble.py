@@ -81,8 +81,18 @@ def test_settings_are_joined():
     joined = join_checkpoints([member("unet", inference=one) for one in settings], "ab").inference
     assert joined.min_score == pytest.approx(0.3) and joined.first_window is None
     assert replace(joined, min_score=0.3) == InferenceSettings(0.5, 0.3, 3, (48, 48, 48), (1.0, 1.0, 1.5))
-    averaged = join_checkpoints([member("unet", inference=one) for one in settings], "ab", [0.75, 0.25]).inference
-    assert averaged.min_score == pytest.approx(0.25)
+
+
+def test_mean_of_weights_has_the_settings_of_the_largest_share():
+    settings = [
+        InferenceSettings(0.5, 0.2, window=(48, 32, 32), grid_spacing=(1.0, 1.0, 2.0)),
+        InferenceSettings(0.4, 0.3, mirrors=1, learnt_score=LearntScore((1.0,) * 7, 0.5, 40), window=(32, 48, 48)),
+    ]
+    members = [member("unet", inference=one) for one in settings]
+    first, second = (join_checkpoints(members, "ab", shares).inference for shares in ([0.6, 0.4], [0.4, 0.6]))
+    assert replace(first, window=None, grid_spacing=None) == InferenceSettings(0.5, 0.2)
+    assert replace(second, window=None) == replace(settings[1], window=None)
+    assert first.window == second.window == (48, 48, 48)
 
 
 def test_what_one_has_seen_all_have_seen():

@@ -71,8 +71,8 @@ class Block(nn.Module):
 def live(tmp_path):
     """An inferencer of a live model."""
 
-    def make(model, window=None, **arguments):
-        settings = InferenceSettings(window=window)
+    def make(model, window=None, grid_spacing=None, **arguments):
+        settings = InferenceSettings(window=window, grid_spacing=grid_spacing)
         return NoduleInferencer(
             output_dir=tmp_path / "out",
             device="cpu",
@@ -451,6 +451,20 @@ def test_checkpoint_knows_the_number_of_mirror_images(processed_dir, tmp_path):
 def test_impossible_number_of_mirror_images_is_refused(live, mirrors):
     with pytest.raises(ValueError, match="mirrors must be 0 to 15 or null"):
         live(Nothing(), mirrors=mirrors)
+
+
+def test_quarter_turns_of_voxels_that_are_no_squares_are_refused(live):
+    grid = (0.7, 0.8, 1.0)
+    live(Nothing(), grid_spacing=grid, mirrors=7)
+    with pytest.raises(InputError, match=r"exchange x and y, along which voxels are 0\.7 and 0\.8 mm here; take 7"):
+        live(Nothing(), grid_spacing=grid, mirrors=8)
+
+
+def test_everywhere_without_further_looks_is_told(live, caplog):
+    live(Nothing(), window=(8, 8, 8), everywhere=True, mirrors=1)
+    assert "without effect" not in caplog.text
+    live(Nothing(), window=(8, 8, 8), everywhere=True)
+    assert "everywhere without effect: it needs mirrors or scales" in caplog.text
 
 
 def test_size_that_does_not_fit_is_filled_up_with_air(live):
@@ -1425,6 +1439,22 @@ def test_what_cleaning_leaves_out_of_a_spot_stays_a_mark():
     cleaned = find_candidates(*given, cleaning=Cleaning(smallest_mm=5.0), image=probability)
     assert len(plain.nodules) == 2 and len(cleaned.nodules) == 1
     assert [found.center_xyz for found in cleaned.candidates] == [found.center_xyz for found in plain.candidates]
+
+
+def test_lump_that_opening_takes_off_is_a_nodule_or_a_mark():
+    shape, offset = (20, 20, 40), np.indices((20, 20, 40))
+    large, small = (
+        np.linalg.norm(offset - np.array(middle)[:, None, None, None], axis=0) <= radius
+        for middle, radius in (((10, 10, 10), 6), ((10, 10, 21), 2))
+    )
+    probability = np.where(large | small, 0.8, 0.0).astype(np.float32)
+    probability[10, 10, 10:21] = 0.8
+    given = probability, Geometry(shape, (0.0, 0.0, 0.0), UNIT), 0.5
+    opened = find_candidates(*given, cleaning=Cleaning(opening_mm=1.0), image=probability)
+    assert len(opened.nodules) == 2 and opened.mask[10, 10, 21]
+    sparing = find_candidates(*given, cleaning=Cleaning(opening_mm=1.0, smallest_mm=6.0), image=probability)
+    assert len(sparing.nodules) == 1 and not sparing.mask[10, 10, 21]
+    assert [round(found.center_xyz[0]) for found in sparing.candidates] == [10, 21]
 
 
 def test_learnt_score_decides_which_faint_spots_are_kept():

@@ -64,7 +64,7 @@ def test_each_setting_has_one_row_with_its_gain(bench):
 
 
 def test_network_is_not_scored_on_what_it_has_learnt_from(bench, processed_dir, run_dir):
-    with pytest.raises(InputError, match="may have learnt from 3 of these scans"):
+    with pytest.raises(InputError, match="may have seen 4 of these scans"):
         paths = (processed_dir, run_dir / "checkpoints" / "best_model.pth", processed_dir / "none.csv")
         settings.main("tiny", *paths, ["turned"], "cpu")
 

@@ -1167,3 +1167,6 @@ def test_options_that_others_leave_without_effect_are_told(processed_dir, tmp_pa
     options = CPU | {"patches": Patches(size=(8, 8, 8), per_scan=1), "num_epochs": 1}
     Trainer(processed_dir, tmp_path, augmentation=replace(AUGMENTATION, paste_per_scan=3), **options).train()
     assert "augmentation.paste_per_scan without effect: patches are drawn, and paste_prob is theirs" in caplog.text
+    options["loss"] = LossSettings(name="focal", per_sample=False)
+    Trainer(processed_dir, tmp_path, overwrite=True, **options).train()
+    assert "loss.per_sample without effect: the focal loss has no Dice" in caplog.text

@@ -1,4 +1,4 @@
-"""What each network and loss learns in ten minutes of two cores; rows in screening.csv.
+"""What each network, loss and batch size learns in ten minutes of two cores; rows in screening.csv.
 
 python tests/bench/screening.py --real_dir FOLDER --luna16_dir FOLDER
 
@@ -50,6 +50,8 @@ def trial(*more: str, epochs: int = EPOCHS) -> Trial:
 CHOICES = {
     "as it is": trial(),
     "hardest voxels": trial("--loss.hardest_share", "0.01"),
+    "batches of four": trial("--batch_size", "4"),
+    "batches of two": trial("--batch_size", "2"),
     **{name: trial("--loss.name", name) for name in ("dice_focal", "focal", "tversky", "boundary")},
     **{
         name: trial("--network", name, "--patches.per_scan", f"{per_scan}", epochs=epochs)

@@ -78,11 +78,11 @@ def unseen_scans(inferencer: NoduleInferencer, checkpoint_path: Path, data_dir: 
     """All scans of a folder.
 
     Raises:
-        InputError: The network may have learnt from some, or they are not prepared as those that it learnt from.
+        InputError: The network may have seen some, or they are not prepared as those that it learnt from.
     """
     parts = choose_scans(data_dir, checkpoint_path, "all", inferencer.seen)
-    learnt = [uid for uid, part in parts.items() if part in (*LEARNT_FROM, "unknown")]
-    check(not learnt, f"{checkpoint_path} may have learnt from {len(learnt)} of these scans; name a data_dir of others")
+    learnt = [uid for uid, part in parts.items() if part in (*LEARNT_FROM, "validation", "unknown")]
+    check(not learnt, f"{checkpoint_path} may have seen {len(learnt)} of these scans; name a data_dir of others")
     inferencer.check_prepared_alike(data_dir, list(parts))
     return list(parts)
 
