@@ -172,6 +172,8 @@ class ValidationSettings:
             the 1st, 2nd, 4th, 8th, ... due one takes place.
         mirrors: Mirror images, and from the 8th on quarter turns, 0 to 15, whose probabilities validation and later
             inference average with those of the scan itself, or with patches of what may be a nodule.
+        threshold: Probability from which a voxel counts as nodule, in validation and later inference. A lower one makes
+            nodules larger.
     """
 
     fraction: float = 0.2
@@ -179,6 +181,7 @@ class ValidationSettings:
     fold: int | None = None
     interval: int = 1
     mirrors: int = 0
+    threshold: float = 0.5
 
     def __post_init__(self) -> None:
         check(self.interval >= 1, f"validation.interval must be at least 1, not {self.interval}")
@@ -309,7 +312,7 @@ class Trainer:
         self.preprocessing = next(iter(self.metadata.values())).preprocessing
         self.device = own_gpu(select_device(device, warn=False))
         self.autocast_dtype = autocast_dtype(self.device, mixed_precision)
-        self.inference = self._first_inference_settings(validation.mirrors)
+        self.inference = self._first_inference_settings(validation)
         if not is_distributed():  # else the processes must have found each other
             self._build()
 
@@ -326,11 +329,12 @@ class Trainer:
         self._is_broken = False  # whether an epoch was broken off, and the weights are those in its middle
         self._has_started = False  # whether output_dir holds this run's split, and no earlier run
 
-    def _first_inference_settings(self, mirrors: int) -> InferenceSettings:
+    def _first_inference_settings(self, validation: ValidationSettings) -> InferenceSettings:
         """How the network looks at scans; the last validation chooses the min_score."""
         spacing = np.median([self.metadata[uid].grid.spacing for uid in self.split.train], axis=0)
         return InferenceSettings(
-            mirrors=mirrors,
+            threshold=validation.threshold,
+            mirrors=validation.mirrors,
             window=self.patch_size,
             grid_spacing=tuple(spacing.tolist()),
             first_window=FIRST_WINDOW if self.patch_size else None,

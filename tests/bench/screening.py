@@ -52,6 +52,7 @@ CHOICES = {
     "hardest voxels": trial("--loss.hardest_share", "0.01"),
     "batches of four": trial("--batch_size", "4"),
     "batches of two": trial("--batch_size", "2"),
+    "patches of 32": trial("--patches.size", "[32,32,32]", "--patches.per_scan", "47"),
     **{name: trial("--loss.name", name) for name in ("dice_focal", "focal", "tversky", "boundary")},
     **{
         name: trial("--network", name, "--patches.per_scan", f"{per_scan}", epochs=epochs)
