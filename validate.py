@@ -1550,6 +1550,17 @@ class ScoredScans:
             excluded,
         )
 
+    @property
+    def by_scan(self) -> dict[str, np.ndarray]:
+        """(scans,) what each scan brings to each figure but the CPM; NaN where it brings nothing."""
+        columns = {
+            "Dice per scan": self.table["dice"],
+            "Dice without excluded findings": self.table["dice_without_excluded"],
+            SENSITIVITY: self.table["nodules_found"],
+            FALSE_NODULES: self.table["false_positive_nodules"] - self.table["on_excluded_findings"],
+        }
+        return {figure: column.to_numpy(float) for figure, column in columns.items()}
+
     def draws(self, seed: int = 0) -> dict[str, np.ndarray]:
         """(1 + n,) values of each figure: of all scans, then of n draws of them with replacement.
 
@@ -1558,16 +1569,11 @@ class ScoredScans:
         count = len(self.table)
         drawn = np.random.default_rng(seed).integers(count, size=(NUM_DRAWS, count))
         drawn = np.vstack([np.arange(count), drawn])
-        dice, fair, nodules, found, false, excluded = (
-            self.table[name].to_numpy(float)[drawn] for name in COMPARED_COLUMNS
-        )
+        by_scan = {figure: values[drawn] for figure, values in self.by_scan.items()}
+        nodules = self.table["nodules"].to_numpy(float)[drawn]
         with np.errstate(invalid="ignore"):  # a draw may have no scan with a Dice, or without nodules
-            values = {
-                "Dice per scan": np.nansum(dice, axis=1) / np.isfinite(dice).sum(axis=1),
-                "Dice without excluded findings": np.nansum(fair, axis=1) / np.isfinite(fair).sum(axis=1),
-                "sensitivity of the masks": found.sum(axis=1) / nodules.sum(axis=1),
-                FALSE_NODULES: (false - excluded).mean(axis=1),
-            }
+            values = {name: np.nansum(one, axis=1) / np.isfinite(one).sum(axis=1) for name, one in by_scan.items()}
+            values[SENSITIVITY] = by_scan[SENSITIVITY].sum(axis=1) / nodules.sum(axis=1)
         if len(self.nodules):
             curve = froc(self.candidates, self.nodules, self.excluded, list(self.table["seriesuid"]), seed=seed)
             values["CPM"] = np.array([curve.cpm, *curve.cpm_draws])
@@ -1575,14 +1581,9 @@ class ScoredScans:
 
 
 NUM_DRAWS = 1000
+SENSITIVITY = "sensitivity of the masks"
 FALSE_NODULES = "false-positive nodules a scan (those on excluded findings not counted)"
 FEWER_IS_BETTER = (FALSE_NODULES,)
-FIGURE_COLUMNS = {  # of validation_results.csv
-    "Dice per scan": ["dice"],
-    "Dice without excluded findings": ["dice_without_excluded"],
-    "sensitivity of the masks": ["nodules_found"],
-    FALSE_NODULES: ["false_positive_nodules", "on_excluded_findings"],
-}
 FEWEST_DIFFERENT = 6  # scans, without which no sign test reaches 5 %
 
 
@@ -1611,14 +1612,13 @@ def compare_results(compare: list[Path] | None = None) -> pd.DataFrame:
         if (scored.table["part"] == "validation").any():
             logger.warning("%s: the network was chosen on these very scans, so its figures are too good", name)
     rows, count = [], len(first.table)
+    pairs = zip(first.by_scan.items(), second.by_scan.values(), strict=True)
+    different = {figure: int((~np.isclose(one, two, 0, 0, equal_nan=True)).sum()) for (figure, one), two in pairs}
     tail = stats.norm.cdf(stats.t.ppf(0.025, count - 1) * math.sqrt(count / (count - 1))) if count > 1 else 0.0
     for (figure, ours), theirs in zip(first.draws().items(), second.draws().values(), strict=True):
         drawn = (ours - theirs)[1:]
         interval = np.nanquantile(drawn, [tail, 1 - tail]) if np.isfinite(drawn).any() else (math.nan, math.nan)
-        columns = FIGURE_COLUMNS.get(figure)
-        one, other = (scored.table[columns or []].fillna(-1).to_numpy() for scored in (first, second))
-        different = int((one != other).any(axis=1).sum()) if columns else count
-        rows.append((figure, ours[0], theirs[0], ours[0] - theirs[0], *interval, different))
+        rows.append((figure, ours[0], theirs[0], ours[0] - theirs[0], *interval, different.get(figure, count)))
     return pd.DataFrame(
         rows, columns=["figure", "first", "second", "difference", "lower", "upper", "scans_that_differ"]
     )

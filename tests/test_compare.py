@@ -53,6 +53,9 @@ def test_nodules_on_excluded_findings_count_neither_way(tmp_path):
     table.to_csv(first / "validation_results.csv", index=False)
     compared = compare_results([first, second])
     assert row_of(compared, validate.FALSE_NODULES)["difference"] == -1
+    second_table = table.assign(false_positive_nodules=2, on_excluded_findings=2)  # as many others as in the first
+    second_table.to_csv(second / "validation_results.csv", index=False)
+    assert row_of(compare_results([first, second]), validate.FALSE_NODULES)["scans_that_differ"] == 0
     assert row_of(compared, "Dice per scan")["difference"] == 0
     assert row_of(compared, "Dice without excluded findings")["difference"] == pytest.approx(0.15)
 
