@@ -374,7 +374,7 @@ def add_row(row: dict[str, Any]) -> None:
 
 
 def gain(bench: Bench, better: str, than: str) -> str:
-    """Paired gains in CPM and both kinds of Dice per scan with 95 % intervals, over the trainings and test sets of both.
+    """Paired gains in CPM and Dice per scan with 95 % intervals, over the trainings and test sets of both.
 
     Each draw takes scans with replacement, the same of both trials; nodules count with their scans. The trainings are
     those that both have in results.csv, and a network that joins several is held against each training of the other;
