@@ -1,17 +1,25 @@
 """Scores that are learnt from candidates: fitting, applying, choosing, carrying and telling them."""
 
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import nodule_at
 
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+
+import learning
+import rescoring
+
 from data.rescoring import Features, LearntScore, fit_score
 from infer import FoundNodule, NoduleInferencer, Segmentation, features_of, find_candidates
 from model import InferenceSettings, load_checkpoint, save_checkpoint
-from utils import Box, Geometry, InputError
+from utils import ANNOTATION_COLUMNS, Box, Geometry, InputError
 from validate import ExaminedScan, Overlap, choose_settings, cpm_of, learn_score
 
 NODULE = Features(0.5, 0.95, 0.6, 8.0, 0.01, 0.8)
@@ -202,3 +210,48 @@ def test_checkpoint_carries_the_learnt_score_and_results_tell_it(run_dir, tmp_pa
     (nodule,) = inferencer.find_candidates(probability, geometry, np.zeros_like(probability)).nodules
     assert nodule.score == pytest.approx(0.8, abs=1e-5)
     assert torch.load(tmp_path / "tuned.pth", weights_only=True)["inference"]["learnt_score"]["candidates"] == 10
+
+
+def bench_candidates(number, scan):
+    """A nodule, bright in a dark crop, and three vessels, which are dark in a bright one."""
+    shape, rng = (2, *[rescoring.SIZE + 2 * rescoring.SHIFT] * 3), np.random.default_rng(number)
+    candidates = []
+    for z, features in ((10, NODULE), *((z, VESSEL) for z in (20, 30, 40))):
+        features = features._replace(roundness=features.roundness - rng.uniform(0, 0.1))
+        crop = np.full(shape, 0.0 if features.peak > 0.9 else 1.0, np.float32)
+        crop[:, 10:18, 10:18, 10:18] = 1 - crop[0, 0, 0, 0]
+        candidates.append(rescoring.Candidate(scan, (10.0, 10.0, float(z)), features.peak > 0.9, features, crop))
+    return candidates
+
+
+def test_bench_of_scores_tells_the_cpm_of_each_on_scans_that_taught_none(run_dir, monkeypatch, capsys):
+    asked = []
+
+    def candidates(bench, inferencer, name, grid, subset):
+        asked.append((name, subset))
+        uids = [f"{name}.{number}" for number in range(6)]
+        nodules = pd.DataFrame([(uid, 10, 10, 10, 5) for uid in uids], columns=list(ANNOTATION_COLUMNS))
+        return [c for number, uid in enumerate(uids) for c in bench_candidates(number, uid)], nodules, uids
+
+    monkeypatch.setattr(rescoring, "candidates_of_phantoms", candidates)
+    monkeypatch.setattr(rescoring, "STEPS", 12)
+    monkeypatch.setattr(learning.Bench, "checkpoint", lambda *_: run_dir / "checkpoints" / "best_model.pth")
+    rescoring.phantoms(seeds=[0], device="cpu")
+    assert asked == [("train", "validation"), ("test11", "new"), ("test12", "new"), ("test13", "new")]
+    lines = capsys.readouterr().out.splitlines()
+    cpm = {line[:26].strip(): line[26:].split()[:2] for line in lines[1:]}
+    assert list(cpm) == list(rescoring.SCORES)
+    assert cpm["as it is"] == ["0.2857", "+0.0000"]  # three false marks come before each nodule
+    assert cpm["peak"] == cpm["learnt"] == cpm["small network"] == ["1.0000", "+0.7143"]
+
+
+def test_bench_of_scores_counts_a_cube_once_and_false_marks_by_scan():
+    crop = np.zeros((2, 1, 1, 1), np.float32)
+    scans = ("cube_1", "cube_1", "cube_2", "whole", "whole", "whole")
+    truth = (True, True, True, False, False, False)
+    found = [
+        rescoring.Candidate(scan, (0.0,) * 3, is_nodule, NODULE, crop)
+        for scan, is_nodule in zip(scans, truth, strict=True)
+    ]
+    shares = rescoring.sensitivities(found, np.array([0.9, 0.2, 0.5, 0.8, 0.6, 0.1]), scans=1, cubes=4)
+    assert shares.tolist() == [0.25, 0.25, 0.25, 0.25, 0.5, 0.5, 0.5]  # at 1/8, 1/4, 1/2, 1, 2, 4, 8 a scan

@@ -1,13 +1,13 @@
-"""How well scores tell nodules from other candidates in real scans that no training has seen.
+"""How well scores tell nodules from other candidates in scans that no training has seen.
 
-python tests/bench/rescoring.py --real_dir FOLDER --luna16_dir FOLDER --trial averaged
+python tests/bench/rescoring.py phantoms --trial "recipe, 20 epochs"
+python tests/bench/rescoring.py real_scans --real_dir FOLDER --luna16_dir FOLDER --trial averaged
 
-The candidates are those of the trainings of ``real.py``, each of the fold that it did not see. What is learnt from
-candidates is learnt from those of the other folds. A small network on the candidates, with their image and
-probabilities as its channels, stands beside the logistic regression that ``validate.py --tune`` fits.
-
-Nearly all nodules are those of cubes, and all other candidates those of whole scans, where what lies outside the lungs
-is black. The network may learn to tell these apart, so its figures are upper bounds.
+A small network on the candidates, with their image and probabilities as its channels, stands beside the logistic
+regression that ``validate.py --tune`` fits. On phantoms both learn from the validation scans of a trial of
+``learning.py``. On real scans they learn from the other quarters of ``real.py``, each by the training that did not see
+it; nearly all nodules are those of cubes there, and all other candidates those of whole scans, where what lies outside
+the lungs is black. The network may learn to tell these apart, so its figures on real scans are upper bounds.
 """
 
 from __future__ import annotations
@@ -19,22 +19,35 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import learning
 import numpy as np
 import pandas as pd
+import real
 import torch
 from jsonargparse import auto_cli
-from real import FOLDS, TRIALS, Bench, is_cube
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.rescoring import Features, fit_score
 from infer import NoduleInferencer
-from utils import ANNOTATION_COLUMNS, Box, ProcessedScan, check, read_processed, read_processed_list
-from validate import FP_PER_SCAN, ExaminedScan, read_excluded
+from utils import (
+    ANNOTATION_COLUMNS,
+    CANDIDATE_COLUMNS,
+    Box,
+    ProcessedScan,
+    Subset,
+    check,
+    choose_scans,
+    read_metadata,
+    read_processed,
+    read_processed_list,
+)
+from validate import FP_PER_SCAN, ExaminedScan, excluded_findings, froc
 
 SIZE = 24  # voxels of 1 mm along each edge of what the small network sees
 SHIFT = 2  # voxels by which training moves it
 STEPS, BATCH, RATE = 600, 32, 2e-3
+SCORES = ("as it is", "peak", "learnt", "small network", "learnt and small network")
 
 
 @dataclass(frozen=True)
@@ -42,36 +55,33 @@ class Candidate:
     """One of them.
 
     Args:
-        fold: Fold of its scan.
         scan: Name of the scan.
+        center_xyz: World position in mm.
         is_nodule: Whether it hits an annotated nodule.
         features: What is known of it.
         crop: float32 (2, z, y, x), image and probability around it, SHIFT wider on each side than the network sees.
     """
 
-    fold: int
     scan: str
+    center_xyz: tuple[float, float, float]
     is_nodule: bool
     features: Features
     crop: np.ndarray
 
 
-def candidates_of(bench: Bench, trial: str, fold: int, seed: int) -> list[Candidate]:
-    """Candidates of whole scans, and of cubes those that are nodules."""
-    inferencer = NoduleInferencer(bench.train(trial, fold, seed), device=bench.device)
-    data_dir, table, candidates = bench.real(fold), read_excluded(bench.excluded_path), []
-    for uid in tqdm(read_processed_list(data_dir), unit="scan", disable=None):
+def candidates_of(
+    inferencer: NoduleInferencer, data_dir: Path, uids: Sequence[str], excluded_path: Path
+) -> list[Candidate]:
+    """Candidates of scans without those on excluded findings."""
+    excluded, candidates = excluded_findings(data_dir, uids, excluded_path), []
+    for uid in tqdm(uids, unit="scan", disable=None):
         scan = read_processed(data_dir, uid)
         probability = inferencer.predict_probability(scan.image)
-        noted = pd.DataFrame([(uid, *finding) for finding in scan.metadata.excluded], columns=ANNOTATION_COLUMNS)
-        excluded = pd.concat([noted, table]) if len(noted) else table
         found = inferencer.find_candidates(probability, scan.geometry, scan.image)
-        examined = ExaminedScan.of(scan, found, excluded=excluded)
-        for candidate, is_nodule in examined.judged:
-            if is_nodule or not is_cube(examined):
-                crop = cut(scan, probability, np.rint(candidate.index_zyx).astype(int))
-                assert candidate.features is not None
-                candidates.append(Candidate(fold, uid, is_nodule, candidate.features, crop))
+        for candidate, is_nodule in ExaminedScan.of(scan, found, excluded=excluded).judged:
+            crop = cut(scan, probability, np.rint(candidate.index_zyx).astype(int))
+            assert candidate.features is not None
+            candidates.append(Candidate(uid, candidate.center_xyz, is_nodule, candidate.features, crop))
     return candidates
 
 
@@ -137,23 +147,81 @@ def sensitivities(candidates: Sequence[Candidate], scores: np.ndarray, scans: in
     for candidate, score in zip(candidates, scores, strict=True):
         if not candidate.is_nodule:
             false.append(float(score))
-        elif candidate.scan.startswith("cube_"):
+        elif candidate.scan.startswith(real.CUBE):
             best[candidate.scan] = max(score, best.get(candidate.scan, -np.inf))
     limits = [*sorted(false, reverse=True), -np.inf]
     found = np.array(list(best.values()))
     return np.array([(found > limits[min(int(rate * scans), len(false))]).sum() / cubes for rate in FP_PER_SCAN])
 
 
-def main(
+def scores_by(theirs: Sequence[Candidate], ours: Sequence[Candidate], seed: int) -> dict[str, np.ndarray]:
+    """Each of SCORES of our candidates; what is learnt is learnt from theirs."""
+    learnt = fit_score([c.features for c in theirs], [c.is_nodule for c in theirs])
+    log_odds = np.array([learnt.log_odds(c.features) for c in ours])
+    of_network = scores_of(fit_network(theirs, seed), ours)
+    plain, peak = ([getattr(c.features, name) for c in ours] for name in ("score", "peak"))
+    return dict(
+        zip(SCORES, map(np.array, (plain, peak, log_odds, of_network, (log_odds + of_network) / 2)), strict=True)
+    )
+
+
+def candidates_of_phantoms(
+    bench: learning.Bench, inferencer: NoduleInferencer, name: str, grid: str, subset: Subset
+) -> tuple[list[Candidate], pd.DataFrame, list[str]]:
+    """Candidates in some scans of a set, the annotated nodules of these scans, and their names."""
+    data_dir = bench.processed(name, grid)
+    uids = list(choose_scans(data_dir, inferencer.checkpoint_path, subset, inferencer.seen))
+    rows = [(uid, *n.center_xyz, n.diameter_mm) for uid in uids for n in read_metadata(data_dir, uid).nodules]
+    candidates = candidates_of(inferencer, data_dir, uids, bench.phantoms(name) / "annotations_excluded.csv")
+    return candidates, pd.DataFrame(rows, columns=list(ANNOTATION_COLUMNS)), uids
+
+
+def phantoms(
+    trial: str = "recipe, 20 epochs",
+    seeds: list[int] | None = None,
+    work_dir: Path = Path("data/learning"),
+    device: str = "cuda",
+) -> None:
+    """Prints the CPM of each score on the test sets of a trial of ``learning.py``, and what it gains over the first.
+
+    Args:
+        trial: Name in the trials of learning.py; what is missing of its phantoms and trainings is made.
+        seeds: Seeds of the training; null takes those of the trial.
+        work_dir: Folder for phantoms and trainings.
+        device: 'cuda' or 'cpu'.
+    """
+    check(trial in learning.TRIALS, f"trial must be among {', '.join(learning.TRIALS)}, not {trial}")
+    bench, grid = learning.Bench(work_dir.resolve(), device), learning.TRIALS[trial].grid
+    train, tests = learning.TRIALS[trial].train, learning.TRIALS[trial].tests
+    draws: dict[str, list[np.ndarray]] = {name: [] for name in SCORES}
+    for seed in seeds or learning.TRIALS[trial].seeds:
+        inferencer = NoduleInferencer(bench.checkpoint(trial, seed), device=device)
+        theirs, _, _ = candidates_of_phantoms(bench, inferencer, train, grid, "validation")
+        for number, test in enumerate(tests):
+            ours, nodules, uids = candidates_of_phantoms(bench, inferencer, test, grid, "new")
+            for name, scores in scores_by(theirs, ours, seed).items():
+                marks = [(c.scan, *c.center_xyz, score) for c, score in zip(ours, scores, strict=True)]
+                table = pd.DataFrame(marks, columns=list(CANDIDATE_COLUMNS))
+                curve = froc(table, nodules, None, uids, seed=number)  # scans of other sets are drawn apart
+                draws[name].append(np.array([curve.cpm, *curve.cpm_draws]))
+    print(f"{trial}, {', '.join(tests)}: mean CPM, and what it gains (95 % interval, paired by scan)")
+    for name, values in draws.items():
+        mean = np.mean(values, axis=0)
+        gain = mean - np.mean(draws[SCORES[0]], axis=0)
+        low, high = np.quantile(gain[1:], [0.025, 0.975])
+        print(f"{name:<26} {mean[0]:.4f} {gain[0]:+.4f} ({low:+.4f} to {high:+.4f})")
+
+
+def real_scans(
     real_dir: Path,
     luna16_dir: Path,
     trial: str = "averaged",
     seed: int = 0,
-    folds: list[int] = list(range(FOLDS)),  # noqa: B006 - never changed
+    folds: list[int] = list(range(real.FOLDS)),  # noqa: B006 - never changed
     work_dir: Path = Path("data/real"),
     device: str = "cuda",
 ) -> None:
-    """Prints the sensitivities of scores for the cubes, and their mean.
+    """Prints the sensitivities of each score for the cubes, and their mean.
 
     Args:
         real_dir: Folder of cubes, scans and excluded.csv.
@@ -164,30 +232,29 @@ def main(
         work_dir: Folder for prepared data and trainings.
         device: 'cuda' or 'cpu'.
     """
-    check(trial in TRIALS, f"trial must be among {', '.join(TRIALS)}, not {trial}")
+    check(trial in real.TRIALS, f"trial must be among {', '.join(real.TRIALS)}, not {trial}")
     check(len(set(folds)) > 1, "folds must be two or more: what is learnt for one comes from the others")
-    bench = Bench(work_dir.resolve(), real_dir.resolve(), luna16_dir.resolve(), device)
-    candidates = [candidate for fold in folds for candidate in candidates_of(bench, trial, fold, seed)]
-    uids = {uid for fold in folds for uid in read_processed_list(bench.real(fold))}
-    cubes = sum(uid.startswith("cube_") for uid in uids)
-    scores = {name: np.zeros(len(candidates)) for name in ("as it is", "peak", "learnt", "small network", "both")}
-    for fold in tqdm(folds, unit="fold", disable=None):
-        theirs = [candidate for candidate in candidates if candidate.fold != fold]
-        ours = np.array([candidate.fold == fold for candidate in candidates])
-        own = [candidate for candidate in candidates if candidate.fold == fold]
-        learnt = fit_score([c.features for c in theirs], [c.is_nodule for c in theirs])
-        scores["as it is"][ours] = [c.features.score for c in own]
-        scores["peak"][ours] = [c.features.peak for c in own]
-        scores["learnt"][ours] = [learnt.log_odds(c.features) for c in own]
-        scores["small network"][ours] = scores_of(fit_network(theirs, seed), own)
-        scores["both"][ours] = (scores["learnt"][ours] + scores["small network"][ours]) / 2
-    print(
-        f"{cubes} cubes, {len(uids) - cubes} whole scans, {sum(not c.is_nodule for c in candidates)} false candidates"
-    )
-    for name, values in scores.items():
-        shares = sensitivities(candidates, values, len(uids) - cubes, cubes)
-        print(f"{name:<14} mean {shares.mean():.3f}  at {FP_PER_SCAN}: {shares.round(2)}")
+    bench = real.Bench(work_dir.resolve(), real_dir.resolve(), luna16_dir.resolve(), device)
+    uids = {fold: read_processed_list(bench.real(fold)) for fold in folds}
+    of_fold: dict[int, list[Candidate]] = {}
+    for fold in folds:
+        inferencer = NoduleInferencer(bench.train(trial, fold, seed), device=device)
+        found = candidates_of(inferencer, bench.real(fold), uids[fold], bench.excluded_path)
+        of_fold[fold] = [c for c in found if c.is_nodule or not c.scan.startswith(real.CUBE)]
+    scored = [
+        scores_by([c for other in folds if other != fold for c in of_fold[other]], of_fold[fold], seed)
+        for fold in tqdm(folds, unit="fold", disable=None)
+    ]
+    candidates = [candidate for fold in folds for candidate in of_fold[fold]]
+    names = [uid for fold in folds for uid in uids[fold]]
+    cubes = sum(uid.startswith(real.CUBE) for uid in names)
+    false = sum(not candidate.is_nodule for candidate in candidates)
+    print(f"{cubes} cubes, {len(names) - cubes} whole scans, {false} false candidates")
+    for name in SCORES:
+        values = np.concatenate([scores[name] for scores in scored])
+        shares = sensitivities(candidates, values, len(names) - cubes, cubes)
+        print(f"{name:<26} mean {shares.mean():.3f}  at {FP_PER_SCAN}: {shares.round(2)}")
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    auto_cli([phantoms, real_scans], as_positional=False)
