@@ -128,6 +128,8 @@ FIVE_MINUTES = ("--validation.fraction", "0.2", "--patches.warmup_epochs", "1")
 MIRRORS = ("--validation.mirrors", "3")  # as the recipe had them when its choices were screened
 NO_PASTING = ("--augmentation.paste_prob", "0")
 ALL_VOXELS = ("--loss.hardest_share", "1")
+PATCHES_OF_32 = ("--patches.size", "[32,32,32]", "--patches.per_scan", "135")  # as many voxels as 40 of 48
+EVERY_TEST = ("test8", *NAMED_BEFOREHAND)
 SCREENING = 39  # epochs in ten minutes
 
 TRIALS = {
@@ -141,6 +143,7 @@ TRIALS = {
     "20 epochs, nothing pasted": recipe(*NO_PASTING, epochs=20, seeds=(0, 1, 2)),
     "20 epochs, all voxels": recipe(*ALL_VOXELS, epochs=20, seeds=(0, 1, 2)),
     "20 epochs, more patches on nodules": recipe("--patches.nodule_share", "0.5", epochs=20),
+    "20 epochs, patches of 32": recipe(*PATCHES_OF_32, epochs=20, threshold=0.4, tests=EVERY_TEST, seeds=(0, 1, 2)),
     "20 epochs, dropout 0.1": recipe("--dropout", "0.1", epochs=20),
     "20 epochs, subpixel": recipe("--network", "subpixel", epochs=20),
     "20 epochs, subpixel, dropout 0.1": recipe("--dropout", "0.1", "--network", "subpixel", epochs=20),
