@@ -53,6 +53,7 @@ CHOICES = {
     "batches of four": trial("--batch_size", "4"),
     "batches of two": trial("--batch_size", "2"),
     "patches of 32": trial("--patches.size", "[32,32,32]", "--patches.per_scan", "47"),
+    "patches of 24": trial("--patches.size", "[24,24,24]", "--patches.per_scan", "112"),
     **{name: trial("--loss.name", name) for name in ("dice_focal", "focal", "tversky", "boundary")},
     **{
         name: trial("--network", name, "--patches.per_scan", f"{per_scan}", epochs=epochs)
