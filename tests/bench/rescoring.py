@@ -13,7 +13,7 @@ the lungs is black. The network may learn to tell these apart, so its figures on
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,15 +154,19 @@ def sensitivities(candidates: Sequence[Candidate], scores: np.ndarray, scans: in
     return np.array([(found > limits[min(int(rate * scans), len(false))]).sum() / cubes for rate in FP_PER_SCAN])
 
 
-def scores_by(theirs: Sequence[Candidate], ours: Sequence[Candidate], seed: int) -> dict[str, np.ndarray]:
-    """Each of SCORES of our candidates; what is learnt is learnt from theirs."""
+def fit_scores(theirs: Sequence[Candidate], seed: int) -> Callable[[Sequence[Candidate]], dict[str, np.ndarray]]:
+    """What gives candidates each of SCORES, with all that is learnt from theirs."""
     learnt = fit_score([c.features for c in theirs], [c.is_nodule for c in theirs])
-    log_odds = np.array([learnt.log_odds(c.features) for c in ours])
-    of_network = scores_of(fit_network(theirs, seed), ours)
-    plain, peak = ([getattr(c.features, name) for c in ours] for name in ("score", "peak"))
-    return dict(
-        zip(SCORES, map(np.array, (plain, peak, log_odds, of_network, (log_odds + of_network) / 2)), strict=True)
-    )
+    network = fit_network(theirs, seed)
+
+    def scores(ours: Sequence[Candidate]) -> dict[str, np.ndarray]:
+        plain, peak = ([getattr(c.features, name) for c in ours] for name in ("score", "peak"))
+        log_odds = np.array([learnt.log_odds(c.features) for c in ours])
+        by_network = scores_of(network, ours)
+        values = (np.array(plain), np.array(peak), log_odds, by_network, (log_odds + by_network) / 2)
+        return dict(zip(SCORES, values, strict=True))
+
+    return scores
 
 
 def candidates_of_phantoms(
@@ -196,10 +200,10 @@ def phantoms(
     draws: dict[str, list[np.ndarray]] = {name: [] for name in SCORES}
     for seed in seeds or learning.TRIALS[trial].seeds:
         inferencer = NoduleInferencer(bench.checkpoint(trial, seed), device=device)
-        theirs, _, _ = candidates_of_phantoms(bench, inferencer, train, grid, "validation")
+        scores_of_each = fit_scores(candidates_of_phantoms(bench, inferencer, train, grid, "validation")[0], seed)
         for number, test in enumerate(tests):
             ours, nodules, uids = candidates_of_phantoms(bench, inferencer, test, grid, "new")
-            for name, scores in scores_by(theirs, ours, seed).items():
+            for name, scores in scores_of_each(ours).items():
                 marks = [(c.scan, *c.center_xyz, score) for c, score in zip(ours, scores, strict=True)]
                 table = pd.DataFrame(marks, columns=list(CANDIDATE_COLUMNS))
                 curve = froc(table, nodules, None, uids, seed=number)  # scans of other sets are drawn apart
@@ -242,7 +246,7 @@ def real_scans(
         found = candidates_of(inferencer, bench.real(fold), uids[fold], bench.excluded_path)
         of_fold[fold] = [c for c in found if c.is_nodule or not c.scan.startswith(real.CUBE)]
     scored = [
-        scores_by([c for other in folds if other != fold for c in of_fold[other]], of_fold[fold], seed)
+        fit_scores([c for other in folds if other != fold for c in of_fold[other]], seed)(of_fold[fold])
         for fold in tqdm(folds, unit="fold", disable=None)
     ]
     candidates = [candidate for fold in folds for candidate in of_fold[fold]]
