@@ -1,6 +1,6 @@
 """How well scores tell nodules from other candidates in scans that no training has seen.
 
-python tests/bench/rescoring.py phantoms --trial "recipe, 20 epochs"
+python tests/bench/rescoring.py phantoms --trial "recipe"
 python tests/bench/rescoring.py real_scans --real_dir FOLDER --luna16_dir FOLDER --trial averaged
 
 A small network on the candidates, with their image and probabilities as its channels, stands beside the logistic
@@ -181,7 +181,7 @@ def candidates_of_phantoms(
 
 
 def phantoms(
-    trial: str = "recipe, 20 epochs",
+    trial: str = "recipe",
     seeds: list[int] | None = None,
     work_dir: Path = Path("data/learning"),
     device: str = "cuda",
