@@ -143,8 +143,7 @@ AGREEMENT_SIZES_MM = {"all": (0.0, math.inf), "< 6 mm": (0.0, 6.0), "6 mm and mo
 SIZES_MM = {"< 6 mm": (0.0, 6.0), "6-10 mm": (6.0, 10.0 + 1e-9), "> 10 mm": (10.0 + 1e-9, math.inf)}
 CROP_MARGIN_MM = 5.0  # around an annotated nodule, for its own Dice
 NEARLY_AS_GOOD = 0.005  # of mean Dice, when a score or settings are chosen
-EXPECTED_MIN_SCORE = 0.5  # at a threshold of 0.5, where the validation scans leave open which is best
-EXPECTED_BY_THRESHOLD = 0.4  # how much lower it is by a threshold that is 1 lower
+EXPECTED_MIN_SCORE = 0.5  # where the validation scans leave open which is best
 MOST_FINISHERS = 4  # threads that score scans beside the network, one for every four cores
 FROC_FILES = ("froc.csv", "froc.png")
 FP_PER_SCAN = 2.0 ** np.arange(-3, 4)  # 1/8 ... 8, where LUNA16 reads the curve
@@ -363,7 +362,7 @@ class Validator:
             do_once(lambda: self._claim(provenance))
         scans = self._examine_scans(scored, excluded)
         if self.chooses_min_score:
-            self.min_score = choose_min_score(scans, expected_min_score(self.inferencer.settings))
+            self.min_score = choose_min_score(scans)
         parts = {uid: part for uid, part in parts.items() if uid not in self.failed}
         result = self._result(scans, parts, provenance)
         if self.writes_files:
@@ -734,22 +733,12 @@ class ExaminedScan:
         return rows
 
 
-def expected_min_score(settings: InferenceSettings) -> float:
-    """The score that tells nodules from the rest, as far as it is known without scans.
-
-    A mask by a lower threshold has fainter voxels, so that all plain scores are lower. A learnt score is a share.
-    """
-    if settings.learnt_score:
-        return EXPECTED_MIN_SCORE
-    return EXPECTED_MIN_SCORE + EXPECTED_BY_THRESHOLD * (settings.threshold - 0.5)
-
-
-def choose_min_score(scans: Sequence[ExaminedScan], expected: float = EXPECTED_MIN_SCORE) -> float:
+def choose_min_score(scans: Sequence[ExaminedScan]) -> float:
     """The score from which nodules should stay in the mask, for a high mean Dice per scan where it is defined.
 
     The highest mean Dice of a few scans is a matter of a few candidates. Of all scores whose mean is within a standard
     error of it (paired by scan; Breiman et al. 1984), or within NEARLY_AS_GOOD, the choice is the one nearest to
-    ``expected``; without any Dice it is 0.
+    EXPECTED_MIN_SCORE; without any Dice it is 0.
     """
     scores = np.linspace(0, 1, 101)
     dice = np.array([[scan.dice_without_excluded(score) for score in scores] for scan in scans])
@@ -763,7 +752,7 @@ def choose_min_score(scans: Sequence[ExaminedScan], expected: float = EXPECTED_M
     shares = np.nan_to_num(dice - means) / numbers
     errors = np.linalg.norm(shares - shares[:, [best]], axis=0)
     good = scores[means >= means[best] - np.maximum(errors, NEARLY_AS_GOOD)]
-    return float(good[np.abs(good - expected).argmin()])
+    return float(good[np.abs(good - EXPECTED_MIN_SCORE).argmin()])
 
 
 def choose_settings(
@@ -793,7 +782,7 @@ def choose_settings(
 
 def _tuning_row(choice: InferenceSettings, scans: Sequence[ExaminedScan]) -> dict[str, Any]:
     """What ``Validator.tune`` tells of a choice."""
-    min_score = choose_min_score(scans, expected_min_score(choice))
+    min_score = choose_min_score(scans)
     return {
         "threshold": choice.threshold,
         "cleaning": str(choice.cleaning),

@@ -19,9 +19,8 @@ from scipy import ndimage
 from torch import nn
 
 import validate
-from data.rescoring import LearntScore
 from infer import FoundNodule, NoduleInferencer, Segmentation, find_candidates, map_scans
-from model import DiceBCELoss, InferenceSettings, LungNodule3DUNet, load_checkpoint, save_checkpoint
+from model import DiceBCELoss, LungNodule3DUNet, load_checkpoint, save_checkpoint
 from utils import (
     POSITION_COLUMNS,
     AnnotatedNodule,
@@ -43,7 +42,6 @@ from validate import (
     Validator,
     choose_min_score,
     draw_agreement,
-    expected_min_score,
     format_summary,
     froc,
     match_nodules,
@@ -270,13 +268,6 @@ def test_chosen_score_lies_between_false_and_true_spots_nearest_to_the_expected_
 def test_chosen_score_passes_over_what_hardly_changes_the_dice():
     clear, odd = examined(10, (0.8, 10, 10), (0.2, 5, 0)), examined(1000, (0.8, 1000, 1000), (0.7, 1, 0))
     assert choose_min_score([clear] * 9 + [odd]) == pytest.approx(0.5)  # the one voxel costs 0.00005
-
-
-def test_expected_score_is_lower_by_a_lower_threshold():
-    assert expected_min_score(InferenceSettings()) == 0.5
-    assert expected_min_score(InferenceSettings(threshold=0.4)) == pytest.approx(0.46)
-    assert expected_min_score(InferenceSettings(threshold=0.4, learnt_score=LearntScore((0.0,) * 7, 0.0, 9))) == 0.5
-    assert choose_min_score([examined(10, (0.8, 10, 10), (0.2, 5, 0))] * 6, 0.46) == pytest.approx(0.46)
 
 
 @pytest.mark.parametrize(("repeats", "chosen"), [(1, 0.5), (40, 0.61)])

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data.rescoring import Features
 from infer import NoduleInferencer
 from utils import ANNOTATION_COLUMNS, read_processed
-from validate import ExaminedScan, choose_min_score, excluded_findings, expected_min_score, froc, learn_score
+from validate import ExaminedScan, choose_min_score, excluded_findings, froc, learn_score
 
 SCORES: dict[str, Callable[[Features], float]] = {
     "peak": lambda features: features.peak,
@@ -33,7 +33,7 @@ SCORES: dict[str, Callable[[Features], float]] = {
 FEW, DRAWS = (3, 24), 100  # scans that choose a min_score, and how often they are drawn
 
 
-def compare_choices(scans: Sequence[ExaminedScan], number: int, expected: float = 0.5) -> pd.DataFrame:
+def compare_choices(scans: Sequence[ExaminedScan], number: int) -> pd.DataFrame:
     """What min_scores that some random scans choose are worth on the others, by mean Dice without excluded findings.
 
     "As it is" is the choice of ``choose_min_score``, "highest Dice" the middle of those min_scores whose mean Dice is
@@ -46,7 +46,7 @@ def compare_choices(scans: Sequence[ExaminedScan], number: int, expected: float 
         few, others = order[:number], order[number:]
         means = dice.iloc[others].mean().fillna(0)
         chosen = {
-            "as it is": choose_min_score([scans[which] for which in few], expected),
+            "as it is": choose_min_score([scans[which] for which in few]),
             "highest Dice": limits[middle_of_best(dice.iloc[few].mean().fillna(0).to_numpy())],
             "best possible": limits[means.argmax()],
         }
@@ -102,7 +102,7 @@ def compare(
             print(f"{'':<20} the score as it is has {used.cpm - curve.cpm:.4f} ({low:.4f} to {high:.4f}, paired) more")
     for number in FEW:
         if len(scans) >= 2 * number:
-            print(compare_choices(scans, number, expected_min_score(plain)).round(4).to_string())
+            print(compare_choices(scans, number).round(4).to_string())
 
 
 if __name__ == "__main__":

@@ -39,7 +39,6 @@ from validate import (
     ScoredScans,
     choose_min_score,
     excluded_findings,
-    expected_min_score,
     halves_by_patient,
 )
 
@@ -116,9 +115,7 @@ def score(choice: InferenceSettings, scans: Sequence[ExaminedScan], excluded: pd
     half_of = halves_by_patient(scans)
     check(len(set(half_of)) == 2, "one patient's scans cannot choose a min_score for each other; name more scans")
     chosen = {
-        half: choose_min_score(
-            [scan for scan, own in zip(scans, half_of, strict=True) if own != half], expected_min_score(choice)
-        )
+        half: choose_min_score([scan for scan, own in zip(scans, half_of, strict=True) if own != half])
         for half in (False, True)
     }
     min_scores = [chosen[half] for half in half_of]
