@@ -21,7 +21,7 @@ from utils import read_processed_list
 from validate import Validator
 
 ROOT = Path(__file__).resolve().parents[1]
-NAME = "ten minutes, as it is"
+NAME = "ten minutes, patches of 32"
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def folders(monkeypatch, run_dir, processed_dir, tmp_path) -> dict[str, Path]:
     trained = run_dir / "checkpoints" / "best_model.pth"
     (tmp_path / "annotations_excluded.csv").write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n")
     shutil.copytree(processed_dir, tmp_path / "processed")
-    shutil.copytree(run_dir, tmp_path / "work" / "runs" / "ten_minutes_as_it_is" / "0" / "0")
+    shutil.copytree(run_dir, tmp_path / "work" / "runs" / "ten_minutes_patches_of_32" / "0" / "0")
     run = Validator.run_validation  # the only scans that there are were seen in training
     monkeypatch.setattr(Validator, "run_validation", lambda self, _, **more: run(self, "all", **more))
     monkeypatch.setattr(real.Bench, "train", lambda *_: trained)
@@ -60,7 +60,7 @@ def test_trial_is_scored_once_on_phantoms_and_on_the_quarter(folders, monkeypatc
 
 
 def test_unknown_trial_is_refused(folders):
-    with pytest.raises(ValueError, match=r"trials must be among ten minutes, as it is, .*, not nnunet"):
+    with pytest.raises(ValueError, match=r"trials must be among ten minutes, patches of 48, .*, not nnunet"):
         screening.main(**folders, trials=["nnunet"])
 
 

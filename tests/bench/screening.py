@@ -1,4 +1,4 @@
-"""What each network, loss and batch size learns in ten minutes of two cores; rows in screening.csv.
+"""What patches, batches, losses and networks learn in ten minutes of two cores; rows in screening.csv.
 
 python tests/bench/screening.py --real_dir FOLDER --luna16_dir FOLDER
 
@@ -31,32 +31,32 @@ from validate import ExaminedScan, Validator
 RESULTS = Path(__file__).with_name("screening.csv")
 QUARTER = 0  # left out: it has a scan of LUNA16 with an annotated nodule
 EPOCHS = 6
-# (epochs, patches of each scan in an epoch) of networks at full resolution, in the same time; others take 14 patches.
+# (epochs, patches of each scan in an epoch) of networks at full resolution, in the same time; others take 47 patches.
 FULL_RESOLUTION = {
-    "nnunet": (6, 2),
-    "attention_unet": (6, 2),
-    "segresnet": (8, 1),
-    "nnunet_residual": (8, 1),
-    "vnet": (2, 1),
+    "nnunet": (6, 7),
+    "attention_unet": (6, 7),
+    "segresnet": (8, 3),
+    "nnunet_residual": (8, 3),
+    "vnet": (2, 3),
 }
 
 
-def trial(*more: str, epochs: int = EPOCHS) -> Trial:
-    """Ten minutes of ``both`` of ``real.py``."""
+def trial(*more: str, size: int = 32, per_scan: int = 47, epochs: int = EPOCHS) -> Trial:
+    """Ten minutes of ``both`` of ``real.py`` on cubic patches of a size."""
+    patches = ("--patches.size", f"[{size},{size},{size}]", "--patches.per_scan", f"{per_scan}")
     warm_up = ("--patches.warmup_epochs", f"{epochs // 3}")
-    return Trial("few phantoms", True, options(epochs, *warm_up, *ALL_VOXELS, *more))
+    return Trial("few phantoms", True, options(epochs, *patches, *warm_up, *ALL_VOXELS, *more))
 
 
 CHOICES = {
-    "as it is": trial(),
+    "patches of 48": trial(size=48, per_scan=14),
+    "patches of 48, batches of four": trial("--batch_size", "4", size=48, per_scan=14),
+    "patches of 32": trial(),
+    "patches of 24": trial(size=24, per_scan=112),
     "hardest voxels": trial("--loss.hardest_share", "0.01"),
-    "batches of four": trial("--batch_size", "4"),
-    "batches of two": trial("--batch_size", "2"),
-    "patches of 32": trial("--patches.size", "[32,32,32]", "--patches.per_scan", "47"),
-    "patches of 24": trial("--patches.size", "[24,24,24]", "--patches.per_scan", "112"),
     **{name: trial("--loss.name", name) for name in ("dice_focal", "focal", "tversky", "boundary")},
     **{
-        name: trial("--network", name, "--patches.per_scan", f"{per_scan}", epochs=epochs)
+        name: trial("--network", name, per_scan=per_scan, epochs=epochs)
         for name, (epochs, per_scan) in FULL_RESOLUTION.items()
     },
 }
