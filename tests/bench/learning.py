@@ -153,7 +153,7 @@ TRIALS = {
     "20 epochs, subpixel": earlier_recipe("--network", "subpixel"),
     "20 epochs, subpixel, dropout 0.1": earlier_recipe("--dropout", "0.1", "--network", "subpixel"),
     "76 epochs, patches of 48": earlier_recipe(epochs=76, tests=NAMED_BEFOREHAND, seeds=(0, 1, 2)),
-    "recipe": recipe(tests=("test8", *NAMED_BEFOREHAND), seeds=(0, 1, 2)),
+    "recipe, patches of 32": recipe(tests=("test8", *NAMED_BEFOREHAND), seeds=(0, 1, 2)),
     "20 epochs, patches of 48": earlier_recipe(threshold=0.4, tests=NAMED_BEFOREHAND, seeds=(0, 1, 2)),
     "20 epochs, threshold 0.5": earlier_recipe(tests=NAMED_BEFOREHAND, seeds=(0, 1, 2)),
     "20 epochs, tuned": same_weights("20 epochs, patches of 48", tuned=True, seeds=(0, 1, 2)),

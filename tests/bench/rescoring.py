@@ -1,6 +1,6 @@
 """How well scores tell nodules from other candidates in scans that no training has seen.
 
-python tests/bench/rescoring.py phantoms --trial "recipe"
+python tests/bench/rescoring.py phantoms --trial "recipe, patches of 32"
 python tests/bench/rescoring.py real_scans --real_dir FOLDER --luna16_dir FOLDER --trial averaged
 
 A small network on the candidates, with their image and probabilities as its channels, stands beside the logistic
@@ -181,12 +181,14 @@ def candidates_of_phantoms(
 
 
 def phantoms(
-    trial: str = "recipe",
+    trial: str = "recipe, patches of 32",
     seeds: list[int] | None = None,
     work_dir: Path = Path("data/learning"),
     device: str = "cuda",
 ) -> None:
     """Prints the CPM of each score on the test sets of a trial of ``learning.py``, and what it gains over the first.
+
+    Where some of the sets were named beforehand, it is on these alone.
 
     Args:
         trial: Name in the trials of learning.py; what is missing of its phantoms and trainings is made.
@@ -194,11 +196,12 @@ def phantoms(
         work_dir: Folder for phantoms and trainings.
         device: 'cuda' or 'cpu'.
     """
-    check(trial in learning.TRIALS, f"trial must be among {', '.join(learning.TRIALS)}, not {trial}")
-    bench, grid = learning.Bench(work_dir.resolve(), device), learning.TRIALS[trial].grid
-    train, tests = learning.TRIALS[trial].train, learning.TRIALS[trial].tests
+    known = {name: one for name, one in learning.TRIALS.items() if name != learning.PLAIN and not one.joined}
+    check(trial in known, f"trial must be among {', '.join(known)}, not {trial}")
+    bench, grid, train = learning.Bench(work_dir.resolve(), device), known[trial].grid, known[trial].train
+    tests = [test for test in known[trial].tests if test in learning.NAMED_BEFOREHAND] or known[trial].tests
     draws: dict[str, list[np.ndarray]] = {name: [] for name in SCORES}
-    for seed in seeds or learning.TRIALS[trial].seeds:
+    for seed in seeds or known[trial].seeds:
         inferencer = NoduleInferencer(bench.checkpoint(trial, seed), device=device)
         scores_of_each = fit_scores(candidates_of_phantoms(bench, inferencer, train, grid, "validation")[0], seed)
         for number, test in enumerate(tests):
