@@ -259,7 +259,7 @@ def _join_settings(members: Sequence[Checkpoint]) -> InferenceSettings:
     firsts = [(one.first_window or one.window) if is_wider else None for one in settings]
     grids = [member.inference.grid_spacing for member in members if not _scale_of(member, first)]
     known = [grid for grid in grids if grid is not None]
-    # Those of shares are one and the same.
+    # Of members that have the same score, as with shares, it is kept as it is.
     scores = list(dict.fromkeys(one.learnt_score for one in settings if one.learnt_score is not None))
     return replace(
         settings[0],

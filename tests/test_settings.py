@@ -14,7 +14,7 @@ import settings
 
 from data.phantom import write_phantoms
 from infer import NoduleInferencer, find_candidates
-from model import Cleaning, InferenceSettings
+from model import Cleaning
 from preprocess import LUNA16Preprocessor
 from utils import ANNOTATION_COLUMNS, InputError, ProcessedScan
 from validate import ExaminedScan
@@ -87,8 +87,8 @@ def examined(score, uid="a"):
 
 def test_min_score_of_each_half_comes_from_the_other():
     none = pd.DataFrame(columns=ANNOTATION_COLUMNS)
-    scored = settings.score(InferenceSettings(), [examined(0.9), examined(0.4, "b")], none)
+    scored = settings.score([examined(0.9), examined(0.4, "b")], none)
     assert scored.table["nodules_found"].tolist() == [1, 0]  # by 0.4; by 0.5
     assert scored.table["false_positive_nodules"].tolist() == [1, 0]
     with pytest.raises(InputError, match="one patient's scans cannot choose a min_score for each other"):
-        settings.score(InferenceSettings(), [examined(0.9), examined(0.4)], none)
+        settings.score([examined(0.9), examined(0.4)], none)

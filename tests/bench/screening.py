@@ -43,9 +43,9 @@ FULL_RESOLUTION = {
 
 def trial(*more: str, size: int = 32, per_scan: int = 47, epochs: int = EPOCHS) -> Trial:
     """Ten minutes of ``both`` of ``real.py`` on cubic patches of a size."""
-    patches = ("--patches.size", f"[{size},{size},{size}]", "--patches.per_scan", f"{per_scan}")
     warm_up = ("--patches.warmup_epochs", f"{epochs // 3}")
-    return Trial("few phantoms", True, options(epochs, *patches, *warm_up, *ALL_VOXELS, *more))
+    training = options(epochs, *warm_up, *ALL_VOXELS, *more, size=size, per_scan=per_scan)
+    return Trial("few phantoms", True, training)
 
 
 CHOICES = {

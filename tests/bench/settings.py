@@ -24,7 +24,7 @@ from jsonargparse import auto_cli
 from tqdm import tqdm
 
 from infer import NoduleInferencer
-from model import Cleaning, InferenceSettings, load_checkpoint
+from model import Cleaning, load_checkpoint
 from utils import (
     LEARNT_FROM,
     check,
@@ -89,8 +89,8 @@ def unseen_scans(inferencer: NoduleInferencer, checkpoint_path: Path, data_dir: 
 
 def examine(
     checkpoint_path: Path, data_dir: Path, names: Sequence[str], excluded_path: Path, device: str
-) -> dict[str, tuple[InferenceSettings, list[ExaminedScan], float]]:
-    """{name: (all of its settings, scans and what is found, seconds a scan)} of settings that look in the same way."""
+) -> dict[str, tuple[list[ExaminedScan], float]]:
+    """{name: (scans and what is found in them, seconds a scan)} of settings that look in the same way."""
     inferencer = NoduleInferencer(checkpoint_path, device=device, **dict(looks_of(names[0])))
     choices = {name: replace(inferencer.settings, **SETTINGS[name]) for name in names}
     uids = unseen_scans(inferencer, checkpoint_path, data_dir)
@@ -107,10 +107,10 @@ def examine(
             candidates = inferencer.find_candidates(probability, scan.geometry, scan.image, choice)
             seconds[name] += looked + time.perf_counter() - start
             found[name].append(ExaminedScan.of(scan, candidates, excluded=excluded))
-    return {name: (choices[name], found[name], seconds[name] / len(uids)) for name in names}
+    return {name: (found[name], seconds[name] / len(uids)) for name in names}
 
 
-def score(choice: InferenceSettings, scans: Sequence[ExaminedScan], excluded: pd.DataFrame) -> ScoredScans:
+def score(scans: Sequence[ExaminedScan], excluded: pd.DataFrame) -> ScoredScans:
     """Results at a min_score that each scan has no part in."""
     half_of = halves_by_patient(scans)
     check(len(set(half_of)) == 2, "one patient's scans cannot choose a min_score for each other; name more scans")
@@ -160,9 +160,8 @@ def main(
     wanted = [PRESENT, *(name for name in missing if name != PRESENT)]
     for looks in dict.fromkeys(map(looks_of, wanted)):
         names = [name for name in wanted if looks_of(name) == looks]
-        examined = examine(checkpoint_path, data_dir, names, excluded_path, device)
-        for name, (choice, scans, seconds) in examined.items():
-            draws = score(choice, scans, excluded).draws()
+        for name, (scans, seconds) in examine(checkpoint_path, data_dir, names, excluded_path, device).items():
+            draws = score(scans, excluded).draws()
             present = present or draws
             row: dict[str, Any] = {"about": about, "checkpoint": checkpoint, "setting": name, "scans": len(scans)}
             row["seconds"] = round(seconds, 2)
