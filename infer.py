@@ -52,6 +52,7 @@ from data.rescoring import Features
 from data.slicer import write_points, write_segmentation
 from model import (
     EXTRAS,
+    MEAN_EPS,
     Cleaning,
     InferenceSettings,
     SegmentationNetwork,
@@ -145,7 +146,6 @@ WINDOW_OVERLAP = 0.25  # of the window; 0.5 costs 2.7 times the windows
 WINDOW_BATCH = 4
 SCAN_BYTES = 64  # per voxel: image, logits, sums of windows and of further looks, and the loss of a validation
 MEMORY_SHARE = 0.5  # of the GPU's free memory that these may take; the rest is for the windows
-PROBABILITY_EPS = 1e-7  # keeps the logit of a mean probability finite
 OUTSIDE_LOGIT = -20.0  # where no network looked: a probability of 2e-9
 LOOK_SIGMA = 0.25  # of the window, how far from its middle another look counts
 WIDEST_WINDOW = 96  # voxels, of a look at a spot that is wider than half a window
@@ -326,7 +326,7 @@ class Predictor:
             total[crop] += weight * again[tuple(map(slice, size))].sigmoid()
             weights[crop] += weight
         looked = weights > first
-        logits[looked] = torch.logit(total[looked] / weights[looked], eps=PROBABILITY_EPS)
+        logits[looked] = torch.logit(total[looked] / weights[looked], eps=MEAN_EPS)
 
     def _forward(self, image: Tensor, again: bool) -> Tensor:
         """Logits of one batch, padded with air to a size that the network takes and cropped again.
@@ -344,7 +344,7 @@ class Predictor:
             for looks, views in self._views(image, [AS_IT_IS, *TRANSFORMS[: self.settings.mirrors], *zooms]):
                 for look, logits in zip(looks, self._run(views).split(len(image)), strict=True):
                     total += look.undo(logits)[inside].sigmoid()
-            return torch.logit(total / (1 + self.more_looks), eps=PROBABILITY_EPS)
+            return torch.logit(total / (1 + self.more_looks), eps=MEAN_EPS)
         except torch.cuda.OutOfMemoryError as error:
             raise UserError(
                 f"CUDA is out of memory for {' x '.join(map(str, shape))} voxels at a time; free the GPU of other "
@@ -586,7 +586,8 @@ class Segmentation:
     @property
     def faint(self) -> list[FoundNodule]:
         """The other candidates, the likeliest first."""
-        return [found for found, number in zip(self.candidates, self.numbers, strict=True) if not number]
+        others = [found for found, number in zip(self.candidates, self.numbers, strict=True) if not number]
+        return sorted(others, key=lambda found: -found.score)
 
     def marks(self, uid: str) -> pd.DataFrame:
         """The likeliest MAX_CANDIDATES candidates in LUNA16's submission format."""
@@ -651,6 +652,7 @@ def find_candidates(
     image: np.ndarray | None = None,
     device: torch.device | str = "cpu",
     score: Callable[[Features], float] | None = None,
+    most: int | None = MAX_CANDIDATES,
 ) -> Segmentation:
     """All that might be a nodule: those of the mask, and fainter spots that do not reach the threshold.
 
@@ -669,6 +671,7 @@ def find_candidates(
         image: The array in [0, 1] that the map is of; needed with ``cleaning``, and for a score that is learnt.
         device: Where ``cleaning.crf`` computes.
         score: Of a candidate; None takes ``Features.score``.
+        most: How many candidates are kept, those of the mask in any case; None keeps all.
 
     Raises:
         ValueError: ``cleaning`` has no image, or the image has another shape.
@@ -694,12 +697,15 @@ def find_candidates(
     for number, voxels in enumerate(parts, start=1):
         labels[tuple(voxels.T)] = number
     found = _describe(parts, geometry, probability, grid, array)
+    if marked is not probability:  # what the random field takes below the threshold stays a candidate
+        whole_parts = _main_components(probability, threshold, voxel_mm3)[0]
+        left_out += [voxels for voxels in whole_parts if len(voxels) * voxel_mm3 >= smallest_mm3]
     faint = _describe(_faint_parts(spots, left_out, labels), geometry, probability, grid, array)
     numbers = [number for number, _ in found] + [0] * len(faint)
     whole = Segmentation(labels, [nodule for _, nodule in found + faint], numbers, is_noise or spots_are_noise)
     whole = whole if score is None else whole.rescored(score)
-    most = max(MAX_CANDIDATES, len(found))
-    return replace(whole, candidates=whole.candidates[:most], numbers=whole.numbers[:most])
+    kept = slice(None if most is None else max(most, len(found)))
+    return replace(whole, candidates=whole.candidates[kept], numbers=whole.numbers[kept])
 
 
 def _along_edges(
@@ -724,7 +730,11 @@ def _faint_parts(spots: Sequence[np.ndarray], left_out: Sequence[np.ndarray], la
     listed = labels > 0
     for voxels in faint:
         listed[tuple(voxels.T)] = True
-    return faint + [voxels for voxels in left_out if not listed[tuple(voxels.T)].any()]
+    for voxels in left_out:
+        if not listed[tuple(voxels.T)].any():
+            listed[tuple(voxels.T)] = True
+            faint.append(voxels)
+    return faint
 
 
 def _main_components(probability: np.ndarray, threshold: float, voxel_mm3: float) -> tuple[list[np.ndarray], bool]:
@@ -1567,12 +1577,13 @@ class NoduleInferencer:
         geometry: Geometry,
         image: np.ndarray | None = None,
         settings: InferenceSettings | None = None,
+        most: int | None = MAX_CANDIDATES,
     ) -> Segmentation:
         """All that might be a nodule in a probability map, float (z, y, x), judged by this network's grid.
 
         With a live network of unknown grid a nodule may be as small as a voxel. ``image`` is the array that the map is
         of, which is only needed where the mask is cleaned or the score is learnt. ``settings`` None takes this
-        network's.
+        network's; of more than ``most`` candidates the likeliest are kept (None keeps all).
         """
         settings = settings or self.settings
         return find_candidates(
@@ -1585,6 +1596,7 @@ class NoduleInferencer:
             image,
             self.predictor.device,
             settings.learnt_score,
+            most,
         )
 
     def save_checkpoint(self, path: Path, settings: InferenceSettings) -> None:

@@ -239,9 +239,8 @@ class LungNodule3DUNet(SegmentationNetwork):
 class SubpixelUNet(SegmentationNetwork):
     """nnU-Net's network at half resolution, with a sub-pixel output (MONAI's ``DynUNet``; Isensee et al. 2021).
 
-    Its first convolution halves the resolution, as ``LungNodule3DUNet``'s does. On the way back that network passes
-    through a single channel at full resolution, whose batch norm holds its logits back; this one computes the logits of
-    a block of 2 x 2 x 2 voxels as channels and lays them out (Shi et al. 2016). It learns in a fraction of the steps.
+    Its first convolution halves the resolution, as ``LungNodule3DUNet``'s does. It computes the logits of a block of
+    2 x 2 x 2 voxels as channels and lays them out (Shi et al. 2016).
 
     Takes the arguments of ``SegmentationNetwork``, of which ``channels`` must be three or more, ``strides`` 1 or 2, and
     ``num_res_units`` 2 (a residual block of two convolutions a level) or 0 (a plain one).

@@ -358,7 +358,7 @@ class Validator:
         provenance: dict[str, Any] = {}
         if self.writes_files:
             provenance = self.inferencer.provenance | {"data_dir": resolve_folders(self.data_dir), "subset": subset}
-            provenance |= {"fold": fold, "excluded": None if excluded is None else str(excluded_path), "date": now()}
+            provenance |= {"fold": fold, "excluded": _source_of(excluded, excluded_path), "date": now()}
             do_once(lambda: self._claim(provenance))
         scans = self._examine_scans(scored, excluded)
         if self.chooses_min_score:
@@ -374,8 +374,8 @@ class Validator:
 
         Args:
             tune: Name of that checkpoint, tuned.pth or the like, in the folder of the one that is tuned. It carries
-                the further looks (mirrors, scales, everywhere), too. Nothing is scored then, since scores of these
-                scans would flatter; null scores.
+                the further looks (mirrors, scales, everywhere), too. Nothing is scored then nor written to
+                output_dir, since scores of these scans would flatter; null scores.
             excluded_path: LUNA16's annotations_excluded.csv; what is found on such findings does not count.
 
         Returns:
@@ -420,7 +420,7 @@ class Validator:
         check(bool(scans), "no validation scan can be used; run preprocess.py on them again")
         settings, table = choose_settings(choices, scans, present)
         if present.learnt_score is not None and settings.learnt_score is None:
-            logger.warning("the learnt score of the checkpoint is left out: one of these scans is no better than none")
+            logger.warning("the checkpoint's learnt score is left out: these scans teach none that is better than none")
         do_once(lambda: self.inferencer.save_checkpoint(path, settings))
         return table
 
@@ -442,8 +442,8 @@ class Validator:
     ) -> list[ExaminedScan]:
         """What is found in a scan by each choice of settings."""
         probability = predicted[0].cpu().numpy()
-        found = [self.inferencer.find_candidates(probability, scan.geometry, scan.image, choice) for choice in choices]
-        return [ExaminedScan.of(scan, one, excluded=excluded) for one in found]
+        find = partial(self.inferencer.find_candidates, probability, scan.geometry, scan.image, most=None)
+        return [ExaminedScan.of(scan, find(choice), excluded=excluded) for choice in choices]
 
     def _examine_scans(self, seriesuids: Sequence[str], excluded: pd.DataFrame | None) -> list[ExaminedScan]:
         """Compares each scan with the truth, and tells which cannot be scored or are mostly noise."""
@@ -771,7 +771,13 @@ def choose_settings(
     changes = (good["threshold"] - present.threshold).abs() + (good["cleaning"] != str(present.cleaning))
     chosen = int(changes.idxmin())
     settings = choices[chosen]
-    if learnt := learn_score(by_choice[chosen]):
+    if (learnt := learn_score(by_choice[chosen])) is None:
+        logger.warning(
+            "no score is learnt: each half of the scans needs %d candidates that are nodules, and %d others",
+            FEWEST_LEARNT,
+            FEWEST_LEARNT,
+        )
+    else:
         with_score, before = replace(settings, learnt_score=learnt[0]), table.iloc[chosen]
         table.loc[len(table)] = after = pd.Series(_tuning_row(with_score, learnt[1]))
         if after["cpm"] >= before["cpm"] and after["dice"] >= before["dice"] - NEARLY_AS_GOOD:
@@ -1003,7 +1009,7 @@ def format_summary(summary: dict[str, Any]) -> str:
         f"{summary['min_score']:.2f} or more"
     )
     if summary.get("by_size"):
-        lines.append(f"FROC: CPM {summary['cpm']['value']:.3f}{_interval_text(summary['cpm']['interval'], summary)}")
+        lines.append(f"FROC: CPM {summary['cpm']['value']:.3f}{_interval_text(summary['cpm']['interval'])}")
         lines.append(pd.DataFrame(summary["by_size"]).round(3).to_string(index=False))
     for row in summary.get("diameters", ()):
         limits = "{:+.1f} to {:+.1f}".format(*row["limits_mm"])
@@ -1016,11 +1022,9 @@ def format_summary(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _interval_text(interval: Sequence[float], counts: dict[str, Any]) -> str:
-    """The interval where there is more than one nodule and scan to draw from."""
-    if min(counts["nodules"], counts["scans"]) < 2 or not np.isfinite(interval).all():
-        return ""
-    return f" (95 % interval {interval[0]:.3f} to {interval[1]:.3f})"
+def _interval_text(interval: Sequence[float]) -> str:
+    """The interval, where there is one."""
+    return f" (95 % interval {interval[0]:.3f} to {interval[1]:.3f})" if np.isfinite(interval).all() else ""
 
 
 def draw_distribution(table: pd.DataFrame) -> Figure:
@@ -1068,7 +1072,8 @@ class FROC:
     Args:
         sensitivities: (7,) share of the nodules found at ``FP_PER_SCAN`` false positives per scan.
         cpm: Mean of the seven, the competition performance metric.
-        intervals: (8, 2) ends of the 95 % bootstrap intervals of the seven and of ``cpm``; NaN without bootstraps.
+        intervals: (8, 2) ends of the 95 % bootstrap intervals of the seven and of ``cpm``; NaN without bootstraps, and
+            where fewer than two scans have nodules, so that no draw says how much these differ.
         band: Curve from 1/8 to 8: columns fp_per_scan, sensitivity, and the bootstraps' mean, lower and upper.
         thresholds: (k,) ``inf`` and the distinct probabilities, falling.
         fps: (k,) false positives in all scans together that are at least that probable.
@@ -1179,7 +1184,7 @@ def draw_froc(result: FROC) -> Figure:
     axes, band, title = figure.subplots(), result.band, f"CPM {result.cpm:.3f}"
     axes.plot(_GRID, band["sensitivity"], label="FROC")
     axes.plot(FP_PER_SCAN, result.sensitivities, "o", color="C0", clip_on=False)
-    if interval := _interval_text(result.intervals[-1], result.counts):
+    if interval := _interval_text(result.intervals[-1]):
         title += interval
         axes.fill_between(_GRID, band["lower"], band["upper"], alpha=0.2, lw=0, label="95 % interval over scans")
     for x, y, ends in zip(FP_PER_SCAN, result.sensitivities, result.intervals, strict=False):
@@ -1280,6 +1285,8 @@ def _build_curve(
     cpm_draws = np.array([drawn[-1] for drawn in curves])
     samples = np.sort(curves or [np.full_like(curve, np.nan)], axis=0)
     lower, upper = samples[len(samples) // 40], samples[len(samples) * 39 // 40]  # the official script's ranks for 95 %
+    if np.count_nonzero(nodules_per_scan) < 2:
+        lower = upper = np.full_like(curve, np.nan)
     grid = {"sensitivity": curve, "mean": samples.mean(axis=0), "lower": lower, "upper": upper}
     band = pd.DataFrame({"fp_per_scan": _GRID, **{name: values[:-1] for name, values in grid.items()}})
     intervals = np.column_stack([lower, upper])[_POINTS]
@@ -1343,6 +1350,13 @@ def _with_excluded(noted: pd.DataFrame | None, path: str | Path | None) -> pd.Da
     return pd.concat([table, noted]).drop_duplicates(ignore_index=True)
 
 
+def _source_of(excluded: pd.DataFrame | None, path: str | Path | None) -> str | None:
+    """Where excluded findings come from: a table, beside what preprocess.py noted, or this alone."""
+    if excluded is None:
+        return None
+    return str(path) if path is not None and Path(path).is_file() else "noted by preprocess.py"
+
+
 def _matching(pattern: str) -> list[Path]:
     """The file or folder of that very name or, where there is none, all that match it as a pattern."""
     if Path(pattern).exists():
@@ -1353,7 +1367,7 @@ def _matching(pattern: str) -> list[Path]:
 def score_predictions(
     predictions: str | None = None,
     annotations_path: str | Path = "data/LUNA16/annotations.csv",
-    excluded_path: str | Path = "data/LUNA16/annotations_excluded.csv",
+    excluded_path: str | Path = EXCLUDED_PATH,
     seriesuids_path: str | Path | None = None,
     output_dir: str | Path = PREDICTIONS_DIR,
     overwrite: bool = False,
@@ -1393,7 +1407,8 @@ def score_predictions(
     curve = froc(pd.concat(tables), annotations, excluded, scans)
     write_froc(curve, output_dir)
     provenance = {"predictions": [str(path.resolve()) for path in paths], "annotations": str(annotations_path)}
-    provenance |= {"excluded": str(excluded_path), "seriesuids": str(seriesuids_path or "beside the predictions")}
+    provenance |= {"excluded": _source_of(excluded, excluded_path)}
+    provenance |= {"seriesuids": str(seriesuids_path or "beside the predictions")}
     cpm = {"value": curve.cpm, "interval": curve.intervals[-1].tolist()}
     write_json(Path(output_dir) / "froc.json", provenance | {"date": now(), "cpm": cpm, "counts": curve.counts})
     return curve
@@ -1454,7 +1469,7 @@ def _scans_beside(predictions: Path) -> list[str]:
 def format_froc(curve: FROC) -> str:
     """The curve's table and counts as a person reads them on the console."""
     counts, table = curve.counts, curve.table().round(6)
-    if not _interval_text(curve.intervals[-1], counts):
+    if not np.isfinite(curve.intervals[-1]).all():
         table = table.drop(columns=["lower", "upper"])
     left_out = {
         "on excluded findings": counts["on_excluded"],
@@ -1585,8 +1600,8 @@ def compare_results(compare: list[Path] | None = None) -> pd.DataFrame:
 
     Returns:
         One row a figure: first, second, difference (first less second), lower and upper end of its interval, and the
-        number of scans that differ in it (of the CPM all scans). Scans are drawn anew, the same of both; how much
-        trainings differ among themselves is not in the interval. Of few scans it is wider than the draws are (the
+        number of scans that differ in it (of the CPM those with nodules). Scans are drawn anew, the same of both; how
+        much trainings differ among themselves is not in the interval. Of few scans it is wider than the draws are (the
         expanded percentile interval of Hesterberg 2015, doi 10.1080/00031305.2015.1089789).
 
     Raises:
@@ -1603,11 +1618,12 @@ def compare_results(compare: list[Path] | None = None) -> pd.DataFrame:
     rows, count = [], len(first.table)
     pairs = zip(first.by_scan.items(), second.by_scan.values(), strict=True)
     different = {figure: int((~np.isclose(one, two, 0, 0, equal_nan=True)).sum()) for (figure, one), two in pairs}
+    different["CPM"] = int((first.table["nodules"] > 0).sum())
     tail = stats.norm.cdf(stats.t.ppf(0.025, count - 1) * math.sqrt(count / (count - 1))) if count > 1 else 0.0
     for (figure, ours), theirs in zip(first.draws().items(), second.draws().values(), strict=True):
         drawn = (ours - theirs)[1:]
         interval = np.nanquantile(drawn, [tail, 1 - tail]) if np.isfinite(drawn).any() else (math.nan, math.nan)
-        rows.append((figure, ours[0], theirs[0], ours[0] - theirs[0], *interval, different.get(figure, count)))
+        rows.append((figure, ours[0], theirs[0], ours[0] - theirs[0], *interval, different[figure]))
     return pd.DataFrame(
         rows, columns=["figure", "first", "second", "difference", "lower", "upper", "scans_that_differ"]
     )
@@ -1641,7 +1657,7 @@ def check_same_scans(first: ScoredScans, second: ScoredScans, *names: str) -> No
         check(len(same) == 1, f"{' and '.join(names)} differ in their {what}; score both with the same")
     # Files of earlier versions do not say the diameters on the grid.
     ours, theirs = (scored.nodules.get("grid_diameter_mm", scored.nodules["diameter_mm"]) for scored in (first, second))
-    if not np.allclose(ours, theirs, atol=0.01, equal_nan=True):
+    if not np.allclose(ours.astype(float), theirs.astype(float), atol=0.01, equal_nan=True):
         logger.warning(
             "%s were scored on other true masks, or on other grids: their Dice are not of the same", " and ".join(names)
         )

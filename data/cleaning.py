@@ -172,7 +172,8 @@ def _opened(
     reached = part & (ndimage.distance_transform_edt(~middles, spacing_zyx) <= radius_mm)
     labels, count = ndimage.label(reached, np.ones((3, 3, 3)))
     labels = labels[tuple((voxels - lower).T)]
-    return [voxels[labels == number] for number in range(1, count + 1)]
+    pieces = [voxels[labels == number] for number in range(1, count + 1)]
+    return [piece for piece in pieces if len(piece)]  # one may lie beyond the array alone
 
 
 def _gaps(voxels: np.ndarray, shape: Sequence[int], spacing_zyx: Sequence[float], radius_mm: float) -> np.ndarray:

@@ -126,8 +126,7 @@ class MeasuredScan:
         first, last = (float(corner[2]) for corner in Geometry.from_image(ct).bounds())
         frame = None if lungs is None else LungFrame.of(lungs, hu, grid, (first, last))
         measures = measure_nodules(nodules, ranks, grid, hu, lungs, frame, smallest)
-        faint = sorted(found.faint, key=lambda mark: -mark.score)
-        return cls(ct, grid, hu, ranks, nodules, measures, faint, lungs, frame, truth)
+        return cls(ct, grid, hu, ranks, nodules, measures, found.faint, lungs, frame, truth)
 
 
 def write_measures(output_dir: Path, name: str, measures: Sequence[Measures]) -> None:

@@ -253,7 +253,8 @@ def _further(summary: Mapping[str, Any]) -> list[str]:
     lines += [f"{text}: {summary[name]:.3f}." for name, text in DICE_KINDS.items() if np.isfinite(summary[name])]
     if "cpm" in summary:
         low, high = summary["cpm"]["interval"]
-        lines.append(f"CPM {summary['cpm']['value']:.3f}, 95 % interval {low:.3f} to {high:.3f}.")
+        interval = f", 95 % interval {low:.3f} to {high:.3f}" if np.isfinite([low, high]).all() else ""
+        lines.append(f"CPM {summary['cpm']['value']:.3f}{interval}.")
     return lines
 
 

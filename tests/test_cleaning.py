@@ -77,6 +77,13 @@ def test_opening_leaves_a_nodule_whose_middle_lies_beyond_the_array():
     assert len(left) == ball.sum()
 
 
+def test_piece_of_an_opening_that_lies_beyond_the_array_is_none():
+    labels, _ = ndimage.label(np.random.default_rng(0).random((6, 6, 6)) < 0.5, np.ones((3, 3, 3)))
+    part = labels == 1 + np.bincount(labels.ravel())[1:].argmax()  # it touches every side
+    opened = reshaped([part], opening_mm=2.0, closing_mm=2.0)
+    assert opened and all(mask.any() for mask in opened)
+
+
 def test_opening_leaves_a_nodule_that_it_would_delete():
     thin = block((5, 6), (5, 9), (5, 9))
     np.testing.assert_array_equal(reshaped([thin], opening_mm=1.0)[0], thin)
@@ -191,6 +198,17 @@ def test_candidates_keep_the_scores_of_the_map_as_it_is():
     plain = find_candidates(probability, grid, 0.5)
     cleaned = find_candidates(probability, grid, 0.5, cleaning=Cleaning(crf=True), image=image)
     assert [n.score for n in plain.candidates] == [n.score for n in cleaned.candidates]
+
+
+def test_nodule_that_the_field_takes_from_the_mask_stays_a_candidate():
+    tissue = block((5, 15), (5, 15), (2, 28), shape=(20, 20, 30))
+    probability = np.where(tissue, 0.15, 0.0).astype(np.float32)  # joins the two
+    probability[6:14, 6:14, 3:11], probability[8:11, 8:11, 21:24] = 0.95, 0.52
+    grid, image = Geometry(tissue.shape, (0.0, 0.0, 0.0), UNIT), np.where(tissue, 0.8, 0.1)
+    plain = find_candidates(probability, grid, 0.5)
+    cleaned = find_candidates(probability, grid, 0.5, cleaning=Cleaning(crf=True), image=image)
+    assert (len(plain.nodules), len(cleaned.nodules)) == (2, 1)
+    assert [n.center_xyz for n in cleaned.faint] == [plain.nodules[1].center_xyz]
 
 
 def test_cleaning_needs_the_image():

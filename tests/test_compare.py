@@ -10,7 +10,7 @@ import validate
 from utils import InputError
 from validate import ScoredScans, Validator, compare_results, format_comparison
 
-NODULES = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm", "dice")
+NODULES = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm", "dice", "grid_diameter_mm")
 
 
 def write_result(folder, dice, scores=None, false=0, first="s00"):
@@ -22,7 +22,7 @@ def write_result(folder, dice, scores=None, false=0, first="s00"):
     table["nodules_found"], table["false_positive_nodules"] = [int(s is not None) for s in scores], false
     table["dice_without_excluded"], table["on_excluded_findings"] = dice, 0
     table.to_csv(folder / "validation_results.csv", index=False)
-    rows = [(name, 0.0, 0.0, 0.0, 8.0, value) for name, value in zip(names, dice, strict=True)]
+    rows = [(name, 0.0, 0.0, 0.0, 8.0, value, 8.0) for name, value in zip(names, dice, strict=True)]
     pd.DataFrame(rows, columns=list(NODULES)).to_csv(folder / "nodule_results.csv", index=False)
     marks = [(name, 0.0, 0.0, 0.0, s) for name, s in zip(names, scores, strict=True) if s is not None]
     marks += [(name, 50.0, 0.0, 0.0, 0.5) for name in names for _ in range(false)]
@@ -88,6 +88,18 @@ def test_nothing_is_said_of_scans_without_a_nodule(tmp_path):
     figures = "Dice per scan, Dice without excluded findings, sensitivity of the masks"
     assert f"Nothing can be said of {figures}: too few scans" in text
     assert "is better" not in text
+
+
+def test_cpm_of_a_single_scan_with_nodules_shows_nothing(tmp_path):
+    for name, score in (("a", 0.9), ("b", None)):
+        folder = write_result(tmp_path / name, [0.8] + [math.nan] * 7, [score] + [None] * 7)
+        table = pd.read_csv(folder / "validation_results.csv").assign(nodules=[1] + [0] * 7)
+        table.to_csv(folder / "validation_results.csv", index=False)
+        pd.read_csv(folder / "nodule_results.csv")[:1].to_csv(folder / "nodule_results.csv", index=False)
+    names = [tmp_path / "a", tmp_path / "b"]
+    table = compare_results(names)
+    assert (row_of(table, "CPM")["difference"], row_of(table, "CPM")["scans_that_differ"]) == (1, 1)
+    assert "is better" not in format_comparison(table, names)
 
 
 def test_nodule_beside_the_prepared_grid_has_no_dice_and_is_compared(tmp_path):

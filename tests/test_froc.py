@@ -241,8 +241,9 @@ def test_interval_takes_the_official_ranks() -> None:
 
 
 def test_samples_without_a_nodule_are_left_out() -> None:
-    result = score(marks(("a", 0.0, 0.9)), seriesuids=["a", "b"], num_bootstraps=100)
-    assert result.intervals.tolist() == [[1, 1]] * 8
+    found, both = marks(("a", 0.0, 0.9), ("b", 0.0, 0.9)), findings(("a", 0.0, 10.0), ("b", 0.0, 10.0))
+    result = score(found, annotations=both, seriesuids=["a", "b", "c", "d"], num_bootstraps=100)
+    assert result.intervals.tolist() == [[1, 1]] * 8 and len(result.cpm_draws) < 100
 
 
 def test_weighted_scans_equal_repeated_scans() -> None:
@@ -279,6 +280,14 @@ def test_draws_of_two_results_are_paired() -> None:
 
 def test_without_bootstraps_the_interval_is_nan() -> None:
     assert np.isnan(score(marks(("a", 0.0, 0.9))).intervals).all()
+
+
+def test_nodules_in_a_single_scan_have_no_interval() -> None:
+    found = marks(("a", 0.0, 0.9), ("a", FAR, 0.8))
+    nodules = findings(("a", 0.0, 10.0), ("a", 2 * FAR, 10.0))
+    result = score(found, annotations=nodules, seriesuids=["a", "b"], num_bootstraps=10)
+    assert np.isnan(result.intervals).all() and result.band[["lower", "upper"]].isna().all(axis=None)
+    assert len(result.cpm_draws) and result.cpm == 0.5
 
 
 # ------------------------------------------------------------------------------------------------------------- output

@@ -19,8 +19,8 @@ import rescoring
 from data.rescoring import Features, LearntScore, fit_score
 from infer import FoundNodule, NoduleInferencer, Segmentation, features_of, find_candidates
 from model import InferenceSettings, load_checkpoint, save_checkpoint
-from utils import ANNOTATION_COLUMNS, Box, Geometry, InputError
-from validate import ExaminedScan, Overlap, choose_settings, cpm_of, learn_score
+from utils import ANNOTATION_COLUMNS, Box, Geometry, InputError, read_processed, read_processed_list
+from validate import ExaminedScan, Overlap, Validator, choose_settings, cpm_of, learn_score
 
 NODULE = Features(0.5, 0.95, 0.6, 8.0, 0.01, 0.8)
 VESSEL = Features(0.6, 0.6, 0.9, 3.0, 0.1, 0.4)  # looks rounder
@@ -189,10 +189,20 @@ def test_tuning_takes_a_learnt_score_that_is_better():
     assert table["dice"][1] == 1 > table["dice"][0]
 
 
-def test_tuning_leaves_a_score_that_cannot_be_learnt():
+def test_tuning_leaves_a_score_that_cannot_be_learnt(caplog):
     present = InferenceSettings()
     settings, table = choose_settings([present], [[examined(number)] for number in range(4)], present)
     assert (settings.learnt_score, table["score"].tolist()) == (None, ["as it is"])
+    assert "no score is learnt: each half of the scans needs 5 candidates that are nodules" in caplog.text
+
+
+def test_tuning_learns_from_more_candidates_than_are_listed(run_dir, processed_dir, tmp_path):
+    validator = Validator(processed_dir, run_dir / "checkpoints" / "best_model.pth", tmp_path, device="cpu")
+    scan = read_processed(processed_dir, read_processed_list(processed_dir)[0])
+    probability = torch.zeros(scan.image.shape)
+    probability[::6, ::6, ::6] = 0.2
+    [found] = validator._examine_choices([validator.inferencer.settings], None, scan, (probability, 0.0))
+    assert len(found.found.candidates) == int((probability > 0).sum()) > 100
 
 
 def test_checkpoint_carries_the_learnt_score_and_results_tell_it(run_dir, tmp_path):

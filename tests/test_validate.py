@@ -1342,6 +1342,14 @@ def test_excluded_findings_are_no_mistakes(challenge):
     assert score("marks.csv", seriesuids_path="seriesuids.csv").sensitivities.tolist() == [1] * 7
 
 
+def test_source_of_excluded_findings_is_what_was_read(tmp_path):
+    table = pd.DataFrame()
+    assert validate._source_of(None, tmp_path) is None
+    assert validate._source_of(table, tmp_path / "none.csv") == "noted by preprocess.py"
+    (tmp_path / "excluded.csv").touch()
+    assert validate._source_of(table, tmp_path / "excluded.csv") == str(tmp_path / "excluded.csv")
+
+
 def test_missing_excluded_file_warns(challenge, caplog):
     write_marks(challenge / "marks.csv", *HITS_AND_MISTAKE)
     curve = score("marks.csv", seriesuids_path="seriesuids.csv", excluded_path="none.csv")
