@@ -1406,9 +1406,12 @@ def score_predictions(
     excluded = _with_excluded(pd.concat(noted, ignore_index=True) if noted else None, excluded_path)
     curve = froc(pd.concat(tables), annotations, excluded, scans)
     write_froc(curve, output_dir)
-    provenance = {"predictions": [str(path.resolve()) for path in paths], "annotations": str(annotations_path)}
-    provenance |= {"excluded": _source_of(excluded, excluded_path)}
-    provenance |= {"seriesuids": str(seriesuids_path or "beside the predictions")}
+    provenance: dict[str, Any] = {
+        "predictions": [str(path.resolve()) for path in paths],
+        "annotations": str(annotations_path),
+        "excluded": _source_of(excluded, excluded_path),
+        "seriesuids": str(seriesuids_path or "beside the predictions"),
+    }
     cpm = {"value": curve.cpm, "interval": curve.intervals[-1].tolist()}
     write_json(Path(output_dir) / "froc.json", provenance | {"date": now(), "cpm": cpm, "counts": curve.counts})
     return curve
