@@ -42,7 +42,16 @@ from data import dicom
 from data.phantom import make_phantom
 from dataset import Augmentation, LUNA16Dataset, ScanSampler, augment_batch, make_loader
 from infer import WINDOW_OVERLAP, NoduleInferencer, Predictor, extract_nodules
-from model import BOUNDARY_REACH, InferenceSettings, LungNodule3DUNet, boundary_distance, to_device
+from model import (
+    BOUNDARY_REACH,
+    LOSSES,
+    NETWORKS,
+    InferenceSettings,
+    LungNodule3DUNet,
+    boundary_distance,
+    deeply_supervised,
+    to_device,
+)
 from preprocess import LUNA16Preprocessor, find_scans
 from train import WARM_UP, Trainer, ValidationSettings
 from utils import (
@@ -396,6 +405,48 @@ def distances(bench: Bench) -> Iterator[tuple]:
     yield "distance maps of eight patches", "s/step", 1, *bench.compare(lambda: boundary_distance(masks), plain)
 
 
+def choices(bench: Bench) -> Iterator[tuple]:
+    """Seconds of other networks and losses; plain, of the defaults."""
+    patches, window = torch.rand(8, 1, 32, 32, 32), torch.rand(1, 1, *WINDOW)
+    truth = torch.zeros_like(patches)
+    truth[:3, :, 12:20, 12:20, 12:20] = 1
+    patches, truth, window = (array.to(bench.device) for array in (patches, truth, window))
+
+    def stepper(network_name: str, loss_name: str) -> Callable[[], None]:
+        """Takes one training step."""
+        network = to_device(NETWORKS[network_name](**bench.network), bench.device)
+        loss = LOSSES[loss_name](per_sample=True).to(bench.device)
+        optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+
+        def step() -> None:
+            with bench.autocast(bench.half):
+                logits = network(patches)
+            deeply_supervised(loss, logits, truth).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def looker(name: str) -> Callable[[], torch.Tensor]:
+        """Looks at one window."""
+        network = to_device(NETWORKS[name](**bench.network), bench.device).eval()
+
+        def look() -> torch.Tensor:
+            with torch.inference_mode(), bench.autocast(bench.half):
+                return network(window)
+
+        return look
+
+    default_step, default_look = stepper("unet", "dice_bce"), looker("unet")
+    for name in NETWORKS:
+        if name != "unet":
+            yield f"step, {name} for unet", "s/step", 1, *bench.compare(stepper(name, "dice_bce"), default_step)
+            yield f"window, {name} for unet", "s", 1, *bench.compare(looker(name), default_look)
+    for name in LOSSES:
+        if name != "dice_bce":
+            yield f"step, {name} for dice_bce", "s/step", 1, *bench.compare(stepper("unet", name), default_step)
+
+
 def extraction(bench: Bench) -> Iterator[tuple]:
     """Seconds for the nodules of a mask of 256 x 256 x 256 with 50 balls, scored."""
     rng = np.random.default_rng(0)
@@ -539,6 +590,7 @@ ROWS = {
     "extraction": extraction,
     "froc": froc_of_888,
     "sharing": sharing,
+    "choices": choices,  # the last one: it ends where dynamic-network-architectures is missing
 }
 
 
