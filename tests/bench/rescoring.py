@@ -136,7 +136,7 @@ def scores_of(network: nn.Module, candidates: Sequence[Candidate]) -> np.ndarray
     looks: list[Tensor] = []
     for number in range(8):
         axes = [axis + 2 for axis in range(3) if number >> axis & 1]
-        looks.append(network(crops.flip(axes))[:, 0])
+        looks.append(torch.cat([network(part.flip(axes))[:, 0] for part in crops.split(BATCH)]))
     return torch.stack(looks).mean(dim=0).numpy()
 
 
