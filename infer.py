@@ -10,9 +10,9 @@ The parts stand in this order: array to probability (``Predictor``), probability
 from __future__ import annotations
 
 if __name__ == "__main__":  # before torch is loaded
-    from utils import restart_with_patient_threads
+    from utils import set_up_torch
 
-    restart_with_patient_threads()
+    set_up_torch()
 
 import hashlib
 import itertools

@@ -8,9 +8,9 @@ torchrun --nproc_per_node 4 train.py --batch_size 8
 from __future__ import annotations
 
 if __name__ == "__main__":  # before torch is loaded
-    from utils import restart_with_patient_threads
+    from utils import set_up_torch
 
-    restart_with_patient_threads()
+    set_up_torch()
 
 import inspect
 import logging

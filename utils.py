@@ -1636,6 +1636,7 @@ def free_memory(device: torch.device) -> int:
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how OpenMP's threads wait for each other
 # Threads spin for some microseconds and then sleep, which costs nothing where the cores are free.
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
+LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch asks Linux for memory in pages of 2 MB, each of which is mapped once
 
 
 def count_cores() -> int:
@@ -1704,13 +1705,15 @@ def _quota_of(group: Path) -> float:
         return math.inf
 
 
-def restart_with_patient_threads() -> None:
-    """Starts the running script anew, once, with threads that sleep while they wait for each other.
+def set_up_torch() -> None:
+    """Sets how torch takes memory, and starts the running script anew, once, with threads that sleep while they wait.
 
-    Threads that spin, as OpenMP's do by default, take the cores that others need (figures: tests/bench/README.md).
-    OpenMP reads this when torch is loaded, so a script calls it before; an import never does. Where a container may use
-    fewer cores than there are, it sets the number of threads, too. What the user has set is left alone.
+    Threads that spin, as OpenMP's do by default, take the cores that others need; in small pages of memory a CPU maps
+    and clears a network's arrays for a good part of the time (figures: tests/bench/README.md). OpenMP reads this when
+    torch is loaded, so a script calls it before; an import never does. Where a container may use fewer cores than there
+    are, it sets the number of threads, too. What the user has set is left alone.
     """
+    os.environ.setdefault(LARGE_PAGES, "1")
     wanted = dict(PATIENT) if not any(name in os.environ for name in WAITING) else {}
     if "OMP_NUM_THREADS" not in os.environ and _core_quota() < _granted_cores():
         wanted["OMP_NUM_THREADS"] = str(count_cores())

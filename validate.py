@@ -10,9 +10,9 @@ the challenge (Setio et al. 2017, arXiv:1612.08012) and, where the paper is sile
 from __future__ import annotations
 
 if __name__ == "__main__":  # before torch is loaded
-    from utils import restart_with_patient_threads
+    from utils import set_up_torch
 
-    restart_with_patient_threads()
+    set_up_torch()
 
 import glob
 import logging

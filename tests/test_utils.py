@@ -862,8 +862,9 @@ import utils
 utils._core_quota = lambda: {quota}
 os.write(1, b"begin ")
 if __name__ == "__main__":
-    utils.restart_with_patient_threads()
+    utils.set_up_torch()
 print(os.getenv("OMP_WAIT_POLICY"), os.getenv("OMP_NUM_THREADS"), os.getenv("GOMP_SPINCOUNT"), sys.argv[1:])
+print(os.getenv(utils.LARGE_PAGES))
 """
 
 
@@ -871,11 +872,11 @@ print(os.getenv("OMP_WAIT_POLICY"), os.getenv("OMP_NUM_THREADS"), os.getenv("GOM
 @pytest.mark.parametrize(
     ("quota", "given", "expected"),
     [
-        ("float('inf')", {}, "begin begin PASSIVE None 2000 ['--a', 'b c']"),
-        ("1.0", {}, "begin begin PASSIVE 1 2000 ['--a', 'b c']"),
-        ("1.0", {"OMP_NUM_THREADS": "3"}, "begin begin PASSIVE 3 2000 ['--a', 'b c']"),
-        ("float('inf')", {"GOMP_SPINCOUNT": "9"}, "begin None None 9 ['--a', 'b c']"),
-        ("float('inf')", {"OMP_WAIT_POLICY": "ACTIVE"}, "begin ACTIVE None None ['--a', 'b c']"),
+        ("float('inf')", {}, "begin begin PASSIVE None 2000 ['--a', 'b c']\n1"),
+        ("1.0", {}, "begin begin PASSIVE 1 2000 ['--a', 'b c']\n1"),
+        ("1.0", {"OMP_NUM_THREADS": "3"}, "begin begin PASSIVE 3 2000 ['--a', 'b c']\n1"),
+        ("float('inf')", {"GOMP_SPINCOUNT": "9"}, "begin None None 9 ['--a', 'b c']\n1"),
+        ("float('inf')", {"OMP_WAIT_POLICY": "ACTIVE"}, "begin ACTIVE None None ['--a', 'b c']\n1"),
     ],
 )
 def test_script_starts_anew_with_threads_that_sleep(tmp_path, quota, given, expected):
@@ -887,18 +888,19 @@ def test_script_starts_anew_with_threads_that_sleep(tmp_path, quota, given, expe
 def test_nothing_starts_anew_within_another_program(tmp_path, name):
     (tmp_path / "script.py").write_text(RESTARTED.format(quota="1.0"))
     code = f"import runpy; runpy.run_path({str(tmp_path / 'script.py')!r}, run_name={name!r})"  # as a notebook does
-    assert run_restarted(["-c", code], {}) == "begin None None None []"
+    pages = "1" if name == "__main__" else "None"
+    assert run_restarted(["-c", code], {}) == f"begin None None None []\n{pages}"
 
 
 @pytest.mark.parametrize("script", ["train", "validate", "infer"])
 def test_scripts_start_anew_before_torch_is_loaded(script):
     lines = (ROOT / f"{script}.py").read_text().splitlines()
-    assert lines.index("    restart_with_patient_threads()") < lines.index("import torch")
+    assert lines.index("    set_up_torch()") < lines.index("import torch")
 
 
 def run_restarted(words: Sequence[str], environment: dict[str, str]) -> str:
     """What a Python command prints, with none of the settings of threads but the given ones."""
-    removed = ("OMP_NUM_THREADS", *utils.WAITING)
+    removed = ("OMP_NUM_THREADS", utils.LARGE_PAGES, *utils.WAITING)
     kept = {name: value for name, value in os.environ.items() if name not in removed}
     environment = kept | {"PYTHONPATH": str(ROOT)} | environment
     command = [sys.executable, *words]

@@ -57,6 +57,7 @@ from train import WARM_UP, Trainer, ValidationSettings
 from utils import (
     ANNOTATION_COLUMNS,
     CANDIDATE_COLUMNS,
+    LARGE_PAGES,
     PATIENT,
     WAITING,
     Geometry,
@@ -553,23 +554,48 @@ def seconds_a_step(steps: int = 8) -> float:
     return statistics.median(times[1:])
 
 
+def seconds_a_window(network: str, windows: int = 8) -> float:
+    """Seconds that a network takes for a window of 96 x 96 x 96 in float32, in the median."""
+    torch.manual_seed(0)
+    model = to_device(NETWORKS[network](**SMALL_NETWORK), torch.device("cpu")).eval()
+    image, times = torch.rand(1, 1, *WINDOW), []
+    with torch.inference_mode():
+        for _ in range(windows + 1):
+            start = time.perf_counter()
+            model(image)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def measure_alone(call: str, environment: dict[str, str]) -> float:
+    """What a function of this file returns in a process of its own."""
+    code = f"import sys; sys.path[0] = {str(Path(__file__).parent)!r}; import benchmark; print(benchmark.{call})"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, stdout=subprocess.PIPE)
+    return float(done.stdout)
+
+
+def pages(bench: Bench) -> Iterator[tuple]:
+    """Seconds of a CPU with arrays in large pages of memory, as the scripts set it; plain, as Linux gives them."""
+    calls = {"training step": "seconds_a_step()"}
+    calls |= {f"window of 96, {name}": f"seconds_a_window({name!r})" for name in ("unet", "nnunet")}
+    for label, call in calls.items():
+        pairs = [[measure_alone(call, os.environ | {LARGE_PAGES: way}) for way in "10"] for _ in range(bench.repeats)]
+        ours, plain = zip(*pairs, strict=True)
+        ratio = statistics.median(b / a for a, b in pairs)
+        yield f"large pages, {label}", "s", 1, statistics.median(ours), statistics.median(plain), ratio
+
+
 def sharing(bench: Bench) -> Iterator[tuple]:
     """Seconds a training step alone and beside one busy process, in processes of their own.
 
     Here OpenMP's threads sleep while they wait for each other, as the scripts set it; plain, they spin.
     """
-    code = f"import sys; sys.path[0] = {str(Path(__file__).parent)!r}; import benchmark; "
-    code += "print(benchmark.seconds_a_step())"
     free = {name: value for name, value in os.environ.items() if name not in WAITING}
-
-    def measure(**changes: str) -> float:
-        done = subprocess.run([sys.executable, "-c", code], env=free | changes, check=True, stdout=subprocess.PIPE)
-        return float(done.stdout)
-
+    measure = partial(measure_alone, "seconds_a_step()")
     for label, others in (("alone", 0), ("beside one busy process", 1)):
         busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)]
         try:
-            pairs = [(measure(**PATIENT), measure()) for _ in range(bench.repeats)]
+            pairs = [(measure(free | PATIENT), measure(free)) for _ in range(bench.repeats)]
         finally:
             for process in busy:
                 process.kill()
@@ -590,6 +616,7 @@ ROWS = {
     "extraction": extraction,
     "froc": froc_of_888,
     "sharing": sharing,
+    "pages": pages,
     "choices": choices,  # the last one: it ends where dynamic-network-architectures is missing
 }
 
