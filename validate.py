@@ -1022,9 +1022,10 @@ def format_summary(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _interval_text(interval: Sequence[float]) -> str:
-    """The interval, where there is one."""
-    return f" (95 % interval {interval[0]:.3f} to {interval[1]:.3f})" if np.isfinite(interval).all() else ""
+def _interval_text(interval: Sequence[float | None]) -> str:
+    """The interval, where there is one; None stands in JSON for NaN."""
+    low, high = np.asarray(interval, float)
+    return f" (95 % interval {low:.3f} to {high:.3f})" if np.isfinite([low, high]).all() else ""
 
 
 def draw_distribution(table: pd.DataFrame) -> Figure:

@@ -252,7 +252,7 @@ def _further(summary: Mapping[str, Any]) -> list[str]:
     ]
     lines += [f"{text}: {summary[name]:.3f}." for name, text in DICE_KINDS.items() if np.isfinite(summary[name])]
     if "cpm" in summary:
-        low, high = summary["cpm"]["interval"]
+        low, high = np.asarray(summary["cpm"]["interval"], float)
         interval = f", 95 % interval {low:.3f} to {high:.3f}" if np.isfinite([low, high]).all() else ""
         lines.append(f"CPM {summary['cpm']['value']:.3f}{interval}.")
     return lines

@@ -846,7 +846,7 @@ def told(rows, **further):
 
 
 def test_one_scan_has_no_deviation_and_one_nodule_no_interval():
-    text = told([row("a", 0.5, nodules=1, found=1)])
+    text = told([row("a", 0.5, nodules=1, found=1)], cpm={"value": 1.0, "interval": [None, None]})
     assert "±" not in text.splitlines()[2] and "dice" in text.splitlines()[2]
     assert "CPM 1.000\n" in text
     two = told([row("a", 0.5, nodules=1, found=1), row("b", 0.5, nodules=1, found=1)])

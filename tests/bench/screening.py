@@ -69,7 +69,8 @@ def row_of(bench: real.Bench, name: str, seed: int) -> dict[str, Any]:
     log, progress = pd.read_csv(folder / "log.csv"), load_checkpoint(path).progress
     steps = int(next(iter(progress["optimizer"]["state"].values()))["step"])
     seconds = float(log["training_seconds"].sum())
-    row = {"trial": name, "seed": seed, "steps": steps, "minutes": seconds / 60, "seconds_a_step": seconds / steps}
+    row = {"trial": name, "seed": seed, "threads": progress["threads"], "steps": steps}
+    row |= {"minutes": seconds / 60, "seconds_a_step": seconds / steps}
     row["seconds_a_scan"] = seconds_a_scan(path, bench.real(QUARTER), bench.device)
     row |= phantom_figures(bench, path, folder / "phantoms")
     row |= real_figures(bench.examine(name, QUARTER, seed))
