@@ -34,7 +34,8 @@ def folders(monkeypatch, run_dir, processed_dir, tmp_path) -> dict[str, Path]:
     trained = run_dir / "checkpoints" / "best_model.pth"
     (tmp_path / "annotations_excluded.csv").write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n")
     shutil.copytree(processed_dir, tmp_path / "processed")
-    shutil.copytree(run_dir, tmp_path / "work" / "runs" / "ten_minutes_patches_of_32" / "0" / "0")
+    for name in ("patches_of_32", "nnunet"):
+        shutil.copytree(run_dir, tmp_path / "work" / "runs" / f"ten_minutes_{name}" / "0" / "0")
     run = Validator.run_validation  # the only scans that there are were seen in training
     monkeypatch.setattr(Validator, "run_validation", lambda self, _, **more: run(self, "all", **more))
     monkeypatch.setattr(real.Bench, "train", lambda *_: trained)
@@ -57,6 +58,13 @@ def test_trial_is_scored_once_on_phantoms_and_on_the_quarter(folders, monkeypatc
     assert row["few_marks_cubes_found"] == 1  # the other one's score is below those of two marks or more
     monkeypatch.setattr(real.Bench, "train", None)  # not called again
     screening.main(**folders, trials=[NAME], device="cpu")
+
+
+def test_network_at_full_resolution_is_scored_on_the_quarter_alone(folders, tmp_path):
+    screening.main(**folders, trials=["ten minutes, nnunet", NAME], device="cpu")
+    rows = pd.read_csv(tmp_path / "screening.csv").set_index("trial")
+    assert rows["phantoms_cpm"].isna().tolist() == [True, False]
+    assert rows["cubes"].tolist() == [2, 2]
 
 
 def test_unknown_trial_is_refused(folders):
