@@ -683,29 +683,33 @@ def find_candidates(
     grid = replace(geometry, spacing=grid_spacing or geometry.spacing)
     voxel_mm3 = grid.voxel_volume_mm3
     spots, spots_are_noise = _main_components(probability, min(CANDIDATE_THRESHOLD, threshold), voxel_mm3)
+    left_out: list[np.ndarray] = []
     marked = probability
     if cleaning and cleaning.crf and not spots_are_noise and array is not None:
         marked = _along_edges(probability, spots, threshold, array, grid, device)
+        left_out = _large(_main_components(probability, threshold, voxel_mm3)[0], smallest_mm3, voxel_mm3)
     parts, is_noise = _main_components(marked, threshold, voxel_mm3)
     if not is_noise:
         parts = _nodule_voxels(_fill_holes(parts, probability.shape, grid), grid)
-    parts = [voxels for voxels in parts if len(voxels) * voxel_mm3 >= smallest_mm3]
-    left_out: list[np.ndarray] = []
+    parts = _large(parts, smallest_mm3, voxel_mm3)
     if cleaning and not is_noise and array is not None:
-        parts, left_out = reshape_nodules(parts, array, grid.spacing_zyx, cleaning, smallest_mm3)
+        parts, reshaped = reshape_nodules(parts, array, grid.spacing_zyx, cleaning, smallest_mm3)
+        left_out = reshaped + left_out  # what the random field takes below the threshold stays a candidate, too
     labels = np.zeros(probability.shape, np.int32)
     for number, voxels in enumerate(parts, start=1):
         labels[tuple(voxels.T)] = number
     found = _describe(parts, geometry, probability, grid, array)
-    if marked is not probability:  # what the random field takes below the threshold stays a candidate
-        whole_parts = _main_components(probability, threshold, voxel_mm3)[0]
-        left_out += [voxels for voxels in whole_parts if len(voxels) * voxel_mm3 >= smallest_mm3]
     faint = _describe(_faint_parts(spots, left_out, labels), geometry, probability, grid, array)
     numbers = [number for number, _ in found] + [0] * len(faint)
     whole = Segmentation(labels, [nodule for _, nodule in found + faint], numbers, is_noise or spots_are_noise)
     whole = whole if score is None else whole.rescored(score)
     kept = slice(None if most is None else max(most, len(found)))
     return replace(whole, candidates=whole.candidates[kept], numbers=whole.numbers[kept])
+
+
+def _large(parts: Sequence[np.ndarray], smallest_mm3: float, voxel_mm3: float) -> list[np.ndarray]:
+    """Those of some components (m, 3) that have a volume."""
+    return [voxels for voxels in parts if len(voxels) * voxel_mm3 >= smallest_mm3]
 
 
 def _along_edges(

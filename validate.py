@@ -35,7 +35,15 @@ from torch import Tensor, nn
 
 from data.command_line import parse_command_line, refuse_options, run_main
 from data.rescoring import Features, LearntScore, fit_score
-from data.validation_page import CHOSEN_HERE, DICE_KINDS, FEWEST_IN_BAND, Finding, picture_findings, write_page
+from data.validation_page import (
+    CHOSEN_HERE,
+    DICE_KINDS,
+    FEWEST_IN_BAND,
+    Finding,
+    interval_text,
+    picture_findings,
+    write_page,
+)
 from dataset import ignore_excluded
 from infer import (
     REMEDY,
@@ -1009,7 +1017,7 @@ def format_summary(summary: dict[str, Any]) -> str:
         f"{summary['min_score']:.2f} or more"
     )
     if summary.get("by_size"):
-        lines.append(f"FROC: CPM {summary['cpm']['value']:.3f}{_interval_text(summary['cpm']['interval'])}")
+        lines.append(f"FROC: CPM {summary['cpm']['value']:.3f}{interval_text(summary['cpm']['interval'])}")
         lines.append(pd.DataFrame(summary["by_size"]).round(3).to_string(index=False))
     for row in summary.get("diameters", ()):
         limits = "{:+.1f} to {:+.1f}".format(*row["limits_mm"])
@@ -1020,12 +1028,6 @@ def format_summary(summary: dict[str, Any]) -> str:
     if summary.get("chosen_on_these_scans"):
         lines.append(CHOSEN_HERE)
     return "\n".join(lines)
-
-
-def _interval_text(interval: Sequence[float | None]) -> str:
-    """The interval, where there is one; None stands in JSON for NaN."""
-    low, high = np.asarray(interval, float)
-    return f" (95 % interval {low:.3f} to {high:.3f})" if np.isfinite([low, high]).all() else ""
 
 
 def draw_distribution(table: pd.DataFrame) -> Figure:
@@ -1185,7 +1187,7 @@ def draw_froc(result: FROC) -> Figure:
     axes, band, title = figure.subplots(), result.band, f"CPM {result.cpm:.3f}"
     axes.plot(_GRID, band["sensitivity"], label="FROC")
     axes.plot(FP_PER_SCAN, result.sensitivities, "o", color="C0", clip_on=False)
-    if interval := _interval_text(result.intervals[-1]):
+    if interval := interval_text(result.intervals[-1]):
         title += interval
         axes.fill_between(_GRID, band["lower"], band["upper"], alpha=0.2, lw=0, label="95 % interval over scans")
     for x, y, ends in zip(FP_PER_SCAN, result.sensitivities, result.intervals, strict=False):

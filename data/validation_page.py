@@ -252,10 +252,14 @@ def _further(summary: Mapping[str, Any]) -> list[str]:
     ]
     lines += [f"{text}: {summary[name]:.3f}." for name, text in DICE_KINDS.items() if np.isfinite(summary[name])]
     if "cpm" in summary:
-        low, high = np.asarray(summary["cpm"]["interval"], float)
-        interval = f", 95 % interval {low:.3f} to {high:.3f}" if np.isfinite([low, high]).all() else ""
-        lines.append(f"CPM {summary['cpm']['value']:.3f}{interval}.")
+        lines.append(f"CPM {summary['cpm']['value']:.3f}{interval_text(summary['cpm']['interval'])}.")
     return lines
+
+
+def interval_text(interval: Sequence[float | None]) -> str:
+    """The interval in brackets, where there is one; None stands in JSON for NaN."""
+    low, high = np.asarray(interval, float)
+    return f" (95 % interval {low:.3f} to {high:.3f})" if np.isfinite([low, high]).all() else ""
 
 
 CHARTS = {
